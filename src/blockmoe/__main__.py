@@ -1,0 +1,3 @@
+from blockmoe.cli import main
+
+main()
