@@ -101,7 +101,7 @@ class Definition(_Model):
         return [name for name, axis in self.axes.items() if axis.type == "var"]
 
     def axis_values(self, var_values: dict[str, int]) -> dict[str, int]:
-        """Every axis by name; raises ValueError naming a missing, negative or contradicted axis or a broken constraint."""
+        """Every axis by name; raises ValueError naming a missing, unknown or contradicted axis."""
         values = {}
         for name, axis in self.axes.items():
             if axis.type == "const":

@@ -1,0 +1,122 @@
+"""Solution folders and their packed form.
+
+A folder `solutions/NAME/` has a manifest `solution.toml` and its sources:
+
+    name = "torch_grouped"
+    definitions = ["moe_fp8_block_scale_*"]     # fnmatch patterns
+    author = "blockmoe"
+    description = "..."
+    geometry_line = true                        # replace the entry file's line `GEOMETRY = ...` by the definition's sizes
+    [spec]                                      # as in the format
+    language = "python"
+    target_hardware = ["cpu", "cuda"]
+    entry_point = "main.py::run"
+    destination_passing_style = false
+    dependencies = ["torch"]
+
+The packed form is the format's Solution: one JSON a definition.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from blockmoe.bench.dataset import Dataset, DatasetError, first_fault
+from blockmoe.bench.schema import BuildSpec, Name, Solution, SourceFile
+from blockmoe.geometry import HEADLINE, MoEGeometry
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10
+    import tomli as tomllib
+
+SOURCE_SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".hpp")
+
+
+class Manifest(BaseModel):
+    """`solution.toml`, checked."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: Name
+    definitions: list[Name]
+    author: Name
+    description: Name
+    geometry_line: bool = False
+    spec: BuildSpec
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The checked manifest of a solution folder; raises DatasetError naming file and field."""
+    path = folder / "solution.toml"
+    try:
+        return Manifest.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DatasetError(f"{path}: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise DatasetError(f"{path}: {error}") from None
+    except ValidationError as error:
+        raise DatasetError(f"{path}: {first_fault(error)}") from None
+
+
+def pack(folder: Path, definition: str) -> Solution:
+    """The solution of a folder for one definition; raises DatasetError where the folder is not one."""
+    manifest = read_manifest(folder)
+    entry_file = manifest.spec.entry_point.split("::")[0]
+    sources = []
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in SOURCE_SUFFIXES:
+            content = path.read_text(encoding="utf-8")
+            relative = path.relative_to(folder).as_posix()
+            if manifest.geometry_line and relative == entry_file:
+                content = _with_geometry(content, definition, path)
+            sources.append(SourceFile(path=relative, content=content))
+    try:
+        fields = manifest.model_dump(include={"name", "author", "description", "spec"})
+        return Solution(definition=definition, sources=sources, **fields)
+    except ValidationError as error:
+        raise DatasetError(f"{folder}: {first_fault(error)}") from None
+
+
+def _with_geometry(content: str, definition: str, path: Path) -> str:
+    geometry = MoEGeometry.from_definition(definition)
+    if geometry is None:
+        raise DatasetError(f"{path}: geometry_line: the sizes of definition {definition} are not known")
+    line = f"GEOMETRY = {asdict(geometry)!r}"
+    content, found = re.subn(r"^GEOMETRY = .*$", lambda _: line, content, count=1, flags=re.MULTILINE)
+    if not found:
+        raise DatasetError(f"{path}: geometry_line: expected a line that begins with `GEOMETRY = `")
+    return content
+
+
+def solution_folders(root: Path) -> list[Path]:
+    """Folders with a manifest directly below `root`."""
+    return sorted(path.parent for path in root.glob("*/solution.toml"))
+
+
+def add_folders(dataset: Dataset, root: Path) -> None:
+    """Add every solution folder below `root` to the dataset, for each of its definitions that the manifest names."""
+    for folder in solution_folders(root):
+        manifest = read_manifest(folder)
+        for definition in dataset.definitions:
+            if any(fnmatchcase(definition, pattern) for pattern in manifest.definitions):
+                dataset.add_solution(pack(folder, definition), folder)
+
+
+def write_packed(solution: Solution, op_type: str, root: Path) -> Path:
+    """Write ROOT/solutions/OP_TYPE/DEFINITION/NAME.json.
+
+    The format wants a name only once in a tree, so that for other definitions than the headline its sizes are appended to it.
+    """
+    if solution.definition != HEADLINE.definition_name:
+        suffix = solution.definition.removeprefix("moe_fp8_block_scale_")
+        solution = solution.model_copy(update={"name": f"{solution.name}__{suffix}"})
+    path = root / "solutions" / op_type / solution.definition / f"{solution.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(solution.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
+    return path
