@@ -1,0 +1,196 @@
+"""Timing one call at a time: the host clock on a CPU; on CUDA the span by events, and by CUPTI where it is installed.
+
+On CUDA a spin kernel goes ahead of every timed call, so that the host has enqueued the call's launches before the device
+reaches them (a backlog): the span then holds the device's work and no launch gaps of the host. The L2 is flushed before
+each call, outside the span, by writing a buffer of twice its size and then reading another (a write alone leaves dirty
+lines behind). Eager host time is measured apart.
+
+Every function that timing needs is bound when this module's classes are made, before a solution is imported.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+SPIN_CYCLES_PER_US = 1980  # the H100's top SM clock in MHz: at lower clocks the backlog only grows
+LEAST_BACKLOG_US, MOST_BACKLOG_US = 30.0, 3000.0
+MARK = "nextafter"  # the kernel that brackets each timed call in CUPTI's records: nothing else launches it
+
+
+@dataclass
+class Sample:
+    """One timed call: span in ms, by the timer that the worker names; `events_ms` beside it on CUDA."""
+
+    call: int
+    ms: float
+    events_ms: float | None = None
+
+
+class HostTimer:
+    """The CPU's timer."""
+
+    name = "host_clock"
+    flush_bytes = 0
+
+    def __init__(self) -> None:
+        self._clock = time.perf_counter
+        self._pending: list[Sample] = []
+
+    def timed(self, number: int, call: Callable[[], object]) -> object:
+        """Run one call and keep its time; returns what the call returned."""
+        start = self._clock()
+        result = call()
+        self._pending.append(Sample(number, (self._clock() - start) * 1e3))
+        return result
+
+    def flush(self) -> None:
+        """Nothing: a CPU call reads weights of many times the cache."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+    def collect(self) -> list[Sample]:
+        """The samples since the last collect."""
+        samples, self._pending = self._pending, []
+        return samples
+
+
+class DeviceTimer:
+    """CUDA's timer: events always, CUPTI's kernel records where cupti-python is installed and `use_cupti` allows."""
+
+    def __init__(self, device: torch.device, use_cupti: bool = True) -> None:
+        self._clock, self._event, self._spin = time.perf_counter, torch.cuda.Event, torch.cuda._sleep
+        self._synchronize, self._stream, self._mark = torch.cuda.synchronize, torch.cuda.current_stream, torch.nextafter
+        self._record, self._elapsed = torch.cuda.Event.record, torch.cuda.Event.elapsed_time
+        self.device = device
+        self.flush_bytes = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        words = self.flush_bytes // 8
+        self._dirty = torch.zeros(words, dtype=torch.int64, device=device)
+        self._clean = torch.ones(words, dtype=torch.int64, device=device)
+        self._one = torch.ones(1, device=device)
+        self._out = torch.empty(1, device=device)
+        self._backlog_us = LEAST_BACKLOG_US
+        self._pending: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
+        self._cupti = _Cupti.start() if use_cupti else None
+        self.name = "cupti" if self._cupti else "cuda_events"
+        self.synchronize()
+
+    def synchronize(self) -> None:
+        self._synchronize(self.device)
+
+    def flush(self) -> None:
+        """Leave nothing of the caller's in L2, and no dirty lines."""
+        self._dirty.add_(1)
+        self._clean.sum()
+
+    def host_us(self, prepare: Callable[[], None], call: Callable[[], object], repeats: int = 5) -> float:
+        """Median time until an eager call returns to the host, launched on an idle device; sets the backlog from it."""
+        times = []
+        for _ in range(repeats):
+            prepare()
+            self.synchronize()
+            start = self._clock()
+            call()
+            times.append((self._clock() - start) * 1e6)
+            self.synchronize()
+        host = statistics.median(times)
+        self._backlog_us = min(max(LEAST_BACKLOG_US, 1.5 * host), MOST_BACKLOG_US)
+        return host
+
+    def timed(self, number: int, call: Callable[[], object]) -> object:
+        """Enqueue one call behind a backlog and between events; returns what the call returned. Times come with `collect`."""
+        begin, end = self._event(enable_timing=True), self._event(enable_timing=True)
+        stream = self._stream(self.device)
+        self._spin(int(self._backlog_us * SPIN_CYCLES_PER_US))
+        self._mark(self._one, self._one, out=self._out)
+        self._record(begin, stream)
+        result = call()
+        self._record(end, stream)
+        self._mark(self._one, self._one, out=self._out)
+        self._pending.append((number, begin, end))
+        return result
+
+    def collect(self) -> list[Sample]:
+        """Wait for the device; the samples since the last collect."""
+        self.synchronize()
+        samples = []
+        for number, begin, end in self._pending:
+            events_ms = self._elapsed(begin, end)
+            samples.append(Sample(number, events_ms, events_ms))
+        self._pending = []
+        if self._cupti:
+            spans = self._cupti.spans()
+            if len(spans) == len(samples):
+                for sample, span in zip(samples, spans, strict=True):
+                    sample.ms = span if span > 0 else sample.ms  # a call that launches nothing has no span
+            else:
+                self.name = f"cuda_events (CUPTI lost records: {len(spans)} of {len(samples)} calls)"
+        return samples
+
+    def replay_ms(self, prepare: Callable[[int], None], graph: torch.cuda.CUDAGraph, calls: list[int]) -> float:
+        """Median span of a captured graph's replays, by events behind a backlog, cold L2."""
+        times = []
+        for number in calls:
+            prepare(number)
+            self.flush()
+            begin, end = self._event(enable_timing=True), self._event(enable_timing=True)
+            self._spin(int(LEAST_BACKLOG_US * SPIN_CYCLES_PER_US))
+            self._record(begin, self._stream(self.device))
+            graph.replay()
+            self._record(end, self._stream(self.device))
+            self.synchronize()
+            times.append(self._elapsed(begin, end))
+        if self._cupti:
+            self._cupti.spans()  # drop the replays' records
+        return statistics.median(times)
+
+
+class _Cupti:
+    """Kernel, copy and fill records of this process, cut into spans at the mark kernels."""
+
+    def __init__(self, cupti: object) -> None:
+        self._cupti = cupti
+        self._records: list[tuple[int, int, bool]] = []  # (start ns, end ns, is a mark)
+
+    @classmethod
+    def start(cls) -> _Cupti | None:
+        """None where cupti-python is missing or refuses (another profiler is attached, say)."""
+        try:
+            from cupti import cupti
+
+            self = cls(cupti)
+            cupti.activity_register_callbacks(lambda: (8 << 20, 0), self._completed)
+            for kind in ("CONCURRENT_KERNEL", "MEMCPY", "MEMSET"):
+                cupti.activity_enable(getattr(cupti.ActivityKind, kind))
+        except Exception:
+            return None
+        return self
+
+    def _completed(self, activities: list) -> None:
+        for activity in activities:
+            self._records.append((activity.start, activity.end, MARK in (getattr(activity, "name", "") or "")))
+
+    def spans(self) -> list[float]:
+        """Milliseconds from first start to last end between each pair of marks since the last call."""
+        self._cupti.activity_flush_all(1)
+        records, self._records = sorted(self._records), []
+        spans, inside = [], None
+        for start, end, is_mark in records:
+            if is_mark and inside is None:
+                inside = []
+            elif is_mark:
+                spans.append((max(e for _, e in inside) - min(s for s, _ in inside)) / 1e6 if inside else 0.0)
+                inside = None
+            elif inside is not None:
+                inside.append((start, end))
+        return spans
+
+
+def make_timer(device: torch.device, use_cupti: bool = True) -> HostTimer | DeviceTimer:
+    """The timer for a device."""
+    return DeviceTimer(device, use_cupti) if device.type == "cuda" else HostTimer()

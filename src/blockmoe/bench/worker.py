@@ -1,0 +1,122 @@
+"""The process of one contender: `python -m blockmoe.bench.worker FD`. Requests and replies are lines of JSON on a socket.
+
+Each request names a method; a reply carries its result, or `error` with a kind: a guard's verdict, BUILD, or RUNTIME. The
+parent reads standard output and standard error apart, so that a solution may print what it likes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def main() -> None:
+    _die_with_parent()
+    channel = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
+    handler = Handler()
+    for line in channel:
+        reply = handler.answer(json.loads(line))
+        channel.write(json.dumps(reply).encode() + b"\n")
+        channel.flush()
+
+
+def _die_with_parent() -> None:
+    """So that no worker outlives a parent killed by -9. Linux only; elsewhere the closed socket ends the loop."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:
+            os._exit(1)
+
+
+class Handler:
+    """Answers requests with one Session."""
+
+    def __init__(self) -> None:
+        self.session: Any = None
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return getattr(self, "do_" + request.pop("do"))(**request) or {}
+        except (Exception, SystemExit, KeyboardInterrupt) as error:
+            return {"error": _describe(error)}
+
+    def do_start(self, definition: str, root: str, device: str, mode: str, seed: int, use_cupti: bool) -> dict[str, Any]:
+        from blockmoe.bench.environment import worker_environment
+        from blockmoe.bench.schema import Definition
+        from blockmoe.bench.session import Session
+
+        task = Definition.model_validate_json(definition)
+        self.session = Session(task, Path(root), device, mode, seed, use_cupti)
+        return worker_environment(self.session.device)
+
+    def do_build(self, solution: str) -> None:
+        from blockmoe.bench.schema import Solution
+
+        self.session.build(Solution.model_validate_json(solution))
+
+    def do_open(self, workload: str) -> dict[str, Any]:
+        from blockmoe.bench.schema import Workload
+
+        return {"inputs": self.session.open(Workload.model_validate_json(workload))}
+
+    def do_check(self, calls: list[int], folder: str) -> dict[str, Any]:
+        return self.session.check(calls, folder)
+
+    def do_warm(self, calls: list[int]) -> dict[str, Any]:
+        return self.session.warm(calls)
+
+    def do_block(self, calls: list[int], keep: int | None, path: str | None, lead_in: int | None) -> dict[str, Any]:
+        return self.session.block(calls, keep, path, lead_in)
+
+    def do_graph(self, calls: list[int], path: str) -> dict[str, Any]:
+        return self.session.graph(calls, path)
+
+    def do_remember(self, calls: list[int]) -> dict[str, Any]:
+        return self.session.remember(calls)
+
+    def do_forget(self) -> None:
+        self.session.forget()
+
+    def do_judge(self, files: dict[str, str], tolerance: dict[str, float]) -> dict[str, Any]:
+        from blockmoe.bench.correctness import Tolerance
+
+        judgement = self.session.judge({int(call): path for call, path in files.items()}, Tolerance(**tolerance))
+        correctness = judgement.correctness()
+        return {
+            "status": judgement.status.value,
+            "message": judgement.message,
+            "correctness": json.loads(correctness.to_json()) if correctness else None,
+        }
+
+    def do_floors(self) -> dict[str, Any]:
+        from blockmoe.bench.roofline import measured_floors
+
+        return measured_floors(self.session)
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
+    from blockmoe.bench.guards import Tripped
+    from blockmoe.bench.session import BuildError
+
+    traceback.print_exc()
+    text = str(error).strip()
+    if isinstance(error, Tripped):
+        return {"kind": error.verdict.value, "message": error.message}
+    if isinstance(error, BuildError):
+        return {"kind": "BUILD", "message": text}
+    if isinstance(error, SystemExit):
+        return {"kind": "RUNTIME", "message": f"the solution called sys.exit({error.code!r})"}
+    return {"kind": "RUNTIME", "message": f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"}
+
+
+if __name__ == "__main__":
+    main()
