@@ -1,0 +1,123 @@
+"""What the command line calls: each function reads traces, builds the model once, and renders it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from blockmoe.report import markdown, terminal
+from blockmoe.report.load import Loaded, Record, ReportError, load
+from blockmoe.report.model import Report
+from blockmoe.report.regimes import parse_mix, parse_regimes
+from blockmoe.report.summary import summarise
+
+FORMATS = ("md",)
+
+
+def read(
+    folders: Sequence[Path], baseline: str | None = None, regimes: str | None = None, mix: str | None = None
+) -> Report:
+    """The model of everything in these result folders and trace files; raises ReportError."""
+    loaded = load(folders)
+    solutions = {record.solution for record in loaded.records}
+    if baseline is not None and baseline not in solutions:
+        raise ReportError(f"--baseline {baseline}: no such solution in these traces, which have {_listed(solutions)}")
+    return summarise(loaded, parse_regimes(regimes), parse_mix(mix), baseline)
+
+
+def write(
+    folders: Sequence[Path],
+    output: Path | None = None,
+    formats: Sequence[str] = ("md",),
+    baseline: str | None = None,
+    against: Path | None = None,
+    regimes: str | None = None,
+    mix: str | None = None,
+) -> list[Path]:
+    """Write `report.FORMAT` for each format into `output` (the first folder, unless told); returns the files written."""
+    if unknown := [name for name in formats if name not in FORMATS]:
+        raise ReportError(f"--format {unknown[0]}: expected some of {', '.join(FORMATS)}")
+    report = read(folders, baseline, regimes, mix)
+    folder = output or (folders[0] if folders[0].is_dir() else folders[0].parent)
+    written = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if "md" in formats:
+            written.append(_save(folder / "report.md", markdown.render(report)))
+    except OSError as error:
+        raise ReportError(f"{folder}: not writable ({error.strerror})") from None
+    return written
+
+
+def terminal_table(
+    folders: Sequence[Path], baseline: str | None = None, regimes: str | None = None, mix: str | None = None
+) -> Group:
+    """Summary tables and conclusion as rich renderables, for the end of a run."""
+    return terminal.render(read(folders, baseline, regimes, mix))
+
+
+def best(folders: Sequence[Path], max_relative_l2: float | None = None) -> list[tuple[str, str, Record]]:
+    """The fastest solution that passed each (definition, workload), optionally with an error bound; sorted by T."""
+    found = {}
+    for record in load(folders).records:
+        if not record.passed or record.solution == "reference":
+            continue
+        if max_relative_l2 is not None and not record.errors.get("relative_l2", float("inf")) <= max_relative_l2:
+            continue
+        key = (record.definition, record.hardware, record.workload)
+        if key not in found or record.speedup > found[key].speedup:
+            found[key] = record
+    ordered = sorted(found.values(), key=lambda r: (r.definition, r.hardware, r.tokens or 0, r.workload))
+    return [(record.definition, record.workload, record) for record in ordered]
+
+
+def show(folders: Sequence[Path], workload: str | None = None, solution: str | None = None) -> RenderableType:
+    """Traces in full: those of a workload (a uuid's beginning, or T) and of a solution."""
+    loaded = load(folders)
+    chosen = [record for record in loaded.records if _matches(record, workload, solution)]
+    if not chosen:
+        has = _listed({record.solution for record in loaded.records})
+        raise ReportError(f"no trace of workload {workload or 'any'} and solution {solution or 'any'}; solutions: {has}")
+    return Group(*(part for record in chosen[:20] for part in (terminal.show(record), Text())), _cut(len(chosen), 20))
+
+
+def watch(folders: Sequence[Path], console: Console | None = None, seconds: float = 2.0, rounds: int | None = None) -> None:
+    """Redraw the terminal table while traces are being written, until interrupted."""
+    console = console or Console()
+    with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+        done = 0
+        while rounds is None or done < rounds:
+            try:
+                live.update(terminal_table(folders), refresh=True)
+            except ReportError as error:
+                live.update(Text(f"waiting: {error}"), refresh=True)
+            done += 1
+            time.sleep(seconds if done != rounds else 0)
+
+
+def _matches(record: Record, workload: str | None, solution: str | None) -> bool:
+    if solution is not None and record.solution != solution:
+        return False
+    return workload is None or record.workload.startswith(workload) or str(record.tokens) == workload
+
+
+def _cut(total: int, shown: int) -> Text:
+    return Text(f"… and {total - shown} more; narrow by workload and solution") if total > shown else Text()
+
+
+def _save(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def _listed(names: set[str]) -> str:
+    shown = sorted(names)
+    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
+
+
+__all__ = ["Loaded", "best", "read", "show", "terminal_table", "watch", "write"]

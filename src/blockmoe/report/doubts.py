@@ -1,0 +1,134 @@
+"""What the traces agree on (settings, versions, machine), and what makes their numbers uncertain."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from blockmoe.bench.stats import MARGIN
+from blockmoe.report.load import Record
+from blockmoe.report.model import Contender, Row
+
+_SETTINGS = ("rtol", "atol", "required_matched_ratio", "warmup_runs", "iterations", "num_trials", "inputs", "seed", "device")
+_NOT_THROTTLED = ("none", "", "idle", "gpu_idle", "false", "0", "0x0", "1", "0x1", "[]")  # NVML's lowest bit is idle
+_MACHINE = ("driver", "platform", "commit", "flush_bytes")
+
+
+def facts(records: Sequence[Record]) -> dict[str, str]:
+    """Settings, versions and machine as the traces have them; all values where they differ."""
+    found: dict[str, str] = {}
+    for name in _SETTINGS:
+        _note(found, name, (record.settings.get(name) for record in records))
+    _note(found, "timer", (record.timer or None for record in records))
+    for name in _MACHINE:
+        _note(found, name, (record.environment.get(name) for record in records))
+    for library in sorted({name for record in records for name in record.libs}):
+        _note(found, library, (record.libs.get(library) for record in records))
+    stamps = sorted(record.timestamp for record in records if record.timestamp)
+    if stamps:
+        found["measured"] = stamps[0] if stamps[0] == stamps[-1] else f"{stamps[0]} to {stamps[-1]}"
+    return found
+
+
+def doubts(rows: Sequence[Row], contenders: Sequence[Contender], records: Sequence[Record]) -> list[str]:
+    """One line for each thing that a reader should know before believing the tables."""
+    passed = [record for record in records if record.passed]
+    lines = [
+        *_coverage(rows, contenders),
+        *_words(rows),
+        *_noise(passed),
+        *_mixtures(records),
+        *_machine(records),
+    ]
+    return lines
+
+
+def _coverage(rows: Sequence[Row], contenders: Sequence[Contender]) -> Iterable[str]:
+    if len(contenders) == 1:
+        yield "Only one solution: nothing to compare it with but the reference."
+    if not contenders:
+        yield "Only the reference was evaluated."
+    if contenders and not any(contender.overall.count for contender in contenders):
+        yield "No solution passed any workload."
+    partial = [contender for contender in contenders if 0 < contender.overall.count < len(rows)]
+    for contender in partial:
+        yield (
+            f"{contender.name} passed {contender.overall.count} of {len(rows)} workloads: its averages are over these, and "
+            "the ranking is over the workloads that all ranked solutions passed."
+        )
+
+
+def _words(rows: Sequence[Row]) -> Iterable[str]:
+    contested = [row for row in rows if row.runner_up]
+    if contested and not any(row.duel for row in contested):
+        yield "The traces hold no samples: no interval and no verdict word stands behind any winner or ratio."
+        return
+    unclear = [row for row in contested if row.duel and row.duel.word in ("UNCLEAR", "SLOWER")]
+    if unclear:
+        yield f"{len(unclear)} of {len(contested)} winners are UNCLEAR: {_sizes(unclear)}."
+    same = [row for row in contested if row.duel and row.duel.word == "SAME"]
+    if same:
+        yield f"{len(same)} of {len(contested)} winners are within {MARGIN:.1%} of the runner-up (SAME): {_sizes(same)}."
+
+
+def _noise(passed: Sequence[Record]) -> Iterable[str]:
+    wide = [r for r in passed if r.interval and r.speedup and (r.interval[1] - r.interval[0]) / 2 / r.speedup > 0.03]
+    if wide:
+        worst = max(wide, key=lambda r: (r.interval[1] - r.interval[0]) / r.speedup)
+        yield (
+            f"{len(wide)} speedups have an interval wider than ±3 %; the widest is {worst.solution} at T = {worst.tokens}: "
+            f"{worst.interval[0]:.3g} to {worst.interval[1]:.3g}."
+        )
+    drifted = [record for record in passed if record.drifted]
+    if drifted:
+        worst = max(drifted, key=lambda r: abs(r.drift or 0))
+        change = f" by {worst.drift:+.1%}" if worst.drift is not None else ""
+        yield f"{len(drifted)} evaluations drifted while they ran; the most: {worst.solution} at T = {worst.tokens}{change}."
+    beaten = [record for record in passed if record.floor_fraction and record.floor_fraction > 1]
+    for record in beaten[:3]:
+        yield (
+            f"{record.solution} at T = {record.tokens} is faster than the floor ({record.latency:.4g} < {record.floor:.4g} "
+            "ms): a defect of the measurement or of the solution."
+        )
+
+
+def _mixtures(records: Sequence[Record]) -> Iterable[str]:
+    runs = Counter(record.run for record in records)
+    if len(runs) > 1:
+        yield f"Traces of {len(runs)} runs: between runs clocks and heat differ, and samples are not paired."
+    for name, values in (
+        ("timers", {record.timer for record in records if record.timer}),
+        ("tolerances", {_tolerance(record.settings) for record in records if record.settings}),
+        ("input modes", {str(record.settings["inputs"]) for record in records if record.settings.get("inputs")}),
+    ):
+        if len(values) > 1:
+            yield f"Mixed {name}: {', '.join(sorted(values))}."
+
+
+def _machine(records: Sequence[Record]) -> Iterable[str]:
+    throttled = [record for record in records if _throttled(record.environment.get("gpu"))]
+    if throttled:
+        yield f"The GPU reported throttling in {len(throttled)} of {len(records)} evaluations."
+
+
+def _throttled(gpu: Any) -> bool:
+    reasons = gpu.get("throttle") if isinstance(gpu, dict) else None
+    flat = reasons if isinstance(reasons, list) else [reasons]
+    return any(str(reason).lower() not in _NOT_THROTTLED for reason in flat)
+
+
+def _tolerance(settings: dict[str, Any]) -> str:
+    return " / ".join(str(settings.get(name)) for name in ("rtol", "atol", "required_matched_ratio"))
+
+
+def _sizes(rows: Sequence[Row]) -> str:
+    shown = ", ".join(f"T = {row.tokens}" for row in rows[:8])
+    return f"{shown} and {len(rows) - 8} more" if len(rows) > 8 else shown
+
+
+def _note(found: dict[str, str], name: str, values: Iterable[Any]) -> None:
+    distinct = dict.fromkeys(str(value) for value in values if value not in (None, ""))
+    if distinct:
+        shown = list(distinct)[:4]
+        found[name] = " | ".join(shown) + (f" and {len(distinct) - 4} more" if len(distinct) > 4 else "")

@@ -1,0 +1,300 @@
+"""Traces from folders and files, read for a report: nothing in them may stop it.
+
+The schema refuses what a bench must not write; a report must also read what others wrote, and what future versions will.
+So fields are picked one by one, anything unusable becomes None, and what was wrong becomes a note for the reader.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+REFERENCE = "reference"  # its traces are the scale of all speedups, not a competitor
+TOKEN_AXES = ("seq_len", "num_tokens", "total_tokens", "batch_size")
+
+
+class ReportError(Exception):
+    """One line for the user: what was asked for can't be reported."""
+
+
+@dataclass
+class Record:
+    """One evaluation, with everything optional that a trace may lack. Times in ms."""
+
+    definition: str
+    workload: str
+    solution: str
+    status: str
+    hardware: str
+    tokens: int | None = None
+    offset: int | None = None
+    verdict: str = ""
+    message: str = ""
+    speedup: float | None = None
+    latency: float | None = None
+    reference_latency: float | None = None
+    interval: tuple[float, float] | None = None
+    blocks: list[list[float]] = field(default_factory=list)
+    reference_blocks: list[list[float]] = field(default_factory=list)
+    pairs: int | None = None
+    active_experts: int | None = None
+    errors: dict[str, float] = field(default_factory=dict)
+    floor: float | None = None
+    floor_kind: str = ""
+    bytes: float | None = None
+    flops: float | None = None
+    host_us: float | None = None
+    graph: float | None = None
+    stages: dict[str, float] = field(default_factory=dict)
+    drift: float | None = None
+    drifted: bool = False
+    timer: str = ""
+    run: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+    libs: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    timestamp: str = ""
+    when: float = -math.inf
+    axes: dict[str, int] = field(default_factory=dict)
+    source: str = ""
+
+    @property
+    def passed(self) -> bool:
+        return self.status == "PASSED"
+
+    @property
+    def failure(self) -> str:
+        """The guard that was tripped, or the status; empty where the evaluation stands."""
+        if self.verdict and self.verdict not in ("PASSED", self.status):
+            return self.verdict
+        return "" if self.passed else self.status
+
+    @property
+    def floor_fraction(self) -> float | None:
+        return self.floor / self.latency if self.floor and self.latency else None
+
+
+@dataclass
+class Loaded:
+    """All evaluations (the latest of each definition, hardware, workload and solution), runs, and what was odd."""
+
+    records: list[Record]
+    runs: list[dict[str, Any]]
+    notes: list[str]
+
+
+def load(paths: Sequence[Path]) -> Loaded:
+    """Read trace files and result folders; raises ReportError where there is nothing to read at all."""
+    records: list[Record] = []
+    runs: list[dict[str, Any]] = []
+    notes: list[str] = []
+    for path in paths:
+        for file in _trace_files(path):
+            records.extend(_read_file(file, notes))
+        for file in sorted(path.rglob("run.json")) if path.is_dir() else []:
+            if run := _read_run(file, notes):
+                runs.append(run)
+    if not records and not any(run.get("skipped") for run in runs):
+        tried = ", ".join(str(path) for path in paths) or "no folder given"
+        detail = f" ({notes[0]})" if notes else ""
+        raise ReportError(f"{tried}: no evaluated traces found{detail}; expected traces/OP_TYPE/DEFINITION.jsonl")
+    return Loaded(_latest(records, notes), runs, notes)
+
+
+def _trace_files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise ReportError(f"{path}: no such file or folder")
+    if path.is_file():
+        return [path]
+    root = path / "traces" if (path / "traces").is_dir() else path
+    return sorted(file for file in root.rglob("*.jsonl") if file.is_file())
+
+
+def _read_file(file: Path, notes: list[str]) -> Iterator[Record]:
+    bad: list[str] = []
+    try:
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(lines, 1):
+                if not line.strip():
+                    continue
+                try:
+                    record = _record(json.loads(line), f"{file.name}:{number}")
+                except (ValueError, TypeError, RecursionError) as error:
+                    bad.append(f"line {number}: {str(error)[:120]}")
+                    continue
+                if record:
+                    yield record
+    except OSError as error:
+        notes.append(f"{file}: not readable ({error.strerror})")
+    if bad:
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        notes.append(f"{file.name}: {len(bad)} malformed line(s) left out ({bad[0]}{more})")
+
+
+def _read_run(file: Path, notes: list[str]) -> dict[str, Any] | None:
+    try:
+        run = json.loads(file.read_text(encoding="utf-8", errors="replace"))
+    except (OSError, ValueError, RecursionError) as error:
+        notes.append(f"{file.name}: not readable as JSON, left out ({str(error)[:80]})")
+        return None
+    if not isinstance(run, dict):
+        notes.append(f"{file.name}: expected an object, got {type(run).__name__}; left out")
+        return None
+    clean = {"command": _text(run.get("command")), "started": _text(run.get("started"))}
+    clean["finished"] = _text(run.get("finished"))
+    clean["settings"], clean["environment"] = _table(run.get("settings")), _table(run.get("environment"))
+    for key in ("contenders", "skipped"):
+        items = run.get(key)
+        clean[key] = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+    return clean
+
+
+def _record(trace: Any, source: str) -> Record | None:
+    """One line of a trace file; None for a line that is a workload only."""
+    if not isinstance(trace, dict):
+        raise ValueError(f"expected an object, got {type(trace).__name__}")
+    evaluation, solution = trace.get("evaluation"), trace.get("solution")
+    if solution is None or evaluation is None:
+        return None
+    if not isinstance(evaluation, dict) or not isinstance(trace.get("workload"), dict):
+        raise ValueError("evaluation, workload: expected objects")
+    workload, environment = trace["workload"], _table(evaluation.get("environment"))
+    correctness, performance = _table(evaluation.get("correctness")), _table(evaluation.get("performance"))
+    extra, timing, accuracy = (_table(part.get("extra")) for part in (evaluation, performance, correctness))
+    axes = {str(name): int(value) for name, value in _table(workload.get("axes")).items() if _number(value) is not None}
+    offset = _number(_table(_table(workload.get("inputs")).get("local_expert_offset")).get("value"))
+    record = Record(
+        definition=_text(trace.get("definition")) or "unnamed definition",
+        workload=_text(workload.get("uuid")) or json.dumps(axes, sort_keys=True),
+        solution=_text(solution) or "unnamed solution",
+        status=_text(evaluation.get("status")) or "UNKNOWN",
+        hardware=_text(environment.get("hardware")) or "unknown hardware",
+        tokens=_tokens(axes),
+        offset=None if offset is None else int(offset),
+        axes=axes,
+        verdict=_text(extra.get("verdict")),
+        message=_text(extra.get("message")) or _last_line(_text(evaluation.get("log"))),
+        pairs=_count(extra.get("pairs")),
+        active_experts=_count(extra.get("active_experts")),
+        run=_text(extra.get("run")),
+        settings=_table(extra.get("settings")),
+        libs={str(name): _text(version) for name, version in _table(environment.get("libs")).items()},
+        environment=_table(environment.get("extra")),
+        digests={key: _text(extra[key]) for key in ("solution_digest", "definition_digest") if extra.get(key)},
+        timestamp=_text(evaluation.get("timestamp")).replace("unknown", ""),
+        when=_seconds(_text(evaluation.get("timestamp"))),
+        source=source,
+    )
+    _add_times(record, performance, timing)
+    measured = {} if timing.get("speedup_only") is True else {**correctness, **accuracy}  # an imported zero is no error
+    for name, value in measured.items():
+        if (number := _number(value)) is not None:
+            record.errors[str(name)] = number
+    return record
+
+
+def _add_times(record: Record, performance: dict[str, Any], timing: dict[str, Any]) -> None:
+    speedup_only = timing.get("speedup_only") is True  # imported tables know no times
+    record.latency = None if speedup_only else _positive(performance.get("latency_ms"))
+    record.reference_latency = None if speedup_only else _positive(performance.get("reference_latency_ms"))
+    record.speedup = _positive(performance.get("speedup_factor"))
+    if record.speedup is None and record.latency and record.reference_latency:
+        record.speedup = record.reference_latency / record.latency
+    interval = timing.get("speedup_interval")
+    if isinstance(interval, list) and len(interval) == 2 and all(_positive(end) for end in interval):
+        record.interval = (float(interval[0]), float(interval[1]))
+    record.blocks = _blocks(timing.get("samples_ms"))
+    record.reference_blocks = _blocks(timing.get("reference_samples_ms"))
+    record.floor, record.floor_kind = _positive(timing.get("floor_ms")), _text(timing.get("floor_kind"))
+    record.bytes, record.flops = _positive(timing.get("bytes")), _positive(timing.get("flops"))
+    record.host_us, record.graph = _positive(timing.get("host_us")), _positive(timing.get("graph_ms"))
+    record.drift, record.drifted = _number(timing.get("drift")), timing.get("drifted") is True
+    if isinstance(timing.get("drift"), dict):
+        record.drift = _number(timing["drift"].get("change"))
+        record.drifted = timing["drift"].get("drifted") is True
+    record.timer = _text(timing.get("timer")) or _text(record.environment.get("timer"))
+    stages = {str(name): _positive(value) for name, value in _table(timing.get("stages_ms")).items()}
+    record.stages = {name: value for name, value in stages.items() if value}
+
+
+def _latest(records: list[Record], notes: list[str]) -> list[Record]:
+    """The newest evaluation of each (definition, hardware, workload, solution); of equally old ones, the last read."""
+    newest: dict[tuple[str, str, str, str], Record] = {}
+    for record in records:
+        key = (record.definition, record.hardware, record.workload, record.solution)
+        if key not in newest or record.when >= newest[key].when:
+            newest[key] = record
+    if superseded := len(records) - len(newest):
+        notes.append(f"{superseded} older evaluation(s) of the same workload and solution left out: the latest counts")
+    kept = list(newest.values())
+    unusable = Counter(r.solution for r in kept if r.passed and r.speedup is None)
+    for solution, count in sorted(unusable.items()):
+        notes.append(f"{solution}: {count} passed evaluation(s) without a usable speedup (NaN, zero or missing)")
+    for record in kept:
+        if record.passed and record.speedup is None:
+            record.status = "NO_SPEEDUP"
+    return kept
+
+
+def _tokens(axes: dict[str, int]) -> int | None:
+    for name in TOKEN_AXES:
+        if name in axes:
+            return axes[name]
+    return next(iter(axes.values()), None)
+
+
+def _blocks(value: Any) -> list[list[float]]:
+    """Samples as a list of blocks; a flat list is one block, and anything else is no samples."""
+    if not isinstance(value, list) or not value:
+        return []
+    blocks = value if all(isinstance(block, list) for block in value) else [value]
+    clean = [[number for number in map(_positive, block) if number is not None] for block in blocks]
+    return clean if all(clean) else []
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _positive(value: Any) -> float | None:
+    number = _number(value)
+    return number if number is not None and number > 0 else None
+
+
+def _count(value: Any) -> int | None:
+    number = _number(value)
+    return int(number) if number is not None and number >= 0 else None
+
+
+def _text(value: Any) -> str:
+    return "" if value is None or isinstance(value, (dict, list)) else str(value)
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _last_line(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    return lines[-1][:200] if lines else ""
+
+
+def _seconds(timestamp: str) -> float:
+    try:
+        moment = datetime.fromisoformat(timestamp.replace("Z", "+00:00"))
+    except ValueError:
+        return -math.inf
+    return (moment if moment.tzinfo else moment.replace(tzinfo=timezone.utc)).timestamp()

@@ -1,0 +1,102 @@
+"""The report as Markdown, in the shape of the published ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from blockmoe.report.model import Report, Section
+from blockmoe.report.tables import (
+    Cell,
+    Table,
+    cliff_sentences,
+    dispatcher_sentence,
+    leader_sentence,
+    plain,
+    scenario_sentence,
+    section_tables,
+)
+
+
+def render(report: Report, pictures: Sequence[tuple[str, Path]] = (), against: Table | None = None) -> str:
+    """The whole report; `pictures` are (title, path relative to the report)."""
+    parts = ["# Benchmark report", *_notes(report)]
+    for number, section in enumerate(report.sections):
+        parts += list(_section(section, pictures if number == 0 else ()))
+    if against:
+        parts += [f"## {against.title}", table(against), *against.notes]
+    parts += list(_runs(report))
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(table: Table) -> str:
+    """A pipe table; numbers aligned right, winners bold."""
+    aligns = ["---" if column < table.text_columns else "---:" for column in range(len(table.columns))]
+    lines = [_line([escape(column) for column in table.columns]), _line(aligns)]
+    lines += [_line([_cell(cell) for cell in row]) for row in table.rows]
+    return "\n".join(lines)
+
+
+def escape(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _section(section: Section, pictures: Sequence[tuple[str, Path]]) -> Iterator[str]:
+    yield f"## `{section.definition}` on {escape(section.hardware)}"
+    yield from _conclusion(section)
+    yield from (f"![{title}]({path.as_posix()})" for title, path in pictures)
+    for item in section_tables(section):
+        yield f"### {item.title}"
+        yield table(item)
+        yield "\n".join(f"{note}  " for note in item.notes).rstrip()
+        if item.key == "averages" and section.leaders:
+            yield f"Leaders by geometric mean: {escape(leader_sentence(section))}."
+        if item.key == "averages" and section.cliffs:
+            yield "### Cliffs"
+            yield "\n".join(f"- {escape(sentence)}" for sentence in cliff_sentences(section))
+    if section.doubts:
+        yield "### Where the numbers are uncertain"
+        yield "\n".join(f"- {escape(doubt)}" for doubt in section.doubts)
+    if section.facts:
+        yield "### Settings, versions, machine"
+        yield "\n".join(f"- {name}: {escape(value)}" for name, value in section.facts.items())
+
+
+def _conclusion(section: Section) -> Iterator[str]:
+    conclusion = section.conclusion
+    if not any(contender.overall.count for contender in section.contenders):
+        return
+    lines = [scenario_sentence(scenario, conclusion.unit) for scenario in conclusion.scenarios]
+    lines += [dispatcher_sentence(section)]
+    yield "### Conclusion"
+    yield "\n".join(f"- {line}" for line in lines if line)
+    yield "Rules:"
+    yield "\n".join(f"{number}. {rule}" for number, rule in enumerate(conclusion.rules, 1))
+
+
+def _notes(report: Report) -> Iterator[str]:
+    if report.notes:
+        yield "\n".join(f"> {escape(note)}  " for note in report.notes).rstrip()
+
+
+def _runs(report: Report) -> Iterator[str]:
+    for run in report.runs:
+        lines = []
+        if run["command"]:
+            lines += ["```", run["command"].replace("```", ""), "```"]
+        if run["started"]:
+            lines.append(f"- started {run['started']}" + (f", finished {run['finished']}" if run["finished"] else ""))
+        for name in ("settings", "environment"):
+            lines += [f"- {key}: {escape(plain(value))}" for key, value in run[name].items()]
+        if lines:
+            yield "## Command"
+            yield "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cell(cell: Cell) -> str:
+    text = escape(cell.text)
+    return f"**{text}**" if cell.bold else text

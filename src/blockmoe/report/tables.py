@@ -1,0 +1,418 @@
+"""The report's tables and sentences, built once from the model; Markdown, HTML and CSV only lay them out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from blockmoe.bench.stats import MARGIN
+from blockmoe.report.load import Record
+from blockmoe.report.model import Cliff, Contender, Pair, Row, Scenario, Section, Spread
+from blockmoe.report.regimes import ALL, Regime
+
+DASH = "–"
+
+
+@dataclass
+class Cell:
+    """A table cell: what is read, what it sorts by, whether it wins, and what hovering tells."""
+
+    text: str
+    value: float | str | None = None
+    bold: bool = False
+    hover: str = ""
+    bad: bool = False
+
+
+@dataclass
+class Table:
+    key: str
+    title: str
+    columns: list[str]
+    rows: list[list[Cell]]
+    notes: list[str] = field(default_factory=list)
+    text_columns: int = 1  # leading columns that hold words; the others are numbers, aligned right
+
+
+def factor(value: float | None) -> str:
+    """Two decimals, halves rounded up: 3.725 is binary 3.72499… and still reads 3.73."""
+    return DASH if value is None else f"{value + 1e-9:.2f}x"
+
+
+def short(workload: str) -> str:
+    """The first part of a UUID; other names stay whole."""
+    return workload[:8] if len(workload) == 36 and workload[8] == "-" else workload[:20]
+
+
+def milliseconds(value: float | None) -> str:
+    """Four significant digits, never an exponent."""
+    if value is None:
+        return DASH
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value >= 0.001 else f"{value:.6f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return DASH if value is None else f"{value:.{digits}%}"
+
+
+def count(value: int | None) -> str:
+    return DASH if value is None else f"{value:,}"
+
+
+def section_tables(section: Section) -> list[Table]:
+    """Every table of a section that has something to say, in reading order."""
+    tables = [
+        workload_table(section),
+        latency_table(section),
+        average_table(section),
+        ranking_table(section),
+        pair_table(section),
+        stage_table(section),
+        error_table(section),
+        failure_table(section),
+        contender_table(section),
+    ]
+    return [table for table in tables if table and table.rows]
+
+
+def workload_table(section: Section) -> Table:
+    """A row a workload, a column a solution with its speedup, the winner in bold."""
+    sized = any(row.pairs is not None for row in section.rows)
+    worded = any(row.duel for row in section.rows)
+    several = len(section.names) > 1
+    columns = ["workload", "T", "offset"] + ["pairs", "active experts"] * sized + section.names
+    columns += ["margin"] * several + ["verdict"] * worded
+    table = Table("speedups", "Speedup over the reference", columns, [])
+    for row in section.rows:
+        cells = [Cell(short(row.workload), row.workload, hover=row.workload), _whole(row.tokens), _whole(row.offset)]
+        cells += [_whole(row.pairs), _whole(row.active_experts)] if sized else []
+        cells += [_speedup_cell(row, name) for name in section.names]
+        cells += [_margin_cell(row)] if several else []
+        cells += [_word_cell(row)] if worded else []
+        table.rows.append(cells)
+    if several:
+        table.notes.append("Margin: the winner's speedup over the runner-up's.")
+    if worded:
+        table.notes.append(
+            f"Verdict, winner against runner-up, from paired samples: FASTER where the 95 % interval of their ratio lies "
+            f"above 1 and the ratio above {1 + MARGIN}; SAME where the interval lies within ±{MARGIN:.1%}; else UNCLEAR."
+        )
+    return table
+
+
+def latency_table(section: Section) -> Table | None:
+    if not section.has_times:
+        return None
+    floored = any(row.floor for row in section.rows)
+    columns = ["workload", "T", "reference"] + ["floor"] * floored + section.names
+    notes = ["The share of the floor that a latency reaches stands in brackets."] if floored else []
+    table = Table("latencies", "Latency, ms", columns, [], notes)
+    for row in section.rows:
+        cells = [Cell(short(row.workload), row.workload, hover=row.workload), _whole(row.tokens)]
+        cells += [Cell(milliseconds(row.reference_latency), row.reference_latency)]
+        cells += [Cell(milliseconds(row.floor), row.floor)] if floored else []
+        cells += [_latency_cell(row, name) for name in section.names]
+        table.rows.append(cells)
+    return table
+
+
+def average_table(section: Section) -> Table:
+    """Statistics down, solutions across; the best of each line in bold."""
+    contenders = section.contenders
+    table = Table("averages", "Averages", ["statistic", *section.names], [])
+    regimes = [(ALL, lambda c: c.overall)] + [(r, _in_regime(r)) for r in section.regimes]
+    regimes = [(regime, get) for regime, get in regimes if any(get(c).count for c in contenders)]
+
+    def line(name: str, get: Callable[[Contender], float | None], show: Callable, best: Callable | None = max) -> None:
+        values = [get(contender) for contender in contenders]
+        known = [value for value in values if value is not None]
+        if not known:
+            return
+        top = best(known) if best and len(contenders) > 1 else None
+        cells = [Cell(show(value), value, bold=top is not None and value == top) for value in values]
+        table.rows.append([Cell(name), *cells])
+
+    for kind in ("arithmetic", "geometric"):
+        for regime, get in regimes:
+            line(f"{kind} mean, {regime.label}", lambda c, get=get, kind=kind: getattr(get(c), kind), factor)
+    line("median", lambda c: c.overall.median, factor)
+    line("min", lambda c: c.overall.low, factor)
+    line("max", lambda c: c.overall.high, factor)
+    line("standard deviation", lambda c: c.overall.deviation, lambda v: DASH if v is None else f"{v:.2f}", None)
+    line("coefficient of variation", lambda c: c.overall.variation, percent, min)
+    line("wins", lambda c: c.wins, str)
+    if any(contender.ties for contender in contenders):
+        line("tied for best", lambda c: c.ties, str, None)
+    if any(row.duel for row in section.rows):
+        line("wins called FASTER", lambda c: c.clear_wins, str)
+    line("passed", lambda c: c.overall.count, lambda v: f"{v} of {len(section.rows)}", None)
+    line("share of the floor, median", lambda c: c.floor_share.median, percent)
+    line("share of the floor, worst", lambda c: c.floor_share.low, percent)
+    return table
+
+
+def ranking_table(section: Section) -> Table | None:
+    if len(section.contenders) < 2 or not section.shared:
+        return None
+    table = Table("ranking", "Ranking", ["rank", "solution", "geometric mean", "worst", "at T", "consistency", "wins"], [])
+    table.text_columns = 2
+    for contender in section.contenders:
+        if contender.rank is not None:
+            overall = contender.overall
+            table.rows.append(
+                [
+                    Cell(str(contender.rank), contender.rank),
+                    Cell(contender.name, contender.name),
+                    Cell(factor(contender.shared_geometric), contender.shared_geometric),
+                    Cell(factor(overall.low), overall.low),
+                    _whole(overall.low_at),
+                    Cell(percent(overall.variation), overall.variation),
+                    Cell(str(contender.wins), contender.wins),
+                ]
+            )
+    table.notes.append(
+        f"By the geometric mean over the {section.shared} workloads that all ranked solutions passed. Consistency is the "
+        "coefficient of variation of the speedups: lower is steadier."
+    )
+    return table
+
+
+def pair_table(section: Section) -> Table | None:
+    if not section.pairs:
+        return None
+    worded = any(pair.overall for pair in section.pairs)
+    columns = ["solution", "against", "geometric mean", "mean of ratios", "ratio of means", "range", "wins"]
+    table = Table("pairs", "Against each other", columns + ["verdict"] * worded, [], text_columns=2)
+    for pair in section.pairs:
+        table.rows.append(_pair_cells(pair, worded))
+    table.notes.append("Wins: won, lost, tied.")
+    if worded:
+        table.notes.append("The interval and the verdict are of the geometric mean, from paired samples.")
+    return table
+
+
+def stage_table(section: Section) -> Table | None:
+    """Stages of the largest and smallest workloads, for solutions that expose them."""
+    table = Table("stages", "Where the time goes", ["solution", "T", "stages, ms"], [])
+    for name in section.names:
+        staged = [row for row in section.rows if name in row.cells and row.cells[name].stages]
+        for row in _ends(staged):
+            stages = row.cells[name].stages
+            total = sum(stages.values())
+            text = ", ".join(f"{stage} {milliseconds(ms)} ({ms / total:.0%})" for stage, ms in stages.items())
+            table.rows.append([Cell(name, name), _whole(row.tokens), Cell(text)])
+    return table
+
+
+def error_table(section: Section) -> Table | None:
+    """Worst of each error measure over all workloads."""
+    measures = list(dict.fromkeys(measure for c in section.contenders for measure in c.errors))
+    if not measures:
+        return None
+    wanted = [m for m in _MEASURES if m in measures] + [m for m in measures if m not in _MEASURES][:4]
+    columns = ["solution", *(measure.replace("_", " ") for measure in wanted)]
+    table = Table("errors", "Errors, the worst over all workloads", columns, [])
+    for contender in section.contenders:
+        values = [contender.errors.get(measure) for measure in wanted]
+        cells = [Cell(DASH if value is None else f"{value:.4g}", value) for value in values]
+        table.rows.append([Cell(contender.name, contender.name), *cells])
+    return table
+
+
+_MEASURES = (
+    "max_absolute_error",
+    "max_relative_error",
+    "relative_l2",
+    "cosine",
+    "matched_ratio",
+    "matched_ratio_nonzero_rows",
+    "worst_row_relative_l2",
+)
+
+
+def failure_table(section: Section) -> Table | None:
+    table = Table("failures", "Failed and skipped", ["solution", "T", "workload", "verdict", "reason"], [])
+    table.text_columns = 5
+    for contender in section.contenders:
+        for failure in contender.failures:
+            name, what = Cell(contender.name, contender.name), Cell(failure.what, failure.what, bad=True)
+            place = [_whole(failure.tokens), Cell(short(failure.workload), hover=failure.workload)]
+            table.rows.append([name, *place, what, Cell(failure.message or DASH)])
+    for item in section.skipped:
+        name = str(item.get("solution") or "unnamed")
+        reason = Cell(str(item.get("reason") or "no reason given"))
+        table.rows.append([Cell(name, name), Cell("all"), Cell("all"), Cell("SKIPPED", bad=True), reason])
+    return table
+
+
+def contender_table(section: Section) -> Table | None:
+    if not any(contender.description or contender.digest for contender in section.contenders):
+        return None
+    table = Table("contenders", "Solutions", ["solution", "description", "digest"], [], text_columns=3)
+    for contender in section.contenders:
+        digest = Cell(contender.digest or DASH)
+        table.rows.append([Cell(contender.name, contender.name), Cell(contender.description or DASH), digest])
+    return table
+
+
+def cliff_sentences(section: Section) -> list[str]:
+    """One sentence for each step between sizes where any solution loses more than half of its speedup."""
+    steps: dict[tuple[int, int], list[Cliff]] = {}
+    for cliff in section.cliffs:
+        steps.setdefault((cliff.tokens, cliff.next_tokens), []).append(cliff)
+    return [_step_sentence(cliffs) for _, cliffs in sorted(steps.items())]
+
+
+def _step_sentence(cliffs: list[Cliff]) -> str:
+    first = cliffs[0]
+    falls = ", ".join(
+        f"{cliff.solution} from {factor(cliff.before)} to {factor(cliff.after)} ({cliff.kept:.0%} is left)" for cliff in cliffs
+    )
+    sentence = f"From T = {first.tokens:,} to T = {first.next_tokens:,} the speedup falls by more than half: {falls}."
+    spared = {name: kept for name, kept in first.others.items() if name not in {cliff.solution for cliff in cliffs}}
+    if spared:
+        kept = ", ".join(f"{name} keeps {share:.0%}" for name, share in spared.items())
+        sentence += f" {kept}."
+    elif first.others:
+        sentence += " Every solution loses more than half there, so part of it is the reference's own cost."
+    for cliff in cliffs:
+        if cliff.against:
+            sentence += f" {cliff.solution} falls by more than half against {', '.join(cliff.against)} too: a cliff of its own."
+    return sentence
+
+
+def scenario_sentence(scenario: Scenario, unit: str) -> str:
+    """The choice for one kind of traffic, its cost, its lead, and who was not considered."""
+    if scenario.choice is None:
+        return f"**{scenario.name}**: no choice ({scenario.why})."
+    cost = scenario.costs[scenario.choice]
+    shown = f"{milliseconds(cost)} ms a call" if unit == "ms" else f"mean 1/speedup {cost:.4f}"
+    left_out = "; ".join(f"{name} {why}" for name, why in scenario.excluded.items())
+    tail = f" Not considered: {left_out}." if left_out else ""
+    return f"**{scenario.name}**: `{scenario.choice}` ({shown}, {scenario.why}; {scenario.workloads} workloads).{tail}"
+
+
+def dispatcher_sentence(section: Section) -> str:
+    dispatcher = section.conclusion.dispatcher
+    if dispatcher is None:
+        return ""
+    bound = f"choosing anew for every workload would gain {dispatcher.bound - 1:.1%}"
+    if not dispatcher.below or not dispatcher.above or dispatcher.below == dispatcher.above:
+        return f"**dispatcher**: no cut between two solutions gains anything; {bound}."
+    if dispatcher.gain < 1 + MARGIN:
+        return f"**dispatcher**: not worth it: the best cut between two solutions gains {dispatcher.gain - 1:.1%}; {bound}."
+    return (
+        f"**dispatcher**: `{dispatcher.below}` up to T = {dispatcher.last_below:,} and `{dispatcher.above}` from T = "
+        f"{dispatcher.first_above:,} gains {dispatcher.gain - 1:.1%} over the best single solution; {bound}."
+    )
+
+
+def leader_sentence(section: Section) -> str:
+    """Who leads each regime, by geometric mean."""
+    labels = {regime.name: regime.label for regime in (ALL, *section.regimes)}
+    return "; ".join(f"{labels[name]}: {leader}" for name, leader in section.leaders.items())
+
+
+def word_of(row: Row) -> str:
+    """The verdict on the winner; where its own samples say slower, the two figures disagree and nothing is clear."""
+    if not row.duel:
+        return DASH
+    return "UNCLEAR" if row.duel.word == "SLOWER" else row.duel.word
+
+
+def hover_text(cell: Record) -> str:
+    """Everything known of one measurement, a line each."""
+    lines = [f"{cell.solution}, T = {cell.tokens}"]
+    if cell.failure:
+        lines.append(f"{cell.failure}: {cell.message}" if cell.message else cell.failure)
+    if cell.latency:
+        lines.append(f"latency {milliseconds(cell.latency)} ms")
+    if cell.speedup:
+        interval = f", 95 % interval {cell.interval[0]:.3f} to {cell.interval[1]:.3f}" if cell.interval else ""
+        lines.append(f"speedup {cell.speedup:.3f}x{interval}")
+    if cell.floor_fraction:
+        lines.append(f"{cell.floor_fraction:.1%} of the {cell.floor_kind or ''} floor ({milliseconds(cell.floor)} ms)")
+    if cell.host_us:
+        lines.append(f"host {cell.host_us:.1f} us a call")
+    if cell.graph:
+        lines.append(f"CUDA graph {milliseconds(cell.graph)} ms")
+    if cell.drifted and cell.drift is not None:
+        lines.append(f"drifted {cell.drift:+.1%}")
+    if cell.blocks:
+        flat = sorted(sample for block in cell.blocks for sample in block)
+        low, high = milliseconds(flat[0]), milliseconds(flat[-1])
+        lines.append(f"{len(flat)} samples in {len(cell.blocks)} blocks, {low} to {high} ms")
+    return "\n".join(lines)
+
+
+def _speedup_cell(row: Row, name: str) -> Cell:
+    cell = row.cells.get(name)
+    if cell is None:
+        return Cell(DASH, None, hover="not evaluated")
+    if not cell.passed:
+        return Cell(cell.failure or cell.status, None, hover=hover_text(cell), bad=True)
+    return Cell(factor(cell.speedup), cell.speedup, bold=name in row.winners, hover=hover_text(cell))
+
+
+def _latency_cell(row: Row, name: str) -> Cell:
+    cell = row.cells.get(name)
+    if cell is None or not cell.passed or cell.latency is None:
+        return Cell(DASH, None)
+    share = f" ({cell.floor_fraction:.0%})" if cell.floor_fraction else ""
+    return Cell(milliseconds(cell.latency) + share, cell.latency, bold=name in row.winners, hover=hover_text(cell))
+
+
+def _margin_cell(row: Row) -> Cell:
+    if row.margin is None:
+        return Cell(DASH, None)
+    return Cell("tie" if row.margin == 0 else f"{row.margin:+.1%}", row.margin, hover=f"over {row.runner_up}")
+
+
+def _word_cell(row: Row) -> Cell:
+    if not row.duel:
+        return Cell(DASH, None)
+    word = word_of(row)
+    interval = f"{row.duel.low:.3f} to {row.duel.high:.3f}" if row.duel.low is not None else "no interval: one block"
+    return Cell(word, word, hover=f"{row.winners[0]} over {row.runner_up}: {row.duel.ratio:.3f} ({interval})")
+
+
+def _pair_cells(pair: Pair, worded: bool) -> list[Cell]:
+    span = f"{pair.low:.2f}–{pair.high:.2f}"
+    where = f"lowest at T = {pair.low_at}, highest at T = {pair.high_at}"
+    cells = [
+        Cell(pair.first, pair.first),
+        Cell(pair.second, pair.second),
+        Cell(factor(pair.geometric), pair.geometric),
+        Cell(factor(pair.arithmetic), pair.arithmetic),
+        Cell(factor(pair.of_averages), pair.of_averages),
+        Cell(span, pair.low, hover=where),
+        Cell(f"{pair.wins}, {pair.losses}, {pair.ties}", pair.wins),
+    ]
+    if worded:
+        overall = pair.overall
+        interval = f" ({overall.low:.3f}–{overall.high:.3f})" if overall and overall.low is not None else ""
+        words = ", ".join(f"{number} {word}" for word, number in pair.words.items())
+        cells.append(Cell(f"{overall.word}{interval}" if overall else DASH, overall and overall.word, hover=words))
+    return cells
+
+
+def _in_regime(regime: Regime) -> Callable[[Contender], Spread]:
+    return lambda contender: contender.regimes[regime.name]
+
+
+def _ends(rows: list[Row]) -> list[Row]:
+    return rows if len(rows) < 3 else [rows[0], rows[-1]]
+
+
+def _whole(value: int | None) -> Cell:
+    return Cell(DASH if value is None else str(value), value)
+
+
+def plain(value: Any) -> str:
+    """Settings and versions as words."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {plain(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(plain(item) for item in value)
+    return "none" if value is None else str(value)
