@@ -76,24 +76,36 @@ def best(folders: Sequence[Path], max_relative_l2: float | None = None) -> list[
     return [(record.definition, record.workload, record) for record in ordered]
 
 
-def show(folders: Sequence[Path], workload: str | None = None, solution: str | None = None) -> RenderableType:
-    """Traces in full: those of a workload (a uuid's beginning, or T) and of a solution."""
-    loaded = load(folders)
+def show(path: Path, workload: str | None = None, solution: str | None = None) -> RenderableType:
+    """Traces of a folder, a file or FILE:LINE in full: those of a workload (a uuid's beginning, or T) and a solution."""
+    name, _, line = str(path).rpartition(":")
+    numbered = not path.exists() and name and line.isdigit()
+    loaded = load([Path(name) if numbered else path])
     chosen = [record for record in loaded.records if _matches(record, workload, solution)]
+    if numbered:
+        chosen = [record for record in chosen if record.source == f"{Path(name).name}:{line}"]
     if not chosen:
         has = _listed({record.solution for record in loaded.records})
-        raise ReportError(f"no trace of workload {workload or 'any'} and solution {solution or 'any'}; solutions: {has}")
+        raise ReportError(f"{path}: no trace of workload {workload or 'any'}, solution {solution or 'any'}; solutions: {has}")
     return Group(*(part for record in chosen[:20] for part in (terminal.show(record), Text())), _cut(len(chosen), 20))
 
 
-def watch(folders: Sequence[Path], console: Console | None = None, seconds: float = 2.0, rounds: int | None = None) -> None:
+def watch(
+    folders: Sequence[Path],
+    console: Console | None = None,
+    seconds: float = 2.0,
+    rounds: int | None = None,
+    baseline: str | None = None,
+    regimes: str | None = None,
+    mix: str | None = None,
+) -> None:
     """Redraw the terminal table while traces are being written, until interrupted."""
     console = console or Console()
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         done = 0
         while rounds is None or done < rounds:
             try:
-                live.update(terminal_table(folders), refresh=True)
+                live.update(terminal_table(folders, baseline, regimes, mix), refresh=True)
             except ReportError as error:
                 live.update(Text(f"waiting: {error}"), refresh=True)
             done += 1

@@ -13,6 +13,7 @@ from blockmoe.report.load import Record
 from blockmoe.report.model import Contender, Report, Row, Section
 from blockmoe.report.tables import (
     DASH,
+    Table,
     cliff_sentences,
     dispatcher_sentence,
     factor,
@@ -55,7 +56,7 @@ def _section(section: Section) -> Iterator[RenderableType]:
 
 
 def _summary(section: Section, letters: dict[str, str]) -> RichTable:
-    table = _table(section.names)
+    table = _table()
     table.add_column("", style="bold")
     table.add_column("solution", overflow="fold", ratio=1)
     for title in ("passed", "geo mean", "min", "max", "wins"):
@@ -79,7 +80,7 @@ def _workloads(section: Section, letters: dict[str, str]) -> RichTable:
     """Latency and speedup of up to three solutions side by side, speedups alone for more."""
     timed = section.has_times and len(section.names) <= 3
     worded = any(row.duel for row in section.rows)
-    table = _table(section.names)
+    table = _table()
     table.add_column("T", justify="right", no_wrap=True)
     if any(row.active_experts is not None for row in section.rows):
         table.add_column("experts", justify="right", no_wrap=True)
@@ -153,7 +154,19 @@ def show(record: Record) -> RenderableType:
     return table
 
 
-def _table(names: list[str]) -> RichTable:
+def plain_table(table: Table) -> Group:
+    """Any of the report's tables, with its title and notes."""
+    drawn = _table()
+    for place, column in enumerate(table.columns):
+        words = place < table.text_columns
+        drawn.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+    for row in table.rows:
+        drawn.add_row(*(Text(cell.text, style="bold" if cell.bold else "") for cell in row))
+    notes = [Text(note) for note in table.notes]
+    return Group(Text(table.title, style="bold"), *([drawn] if table.rows else [Text("nothing")]), *notes, Text())
+
+
+def _table() -> RichTable:
     return RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
 
 

@@ -1,0 +1,156 @@
+"""The command line over results: report, compare, best, show, import-csv. Needs neither a GPU nor torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from blockmoe.geometry import HEADLINE
+from blockmoe.report import api, terminal
+from blockmoe.report import compare as comparing
+from blockmoe.report import import_csv as importing
+from blockmoe.report.load import ReportError
+from blockmoe.report.tables import factor, milliseconds, short
+
+Folders = Annotated[
+    list[Path],
+    typer.Argument(help="Result folders, trees in the FlashInfer-Trace layout, or trace files (.jsonl).", show_default=False),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to an application."""
+    app.command("report")(_one_line_errors(report))
+    app.command("compare")(_one_line_errors(compare))
+    app.command("best")(_one_line_errors(best))
+    app.command("show")(_one_line_errors(show))
+    app.command("import-csv")(_one_line_errors(import_csv))
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @wraps(command)
+    def guarded(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except ReportError as error:
+            print(f"blockmoe: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+    return guarded
+
+
+def report(
+    folders: Folders,
+    formats: Annotated[
+        str, typer.Option("--format", help="Comma-separated: md, html, csv, json, svg, png (the last two are pictures).")
+    ] = "md,html",
+    output: Annotated[Path | None, typer.Option(help="Folder to write into.", show_default="the first result folder")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Solution that the others are compared with in the pairwise table.")
+    ] = None,
+    against: Annotated[
+        Path | None, typer.Option(help="An earlier result folder: the report says what moved beyond its noise since.")
+    ] = None,
+    regimes: Annotated[
+        str | None,
+        typer.Option(help="Ranges of T to average over: sizes, published, or NAME:LOW-HIGH,… (decode:1-99,prefill:901-)."),
+    ] = None,
+    mix: Annotated[
+        str | None,
+        typer.Option(help="Traffic to decide for, as shares of calls: decode=0.9,prefill=0.1, or ranges: 1-80=0.9,901-=0.1."),
+    ] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Redraw the table while a run writes; Ctrl-C ends.")] = False,
+) -> None:
+    """Write reports from traces: tables, averages, who wins where, and which solution to deploy.
+
+    Reads traces of blockmoe and of flashinfer-bench. The reference is the scale, never a competitor.
+    """
+    if watch:
+        api.watch(folders, baseline=baseline, regimes=regimes, mix=mix)
+        return
+    wanted = [name.strip() for name in formats.split(",") if name.strip()]
+    for path in api.write(folders, output, wanted, baseline, against, regimes, mix):
+        print(path)
+
+
+def compare(
+    first: Annotated[Path, typer.Argument(help="The earlier result folder or trace file.", show_default=False)],
+    second: Annotated[Path, typer.Argument(help="The later one.", show_default=False)],
+    fail_slower: Annotated[
+        str | None,
+        typer.Option(help="Exit with 1 if any solution is slower by more than this beyond its noise (3% or 0.03), or fails now."),
+    ] = None,
+    by: Annotated[
+        Literal["latency", "speedup"] | None,
+        typer.Option(help="What to compare. Speedups cancel what moved the reference too.", show_default="latency where known"),
+    ] = None,
+) -> None:
+    """Compare two runs: ratios with intervals, verdicts, rank agreement, and what changed in the environment.
+
+    Above 1 the second run is faster. For CI: blockmoe compare BASE NEW --fail-slower 3%
+    """
+    threshold = comparing.parse_threshold(fail_slower) if fail_slower is not None else None
+    comparison = comparing.compare(first, second, threshold, by)
+    console = _console()
+    for table in comparing.tables(comparison):
+        console.print(terminal.plain_table(table))
+    for failure in comparison.failures:
+        console.print(Text(f"over the threshold: {failure}", style="red"))
+    if comparison.failed:
+        raise typer.Exit(1)
+
+
+def best(
+    folders: Folders,
+    max_relative_l2: Annotated[
+        float | None, typer.Option(help="Only solutions whose relative L2 error is at most this.", min=0)
+    ] = None,
+) -> None:
+    """Name the fastest solution that passed, for every workload."""
+    table = terminal.RichTable(box=terminal.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    for column, justify in (("workload", "left"), ("T", "right"), ("solution", "left"), ("ms", "right"), ("speedup", "right")):
+        table.add_column(column, justify=justify, overflow="fold")
+    console, heading = _console(), None
+    for definition, workload, record in api.best(folders, max_relative_l2):
+        if heading != (definition, record.hardware):
+            heading = (definition, record.hardware)
+            table.add_section()
+            table.add_row(Text(f"{definition} on {record.hardware}", style="bold"))
+        latency = milliseconds(record.latency)
+        table.add_row(short(workload), str(record.tokens), record.solution, latency, factor(record.speedup))
+    console.print(table if table.row_count else "no solution passed any workload")
+
+
+def show(
+    path: Annotated[Path, typer.Argument(help="A result folder, a trace file, or FILE:LINE.", show_default=False)],
+    workload: Annotated[str | None, typer.Option(help="A uuid's beginning, or T.")] = None,
+    solution: Annotated[str | None, typer.Option(help="A solution's name.")] = None,
+) -> None:
+    """Show traces in full: status, times, errors, every sample."""
+    _console().print(api.show(path, workload, solution))
+
+
+def import_csv(
+    csv: Annotated[Path, typer.Argument(help="Columns: seq_len, one a solution; optionally uuid, local_expert_offset.")],
+    output: Annotated[Path, typer.Argument(help="Result folder to write.")],
+    definition: Annotated[str, typer.Option(help="The definition that was measured.")] = HEADLINE.definition_name,
+    hardware: Annotated[str, typer.Option(help="The GPU that it was measured on.")] = "unknown hardware",
+) -> None:
+    """Turn a published table of speedups into a result folder that `report` and `compare` read.
+
+    Its latencies are unknown and stay so: reports of it show speedups only.
+    """
+    print(importing.import_csv(csv, output, definition=definition, hardware=hardware))
+
+
+def _console() -> Console:
+    return Console(highlight=False)
