@@ -1,41 +1,12 @@
-"""Guards: what a solution must not do, each with a verdict of its own name.
-
-A verdict stands in the trace's `evaluation.extra`; the status beside it is one of the format's. Docs: `docs/guards.md`.
-"""
+"""Guards inside the worker: what a solution must not do, each with a verdict of its own name (`verdicts.py`)."""
 
 from __future__ import annotations
 
 import time
-from enum import Enum
 
 import torch
 
-from blockmoe.bench.schema import Status
-
-
-class Verdict(str, Enum):
-    """Named verdicts; the value of each is what a trace says."""
-
-    NOT_A_PLAIN_TENSOR = "NOT_A_PLAIN_TENSOR"  # a subclass, another layout or device, strided, or no tensor at all
-    OUTPUT_ALIASES_INPUT = "OUTPUT_ALIASES_INPUT"
-    OUTPUT_ALIASES_EARLIER_OUTPUT = "OUTPUT_ALIASES_EARLIER_OUTPUT"
-    UNWRITTEN_OUTPUT = "UNWRITTEN_OUTPUT"  # poison is still there
-    OUTPUT_CACHED = "OUTPUT_CACHED"  # an earlier call's output for other inputs
-    TIMED_OUTPUT_WRONG = "TIMED_OUTPUT_WRONG"  # passed while checked, wrong while timed
-    INPUT_MUTATED = "INPUT_MUTATED"
-    WORK_LEFT_BEHIND = "WORK_LEFT_BEHIND"  # on another stream or thread when the call returned
-    TIMER_TAMPERED = "TIMER_TAMPERED"
-    INPUTS_DIFFER = "INPUTS_DIFFER"  # between processes: a defect of the bench or the machine, not of the solution
-    REFERENCE_FAILED = "REFERENCE_FAILED"
-    IMPOSSIBLE = "IMPOSSIBLE"  # faster than the floor
-
-
-_NUMERICAL = {Verdict.UNWRITTEN_OUTPUT, Verdict.OUTPUT_CACHED, Verdict.TIMED_OUTPUT_WRONG}
-
-
-def status_of(verdict: Verdict) -> Status:
-    """The format's status that a verdict goes with."""
-    return Status.INCORRECT_NUMERICAL if verdict in _NUMERICAL else Status.RUNTIME_ERROR
+from blockmoe.bench.verdicts import Verdict
 
 
 class Tripped(Exception):

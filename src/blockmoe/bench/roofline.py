@@ -18,8 +18,6 @@ from blockmoe.geometry import BLOCK, MoEGeometry
 if TYPE_CHECKING:
     from blockmoe.bench.session import Session
 
-# A measured floor has noise and the plain read is not the best possible one: only a time this far below it is impossible.
-IMPOSSIBLE_BELOW = 0.95
 _rates: dict[str, float] = {}  # FLOP/s by device: once a session
 _buffers: dict[str, torch.Tensor] = {}
 

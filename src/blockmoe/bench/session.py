@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 
 from blockmoe.bench import guards
 from blockmoe.bench.correctness import Judgement, Tolerance, judge, worse
-from blockmoe.bench.guards import TimerWatch, Tripped, Verdict
+from blockmoe.bench.guards import TimerWatch, Tripped
 from blockmoe.bench.inputs import Inputs, digest_tensors
 from blockmoe.bench.schema import Definition, Solution, Workload
 from blockmoe.bench.timing import DeviceTimer, make_timer
+from blockmoe.bench.verdicts import Verdict
 
 SETTLE_SECONDS = 0.2  # how long a CPU output is watched for late writes while it is checked
 

@@ -1,0 +1,330 @@
+"""The command line over the bench: run, list, doctor, pack."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from blockmoe.bench import dataset as trees
+from blockmoe.bench.dataset import Dataset, DatasetError
+from blockmoe.bench.doctor import checks, local_hardware
+from blockmoe.bench.pack import add_folders, write_packed
+from blockmoe.bench.progress import TerminalObserver
+from blockmoe.bench.runner import Outcome, Plan, Run, prepare_output
+from blockmoe.bench.schema import Solution
+from blockmoe.bench.settings import Settings, default_device, preset, torch_build
+from blockmoe.geometry import HEADLINE
+
+RUNS = Path("runs")
+# A first look on a CPU: one row, one expert's few rows, every expert active. The reference takes seconds a call.
+QUICK_CPU_WORKLOADS = ["1", "16", "80"]
+
+Local = Annotated[
+    list[Path] | None, typer.Option(help="FlashInfer-Trace trees to read (one or more).", show_default="the bundled dataset")
+]
+
+
+class UsageError(ValueError):
+    """What was asked for makes no sense; one line for the user."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands of this module to an application."""
+    app.command("run")(_one_line_errors(run))
+    app.command("list")(_one_line_errors(list_))
+    app.command("doctor")(_one_line_errors(doctor))
+    app.command("pack")(_one_line_errors(pack))
+
+
+def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @wraps(command)
+    def guarded(*args: object, **kwargs: object) -> None:
+        try:
+            command(*args, **kwargs)
+        except (UsageError, DatasetError) as error:
+            print(f"blockmoe: {error}", file=sys.stderr)
+            raise typer.Exit(2) from None
+        except RuntimeError as error:
+            print(f"blockmoe: {error}", file=sys.stderr)
+            raise typer.Exit(1) from None
+
+    return guarded
+
+
+# --- run ------------------------------------------------------------------------------------------------------------
+
+
+def run(
+    local: Local = None,
+    definitions: Annotated[
+        list[str] | None, typer.Option(help="Definitions to run; names or patterns.", show_default="the headline; all with --local")
+    ] = None,
+    solutions: Annotated[
+        list[str] | None, typer.Option(help="Solutions to run; names or patterns.", show_default="all that this machine can run")
+    ] = None,
+    workloads: Annotated[
+        list[str] | None, typer.Option(help="Workloads: uuid prefixes, sizes (80) or ranges (1-80, 901-).", show_default="all")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda where there is one")] = None,
+    preset_name: Annotated[
+        Literal["quick", "full"] | None,
+        typer.Option("--preset", help="full: the published settings. quick: a first look.", show_default="full; quick on a CPU"),
+    ] = None,
+    inputs: Annotated[
+        Literal["trace", "realistic"] | None,
+        typer.Option(help="trace: the format's random inputs. realistic: as quantising real weights gives.", show_default="trace"),
+    ] = None,
+    rtol: Annotated[float | None, typer.Option(help="Relative tolerance.", show_default="0.2")] = None,
+    atol: Annotated[float | None, typer.Option(help="Absolute tolerance.", show_default="0.1")] = None,
+    required_matched_ratio: Annotated[
+        float | None, typer.Option(help="Share of elements that must be within tolerance.", show_default="0.85")
+    ] = None,
+    warmup_runs: Annotated[int | None, typer.Option(help="Untimed calls first.", show_default="5; quick 2, on a CPU 0")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Timed calls a trial.", show_default="20; quick 10, on a CPU 2")] = None,
+    num_trials: Annotated[int | None, typer.Option(help="Trials.", show_default="3; quick 1")] = None,
+    timeout: Annotated[float | None, typer.Option(help="Seconds a solution may take for one workload.", show_default="300")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random inputs and of the order of measurement.", show_default="0")] = None,
+    cuda_graph: Annotated[bool, typer.Option(help="Also time CUDA-graph replays of solutions that can be captured.")] = True,
+    cupti: Annotated[bool, typer.Option(help="Time by CUPTI where cupti-python is installed; events otherwise.")] = True,
+    output: Annotated[Path | None, typer.Option(help="Result folder.", show_default="runs/DATE-TIME")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Keep evaluations that OUTPUT (or the newest run) has already.")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="With --resume: run failed evaluations again.")] = False,
+    save_results: Annotated[bool, typer.Option(help="Write traces and reports.")] = True,
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], typer.Option(help="How much to say.")] = "INFO",
+) -> None:
+    """Check and time solutions against the definition's reference; write traces and a report.
+
+    Every contender lives in a process of its own and is measured in blocks interleaved with the others'. A first run, on
+    any machine: blockmoe run. The published comparison's settings are the defaults.
+
+    Exit codes: 0 all that was asked for ran and passed, 1 something did not, 2 bad usage, 130 interrupted.
+    """
+    if torch_build() is None:
+        raise RuntimeError("run needs torch, which is not installed: pip install 'blockmoe[torch]'")
+    changes = {
+        "inputs": inputs, "rtol": rtol, "atol": atol, "required_matched_ratio": required_matched_ratio, "warmup_runs": warmup_runs,
+        "iterations": iterations, "num_trials": num_trials, "timeout": timeout, "seed": seed, "cuda_graph": cuda_graph, "cupti": cupti,
+    }  # fmt: skip
+    try:
+        settings = _settings(device, preset_name, {name: value for name, value in changes.items() if value is not None})
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    quick_cpu = settings.device == "cpu" and preset_name != "full" and not workloads and not local and not definitions
+    plan = make_plan(local, definitions, solutions, QUICK_CPU_WORKLOADS if quick_cpu else workloads, settings)
+    plan.resume, plan.retry_failed, plan.command = resume, retry_failed, shlex.join(["blockmoe", *sys.argv[1:]])
+    with tempfile.TemporaryDirectory(prefix="blockmoe-unsaved-") as unsaved:
+        plan.output = _output(output, resume) if save_results else Path(unsaved)
+        outcome = _execute(plan, log_level)
+        _summary(plan, outcome, save_results)
+    if outcome.interrupted:
+        raise typer.Exit(130)
+    if not outcome.complete(plan.named):
+        raise typer.Exit(1)
+
+
+def _settings(device: str | None, preset_name: str | None, changes: dict) -> Settings:
+    device = device or default_device()
+    base = Settings(device=device)
+    if base.on_cuda and not torch_build():
+        raise UsageError(f"--device {device}: this Python's torch is built without CUDA; --device cpu works")
+    return replace(preset(preset_name or ("full" if base.on_cuda else "quick"), device), **changes)
+
+
+def make_plan(
+    local: list[Path] | None, definitions: list[str] | None, solutions: list[str] | None, workloads: list[str] | None, settings: Settings
+) -> Plan:
+    """What to run. Raises DatasetError or UsageError for what is unknown, malformed or empty, before anything starts."""
+    dataset = load_dataset(local)
+    wanted = definitions or (["*"] if local else [HEADLINE.definition_name])
+    names = trees.select_names("definition", wanted, dataset.definitions)
+    if settings.inputs == "realistic":
+        for name in names:
+            if "hidden_states_scale" not in dataset.definitions[name].inputs:
+                raise UsageError(f"--inputs realistic: made for FP8 block-scale MoE definitions, not for {name}")
+    chosen = {name: _chosen_solutions(dataset, name, names, solutions) for name in names}
+    plan = Plan(dataset, {}, {}, settings, None, named=bool(solutions))
+    faults = []
+    for name in names:
+        known = dataset.workloads.get(name, [])
+        try:
+            selected = trees.select_workloads(known, workloads) if workloads else known
+        except DatasetError as error:
+            faults.append(error)
+            continue
+        if selected and chosen[name]:
+            plan.workloads[name], plan.solutions[name] = selected, chosen[name]
+    if not plan.workloads:
+        raise faults[0] if faults else UsageError(_nothing_to_run(dataset, names))
+    return plan
+
+
+def load_dataset(local: list[Path] | None) -> Dataset:
+    """The trees asked for, or the bundled one with the bundled solutions."""
+    if local:
+        return Dataset.load(local)
+    dataset = Dataset.load([trees.bundled_root()])
+    add_folders(dataset, trees.bundled_solutions())
+    return dataset
+
+
+def _chosen_solutions(dataset: Dataset, name: str, names: list[str], wanted: list[str] | None) -> list[Solution]:
+    known = {solution.name: solution for solution in dataset.solutions_of(name)}
+    if not wanted:
+        return list(known.values())
+    everywhere = [solution.name for other in names for solution in dataset.solutions_of(other)]
+    trees.select_names("solution", wanted, everywhere)
+    return [known[name] for name in trees.select_names("solution", [w for w in wanted if _any_match(w, known)], known)]
+
+
+def _any_match(pattern: str, names: dict[str, Solution]) -> bool:
+    return any(trees.fnmatchcase(name, pattern) for name in names)
+
+
+def _nothing_to_run(dataset: Dataset, names: list[str]) -> str:
+    name = names[0] if names else "none"
+    if not names:
+        return "nothing to run: the tree has no definitions"
+    missing = "workloads" if not dataset.workloads.get(name) else "solutions"
+    return f"nothing to run: definition {name} has no {missing}"
+
+
+def _output(output: Path | None, resume: bool) -> Path:
+    if output is None:
+        earlier = sorted(path for path in RUNS.glob("*") if (path / "run.json").exists()) if resume else []
+        if resume and not earlier:
+            raise UsageError("--resume: expected an earlier run in runs/, found none; name its folder with --output")
+        output = earlier[-1] if earlier else RUNS / f"{datetime.now():%Y%m%d-%H%M%S}"
+    try:
+        prepare_output(output)
+    except OSError as error:
+        raise UsageError(f"--output {output}: not writable ({error.strerror})") from None
+    return output
+
+
+def _execute(plan: Plan, log_level: str) -> Outcome:
+    """Run with SIGTERM taken as Ctrl-C, so that a batch system's end also leaves a report."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        with TerminalObserver(log_level) as observer:
+            return Run(plan, observer).execute()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> None:
+    from blockmoe import report
+
+    console = Console(highlight=False)
+    if outcome.error:
+        print(f"blockmoe: {outcome.error}; finished evaluations are kept", file=sys.stderr)
+    if any(plan.output.glob("traces/**/*.jsonl")):
+        try:
+            console.print(report.terminal_table([plan.output]))
+            written = report.write([plan.output], formats=["md"]) if save_results else []
+        except (report.ReportError, OSError) as error:
+            print(f"blockmoe: no report: {error}", file=sys.stderr)
+            written = []
+        for path in written:
+            console.print(Text(str(path)), soft_wrap=True)
+    for skipped in outcome.skipped:
+        console.print(Text(f"SKIPPED {skipped['solution']}: {skipped['reason']}"), soft_wrap=True)
+    if outcome.interrupted:
+        again = f"blockmoe run --resume --output {plan.output}" if save_results else "nothing was saved"
+        print(f"blockmoe: interrupted; {len(outcome.traces)} traces are kept. To go on: {again}", file=sys.stderr)
+
+
+# --- list, doctor, pack ---------------------------------------------------------------------------------------------
+
+
+def list_(
+    what: Annotated[
+        Literal["definitions", "workloads", "solutions", "all"], typer.Argument(help="What to list.")
+    ] = "all",
+    local: Local = None,
+    definitions: Annotated[
+        list[str] | None, typer.Option(help="Of these definitions only; names or patterns.", show_default="the headline for workloads")
+    ] = None,
+) -> None:
+    """List definitions, workloads and solutions, and what this machine can run."""
+    dataset = load_dataset(local)
+    console = Console(highlight=False)
+    names = trees.select_names("definition", definitions or ["*"], dataset.definitions)
+    if what in ("definitions", "all"):
+        table = _table("definition", "type", "workloads", "solutions")
+        for name in names:
+            counts = len(dataset.workloads.get(name, [])), len(dataset.solutions_of(name))
+            table.add_row(name, dataset.definitions[name].op_type, *map(str, counts))
+        console.print(table)
+    if what in ("workloads", "all"):
+        shown = names if definitions or local else [name for name in names if name == HEADLINE.definition_name]
+        table = _table("workload", "axes", "scalars", "pairs", "active experts")
+        for workload in (workload for name in shown for workload in dataset.workloads.get(name, [])):
+            scalars = [f"{name}={spec.value:g}" for name, spec in workload.inputs.items() if spec.type == "scalar"]
+            recipe = (workload.model_extra or {}).get("recipe", {})
+            axes = " ".join(f"{name}={value}" for name, value in workload.axes.items())
+            counted = str(recipe.get("pairs", "")), str(recipe.get("active_experts", ""))
+            table.add_row(workload.uuid[:8], axes, " ".join(scalars), *counted)
+        console.print(table)
+    if what in ("solutions", "all"):
+        hardware = local_hardware()
+        table = _table("solution", "language", "here", "definitions")
+        for name in dict.fromkeys(name for (definition, name) in dataset.solutions if definition in names):
+            packed = [solution for (definition, other), solution in dataset.solutions.items() if other == name and definition in names]
+            table.add_row(name, packed[0].spec.language, hardware.lacks(packed[0]) or "runs", str(len(packed)))
+        console.print(table)
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def doctor() -> None:
+    """Say what this machine has, what is missing, and how to get it. Exit code 1 where `run` can't work."""
+    console = Console(highlight=False)
+    table = _table("", "what", "found", "what to do")
+    found = checks()
+    for check in found:
+        mark = {"ok": Text("ok", "green"), "missing": Text("--", "yellow"), "broken": Text("!!", "red")}[check.state]
+        table.add_row(mark, check.what, check.found, check.remedy)
+    console.print(table)
+    if any(check.state == "broken" for check in found):
+        raise typer.Exit(1)
+
+
+def pack(
+    solutions: Annotated[list[str] | None, typer.Argument(help="Solutions; names or patterns.", show_default="all")] = None,
+    definitions: Annotated[list[str] | None, typer.Option(help="Definitions to pack for.", show_default="the headline")] = None,
+    output: Annotated[Path, typer.Option(help="FlashInfer-Trace tree to write into.")] = Path("dataset"),
+) -> None:
+    """Pack solution folders into FlashInfer-Trace JSON, which flashinfer-bench reads.
+
+    For other definitions than the headline, the sizes are appended to a solution's name: the format wants names only once.
+    """
+    dataset = load_dataset(None)
+    names = trees.select_names("definition", definitions or [HEADLINE.definition_name], dataset.definitions)
+    for name in names:
+        for solution in _chosen_solutions(dataset, name, names, solutions):
+            try:
+                print(write_packed(solution, dataset.definitions[name].op_type, output))
+            except OSError as error:
+                raise UsageError(f"--output {output}: not writable ({error.strerror})") from None

@@ -1,0 +1,234 @@
+"""A run: which evaluations there are, each workload's group in turn, and nothing finished ever lost.
+
+The parent process imports no torch and touches no CUDA. Traces are appended and synced one by one as soon as a workload's
+group is done, so that Ctrl-C, a crash or a full disk costs the workload under way and no more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Protocol
+
+from blockmoe.bench.contender import REFERENCE, Contender, Failed, reference_solution
+from blockmoe.bench.dataset import Dataset, append_trace, read_traces
+from blockmoe.bench.environment import Hardware, commit, host_memory
+from blockmoe.bench.group import Group, Residency
+from blockmoe.bench.record import resume_key, traces_of
+from blockmoe.bench.schema import Definition, Solution, Status, Trace, Workload
+from blockmoe.bench.settings import Settings
+
+HEADROOM_BYTES = 1 << 30  # left free beside the contenders' estimates
+
+
+class Observer(Protocol):
+    """Who watches a run (the terminal, a test)."""
+
+    def begin(self, evaluations: int) -> None: ...
+    def workload(self, definition: str, workload: Workload, number: int, total: int) -> None: ...
+    def stage(self, text: str) -> None: ...
+    def note(self, text: str) -> None: ...
+    def finished(self, trace: Trace) -> None: ...
+
+
+@dataclass
+class Plan:
+    """What was asked for: solutions and workloads by definition. `named` solutions must run: skipping one is a failure."""
+
+    dataset: Dataset
+    workloads: dict[str, list[Workload]]
+    solutions: dict[str, list[Solution]]
+    settings: Settings
+    output: Path | None  # None: keep nothing
+    resume: bool = False
+    retry_failed: bool = False
+    named: bool = False
+    command: str = ""
+
+
+@dataclass
+class Outcome:
+    """What came of it."""
+
+    traces: list[Trace] = field(default_factory=list)
+    resumed: int = 0
+    skipped: list[dict[str, str]] = field(default_factory=list)
+    interrupted: bool = False
+    error: str = ""
+
+    def complete(self, named: bool) -> bool:
+        """Whether all that was asked for ran and passed."""
+        passed = all(trace.evaluation.status is Status.PASSED for trace in self.traces)
+        return passed and not self.interrupted and not self.error and not (named and self.skipped)
+
+
+class Run:
+    """One run of a plan. `outcome` and the result folder grow as it goes."""
+
+    def __init__(self, plan: Plan, observer: Observer) -> None:
+        self.plan, self.observer, self.settings = plan, observer, plan.settings
+        self.outcome = Outcome()
+        self.identifier = f"{datetime.now(timezone.utc):%Y%m%dT%H%M%SZ}-{secrets.token_hex(3)}"
+        self._commit = commit()
+        self._started = _now()
+        self._hardware: Hardware | None = None
+        self._environment: dict[str, Any] = {}
+        self._kept: dict[str, Trace] = {}
+        self._contenders: list[dict[str, str]] = []
+
+    def execute(self) -> Outcome:
+        """Run everything; KeyboardInterrupt ends it early with `outcome.interrupted`, a full disk with `outcome.error`."""
+        if self.plan.resume and self.plan.output:
+            self._read_earlier()
+        self.observer.begin(sum(len(self.plan.workloads[name]) * len(self.plan.solutions[name]) for name in self.plan.workloads))
+        scratch = Path(tempfile.mkdtemp(prefix="blockmoe-run-", dir=_scratch_root()))
+        try:
+            for name in self.plan.workloads:
+                self._definition(self.plan.dataset.definitions[name], scratch)
+        except KeyboardInterrupt:
+            self.outcome.interrupted = True
+        except OSError as error:
+            self.outcome.error = f"{error.filename or 'output'}: {error.strerror or error}"
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+            self._write_manifest(finished=_now())
+        return self.outcome
+
+    def _definition(self, definition: Definition, scratch: Path) -> None:
+        root = str(self.plan.dataset.roots[definition.name])
+        reference = Contender(definition, reference_solution(definition), root, self.settings)
+        contenders = [Contender(definition, solution, root, self.settings) for solution in self.plan.solutions[definition.name]]
+        try:
+            self._learn_hardware(reference)
+            contenders = self._able(contenders)
+            self._write_manifest()
+            residency = Residency(self._capacity(reference))
+            workloads = self.plan.workloads[definition.name] if contenders else []
+            for number, workload in enumerate(workloads, start=1):
+                left = [contender for contender in contenders if not self._done_before(contender, workload)]
+                if not left:
+                    continue
+                self.observer.workload(definition.name, workload, number, len(workloads))
+                group = Group(workload, reference, left, self.settings, residency, scratch, self.observer.stage)
+                self._note_rounds(residency, group)
+                group.run()
+                self._save(definition, group)
+        finally:
+            for contender in (reference, *contenders):
+                contender.close()
+
+    # what can run here
+
+    def _learn_hardware(self, reference: Contender) -> None:
+        """From the reference's worker: the parent can't ask CUDA itself. Raises RuntimeError where no worker stands."""
+        try:
+            reference.start()
+            reference.finish_start()
+        except Failed as failure:
+            raise RuntimeError(f"a worker on {self.settings.device} did not start: {failure.message}") from None
+        seen = reference.environment
+        self._hardware = Hardware(seen["kind"], seen["name"], seen["sm"])
+        self._environment = {"hardware": seen["name"], "libs": seen["libs"], "commit": self._commit} | seen["extra"]
+
+    def _able(self, contenders: list[Contender]) -> list[Contender]:
+        able = []
+        for contender in contenders:
+            reason = self._hardware.lacks(contender.solution)
+            if reason is None:
+                able.append(contender)
+                self._contenders.append(
+                    {
+                        "name": contender.name,
+                        "definition": contender.definition.name,
+                        "description": contender.solution.description or "",
+                        "digest": contender.solution.digest,
+                    }
+                )
+            else:
+                skipped = {"solution": contender.name, "definition": contender.definition.name, "reason": reason}
+                self.outcome.skipped.append(skipped)
+                self.observer.note(f"SKIPPED {contender.name}: {reason}")
+        return able
+
+    def _capacity(self, reference: Contender) -> int:
+        free = reference.environment["free_bytes"] if self.settings.on_cuda else host_memory()[0]
+        return free - HEADROOM_BYTES
+
+    def _note_rounds(self, residency: Residency, group: Group) -> None:
+        if not residency.fits(group.everyone, group.workload):
+            needed = sum(contender.needed_bytes(group.workload) for contender in group.everyone)
+            self.observer.note(
+                f"contenders need about {needed / 2**30:.0f} GiB together and {residency.capacity / 2**30:.0f} GiB are free: "
+                "they are measured in rounds, one process at a time, not interleaved"
+            )
+
+    # keeping results
+
+    def _read_earlier(self) -> None:
+        traces, faults = read_traces(self.plan.output)
+        for fault in faults:
+            self.observer.note(f"ignored: {fault}")
+        for trace in traces:
+            if trace.evaluation and (key := (trace.evaluation.extra or {}).get("key")):
+                self._kept[key] = trace
+
+    def _done_before(self, contender: Contender, workload: Workload) -> bool:
+        trace = self._kept.get(resume_key(contender, workload.to_json(), self.settings, self._hardware.name))
+        if trace is None or (self.plan.retry_failed and trace.evaluation.status is not Status.PASSED):
+            return False
+        self.outcome.traces.append(trace)
+        self.outcome.resumed += 1
+        self.observer.finished(trace)
+        return True
+
+    def _save(self, definition: Definition, group: Group) -> None:
+        for trace in traces_of(group, self.identifier, self._commit):
+            if self.plan.output:
+                append_trace(self.plan.output, definition.op_type, trace)
+            self.outcome.traces.append(trace)
+            if trace.solution != REFERENCE or trace.evaluation.status is not Status.PASSED:
+                self.observer.finished(trace)
+
+    def _write_manifest(self, finished: str | None = None) -> None:
+        """run.json, replaced in one step."""
+        if not self.plan.output:
+            return
+        manifest = {
+            "run": self.identifier, "command": self.plan.command, "settings": self.settings.identity() | {"timeout": self.settings.timeout},
+            "environment": self._environment, "contenders": self._contenders, "skipped": self.outcome.skipped,
+            "started": self._started, "finished": finished, "interrupted": self.outcome.interrupted, "error": self.outcome.error,
+        }  # fmt: skip
+        partial = self.plan.output / "run.json.partial"
+        try:
+            partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+            partial.rename(self.plan.output / "run.json")
+        except OSError as error:
+            self.outcome.error = self.outcome.error or f"{partial}: {error.strerror}"
+
+
+def prepare_output(folder: Path) -> None:
+    """Make the result folder and prove that it can be written; raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / ".write-probe"
+    probe.write_text("")
+    probe.unlink()
+
+
+def _scratch_root() -> str | None:
+    """Memory, where outputs of hundreds of MB pass between processes; the ordinary temporary folder elsewhere."""
+    memory = "/dev/shm"
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > (4 << 30):
+        return memory
+    return None
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+

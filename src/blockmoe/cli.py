@@ -1,0 +1,61 @@
+"""The `blockmoe` command: arguments in, one call, result out."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from blockmoe import __version__
+from blockmoe.bench import commands as bench_commands
+from blockmoe.report import commands as report_commands
+
+# flashinfer-bench takes several values after these; click takes one, so that each value gets its flag
+_MANY = ("--local", "--definitions", "--solutions", "--workloads")
+
+app = typer.Typer(
+    name="blockmoe",
+    help="FP8 block-scale mixture-of-experts: run solutions against a reference, and report who wins where.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"blockmoe {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version.")) -> None:
+    pass
+
+
+bench_commands.register(app)
+report_commands.register(app)
+
+
+def expand(arguments: list[str]) -> list[str]:
+    """`--solutions A B` as `--solutions A --solutions B`."""
+    expanded, flag = [], None
+    for argument in arguments:
+        if argument in _MANY:
+            flag, fresh = argument, True
+            expanded.append(argument)
+        elif argument.startswith("-"):
+            flag = None
+            expanded.append(argument)
+        elif flag:
+            expanded += [argument] if fresh else [flag, argument]
+            fresh = False
+        else:
+            expanded.append(argument)
+    return expanded
+
+
+def main() -> None:
+    """Entry point of the console script and of `python -m blockmoe`."""
+    app(args=expand(sys.argv[1:]), prog_name="blockmoe")
