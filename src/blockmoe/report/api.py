@@ -10,13 +10,16 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from blockmoe.report import markdown, terminal
-from blockmoe.report.load import Loaded, Record, ReportError, load
+from blockmoe.report import compare, export, markdown, terminal
+from blockmoe.report.load import Record, ReportError, load
+from blockmoe.report.markdown import SavedPicture
 from blockmoe.report.model import Report
 from blockmoe.report.regimes import parse_mix, parse_regimes
 from blockmoe.report.summary import summarise
+from blockmoe.report.tables import Table
 
-FORMATS = ("md",)
+MOST_PICTURED = 6  # sections
+FORMATS = ("md", "html", "csv", "json", "svg", "png")
 
 
 def read(
@@ -33,25 +36,35 @@ def read(
 def write(
     folders: Sequence[Path],
     output: Path | None = None,
-    formats: Sequence[str] = ("md",),
+    formats: Sequence[str] = ("md", "html"),
     baseline: str | None = None,
     against: Path | None = None,
     regimes: str | None = None,
     mix: str | None = None,
 ) -> list[Path]:
-    """Write `report.FORMAT` for each format into `output` (the first folder, unless told); returns the files written."""
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise ReportError(f"--format {unknown[0]}: expected some of {', '.join(FORMATS)}")
+    """Write `report.FORMAT` into `output` (the first folder, unless told), and pictures into `output/pictures`.
+
+    Returns the files written. Raises ReportError, with one line to show, for anything that can't be reported.
+    """
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise ReportError(f"--format {','.join(unknown) or '(empty)'}: expected some of {', '.join(FORMATS)}")
     report = read(folders, baseline, regimes, mix)
+    earlier = compare.tables(_against(against, folders)) if against else []
     folder = output or (folders[0] if folders[0].is_dir() else folders[0].parent)
-    written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if "md" in formats:
-            written.append(_save(folder / "report.md", markdown.render(report)))
+        pictures = _save_pictures(report, folder, formats)
+        renderers = {
+            "md": lambda: markdown.render(report, pictures, earlier),
+            "html": lambda: _html(report, earlier),
+            "csv": lambda: export.to_csv(report),
+            "json": lambda: export.to_json(report),
+        }
+        texts = [_save(folder / f"report.{name}", draw()) for name, draw in renderers.items() if name in formats]
     except OSError as error:
         raise ReportError(f"{folder}: not writable ({error.strerror})") from None
-    return written
+    return texts + [path for picture in pictures for path in picture.files]
 
 
 def terminal_table(
@@ -112,6 +125,40 @@ def watch(
             time.sleep(seconds if done != rounds else 0)
 
 
+def _against(against: Path, folders: Sequence[Path]) -> compare.Comparison:
+    if len(folders) > 1:
+        raise ReportError("--against: expected one result folder to compare with the earlier one, got several")
+    return compare.compare(against, folders[0])
+
+
+def _html(report: Report, earlier: Sequence[Table]) -> str:
+    from blockmoe.report import html  # with its pictures: matplotlib takes a second to import
+
+    return html.render(report, earlier)
+
+
+def _save_pictures(report: Report, folder: Path, formats: Sequence[str]) -> list[SavedPicture]:
+    """Pictures of every section, the first one's under plain names."""
+    kinds = [name for name in ("svg", "png") if name in formats]
+    if not kinds:
+        return []
+    from blockmoe.report import plots
+
+    (folder / "pictures").mkdir(exist_ok=True)
+    saved = []
+    for number, section in enumerate(report.sections[:MOST_PICTURED]):
+        for picture in plots.pictures(section):
+            stem = folder / "pictures" / (f"{picture.key}-{number + 1}" if number else picture.key)
+            files = []
+            if "svg" in kinds:
+                files.append(_save(stem.with_suffix(".svg"), plots.svg(picture)))
+            if "png" in kinds:
+                stem.with_suffix(".png").write_bytes(plots.png(picture))
+                files.append(stem.with_suffix(".png"))
+            saved.append(SavedPicture(section, picture.title, picture.caption, files, files[0].relative_to(folder)))
+    return saved
+
+
 def _matches(record: Record, workload: str | None, solution: str | None) -> bool:
     if solution is not None and record.solution != solution:
         return False
@@ -130,6 +177,3 @@ def _save(path: Path, text: str) -> Path:
 def _listed(names: set[str]) -> str:
     shown = sorted(names)
     return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")
-
-
-__all__ = ["Loaded", "best", "read", "show", "terminal_table", "watch", "write"]

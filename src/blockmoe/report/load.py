@@ -15,6 +15,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from blockmoe.geometry import MoEGeometry
+
 REFERENCE = "reference"  # its traces are the scale of all speedups, not a competitor
 TOKEN_AXES = ("seq_len", "num_tokens", "total_tokens", "batch_size")
 
@@ -220,8 +222,17 @@ def _add_times(record: Record, performance: dict[str, Any], timing: dict[str, An
         record.drift = _number(timing["drift"].get("change"))
         record.drifted = timing["drift"].get("drifted") is True
     record.timer = _text(timing.get("timer")) or _text(record.environment.get("timer"))
+    _add_work(record)
     stages = {str(name): _positive(value) for name, value in _table(timing.get("stages_ms")).items()}
     record.stages = {name: value for name, value in stages.items() if value}
+
+
+def _add_work(record: Record) -> None:
+    """Bytes and FLOPs from the geometry, for traces that know their routing but not its cost."""
+    geometry = MoEGeometry.from_definition(record.definition)
+    if geometry and record.pairs and record.active_experts:
+        record.bytes = record.bytes or float(record.active_experts * geometry.expert_bytes)
+        record.flops = record.flops or float(record.pairs * geometry.pair_flops)
 
 
 def _latest(records: list[Record], notes: list[str]) -> list[Record]:

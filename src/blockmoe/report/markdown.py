@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from blockmoe.report.model import Report, Section
@@ -18,13 +19,24 @@ from blockmoe.report.tables import (
 )
 
 
-def render(report: Report, pictures: Sequence[tuple[str, Path]] = (), against: Table | None = None) -> str:
-    """The whole report; `pictures` are (title, path relative to the report)."""
+@dataclass
+class SavedPicture:
+    """A picture of a section in files beside the report; `link` is relative to it."""
+
+    section: Section
+    title: str
+    caption: str
+    files: list[Path]
+    link: Path
+
+
+def render(report: Report, pictures: Sequence[SavedPicture] = (), against: Sequence[Table] = ()) -> str:
+    """The whole report; `against` are the tables of a comparison with an earlier run."""
     parts = ["# Benchmark report", *_notes(report)]
-    for number, section in enumerate(report.sections):
-        parts += list(_section(section, pictures if number == 0 else ()))
-    if against:
-        parts += [f"## {against.title}", table(against), *against.notes]
+    for section in report.sections:
+        parts += list(_section(section, [picture for picture in pictures if picture.section is section]))
+    for item in against:
+        parts += [f"## {escape(item.title)}", table(item) if item.rows else "Nothing.", _lines(item.notes)]
     parts += list(_runs(report))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -41,14 +53,14 @@ def escape(text: str) -> str:
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
 
 
-def _section(section: Section, pictures: Sequence[tuple[str, Path]]) -> Iterator[str]:
+def _section(section: Section, pictures: Sequence[SavedPicture]) -> Iterator[str]:
     yield f"## `{section.definition}` on {escape(section.hardware)}"
     yield from _conclusion(section)
-    yield from (f"![{title}]({path.as_posix()})" for title, path in pictures)
+    yield from (f"![{picture.title}. {picture.caption}]({picture.link.as_posix()})" for picture in pictures)
     for item in section_tables(section):
         yield f"### {item.title}"
         yield table(item)
-        yield "\n".join(f"{note}  " for note in item.notes).rstrip()
+        yield _lines(item.notes)
         if item.key == "averages" and section.leaders:
             yield f"Leaders by geometric mean: {escape(leader_sentence(section))}."
         if item.key == "averages" and section.cliffs:
@@ -91,6 +103,11 @@ def _runs(report: Report) -> Iterator[str]:
         if lines:
             yield "## Command"
             yield "\n".join(lines)
+
+
+def _lines(sentences: Sequence[str]) -> str:
+    """Sentences on lines of their own."""
+    return "\n".join(f"{escape(sentence)}  " for sentence in sentences).rstrip()
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -1,0 +1,384 @@
+"""The report's pictures. Their ink and paper are CSS variables in SVG, so that one file reads in light, dark and print.
+
+Solutions differ in colour (Okabe and Ito's palette, distinct to the colour-blind), marker and line style at once.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+from blockmoe.report.model import Row, Section
+from blockmoe.report.tables import milliseconds, short
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6FD1", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+LINES = ("-", "--", "-.", ":")
+INK, PAPER, SOFT = "#1b1f24", "#fffffe", "#8b949f"  # replaced by variables in SVG; SOFT reads on both papers
+MOST_ROWS, MOST_SOLUTIONS = 60, 16
+_STYLE = (
+    "<style>svg{--ink:#1b1f24;--paper:#fffffe}"
+    "@media (prefers-color-scheme:dark){svg{--ink:#e6e8eb;--paper:#14171b}}"
+    "@media print{svg{--ink:#1b1f24;--paper:#fffffe}}</style>"
+)
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "blockmoe",
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": SOFT,
+    "axes.facecolor": "none",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": SOFT,
+    "grid.alpha": 0.35,
+    "grid.linewidth": 0.6,
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "legend.frameon": False,
+    "hatch.linewidth": 0.5,
+    "hatch.color": SOFT,
+}
+
+
+@dataclass
+class Picture:
+    key: str
+    title: str
+    caption: str
+    figure: Figure
+
+
+def pictures(section: Section) -> list[Picture]:
+    """Every picture that this section's traces have the numbers for."""
+    wanted: list[tuple[str, str, Callable[[Section], tuple[Figure, str] | None]]] = [
+        ("latency", "Latency against T", latency),
+        ("speedup", "Speedup over the reference against T", speedup),
+        ("heatmap", "Speedup, workload by solution", heatmap),
+        ("roofline", "Roofline", roofline),
+        ("stages", "Where the time goes", stages),
+        ("errors", "Error against the reference", errors),
+    ]
+    drawn = []
+    with matplotlib.rc_context(_SETTINGS):
+        for key, title, draw in wanted:
+            if result := draw(section):
+                drawn.append(Picture(key, title, result[1], result[0]))
+    return drawn
+
+
+def svg(picture: Picture, inline: bool = False) -> str:
+    """SVG text; inline, it takes the variables of the page around it and is described for screen readers."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context(_SETTINGS):
+        picture.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
+    opening, closing = text[: text.index(">") + 1], text[text.index(">") + 1 :]
+    if not inline:
+        return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}{_STYLE}{closing}'
+    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
+    opening = opening.replace("<svg", f'<svg role="img" aria-label="{_attribute(picture.title)}"', 1)
+    # Several drawings in one page: their ids must not meet.
+    closing = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{picture.key}-", closing)
+    return opening + re.sub(r"<metadata>.*?</metadata>", "", closing, flags=re.S)
+
+
+def png(picture: Picture) -> bytes:
+    buffer = io.BytesIO()
+    with matplotlib.rc_context(_SETTINGS):
+        picture.figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def latency(section: Section) -> tuple[Figure, str] | None:
+    """Latency against T, log-log, over the floors that no measurement can be below."""
+    if not section.has_times or not _sized(section):
+        return None
+    figure, axes = _canvas(8.2, 5.2)
+    reference = [(row.tokens, row.reference_latency) for row in section.rows if row.tokens and row.reference_latency]
+    if reference:
+        axes.plot(*zip(*reference, strict=True), color=SOFT, linewidth=1.2, linestyle=(0, (1, 1)), label="reference")
+    for place, name in _shown(section):
+        points = [(row.tokens, row.cells[name].latency) for row in _timed(section, name)]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **_look(place))
+    floors = _floors(section)
+    _draw_floors(axes, section, floors)
+    axes.set(xscale="log", yscale="log", xlabel="tokens (T)", ylabel="latency, ms")
+    _tokens_axis(axes, section)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: milliseconds(value)))
+    _legend(figure, axes)
+    caption = "Median span of a call, both axes logarithmic."
+    return figure, caption + (" Nothing can run inside the hatched area below the floors." if floors else "")
+
+
+def speedup(section: Section) -> tuple[Figure, str] | None:
+    """Speedups against T, with their intervals where samples gave any."""
+    if section.has_times or not _sized(section):
+        return None
+    figure, axes = _canvas(8.2, 4.6)
+    for place, name in _shown(section):
+        rows = [row for row in section.rows if row.tokens and name in row.cells and row.cells[name].passed]
+        if rows:
+            axes.plot([row.tokens for row in rows], [row.cells[name].speedup for row in rows], label=name, **_look(place))
+    axes.set(xscale="log", xlabel="tokens (T)", ylabel="speedup over the reference")
+    axes.set_ylim(bottom=0)
+    _tokens_axis(axes, section)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
+    _legend(figure, axes)
+    return figure, "Speedup of every workload; T is logarithmic."
+
+
+def heatmap(section: Section) -> tuple[Figure, str] | None:
+    """Speedups as text, coloured by their share of the workload's best."""
+    rows = [row for row in section.rows if any(cell.passed for cell in row.cells.values())][:MOST_ROWS]
+    names = [name for _, name in _shown(section)]
+    if len(rows) < 2 or len(names) < 2:
+        return None
+    values = np.full((len(rows), len(names)), np.nan)
+    for i, row in enumerate(rows):
+        for j, name in enumerate(names):
+            if name in row.cells and row.cells[name].passed:
+                values[i, j] = row.cells[name].speedup
+    share = values / np.nanmax(values, axis=1, keepdims=True)
+    figure, axes = _canvas(1.6 + 1.25 * len(names), 1.2 + 0.27 * len(rows))
+    image = axes.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(rows):
+        for j, name in enumerate(names):
+            cell = row.cells.get(name)
+            known = cell is not None and cell.passed
+            text = f"{cell.speedup:.1f}x" if known else (cell.failure or cell.status if cell else "–")
+            colour = INK if not known else "white" if share[i, j] < 0.55 else "black"
+            weight = "bold" if name in row.winners else "normal"
+            axes.text(j, i, text[:14], ha="center", va="center", color=colour, fontsize=8 if known else 6, fontweight=weight)
+    axes.set_xticks(range(len(names)), [_folded(name) for name in names], fontsize=8)
+    axes.set_yticks(range(len(rows)), [_row_label(row) for row in rows], fontsize=8)
+    axes.tick_params(length=0)
+    axes.xaxis.tick_top()
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = figure.colorbar(image, ax=axes, fraction=0.035, pad=0.03, format=lambda value, _: f"{value:.0%}")
+    bar.outline.set_visible(False)
+    bar.set_label("share of the workload's best", fontsize=8)
+    bar.ax.tick_params(labelsize=8, length=0)
+    return figure, "Speedup over the reference; the brighter, the closer to the best of its row, which is bold."
+
+
+def roofline(section: Section) -> tuple[Figure, str] | None:
+    """FLOP/byte against FLOP/s, under the roofs that the floors imply."""
+    known = [
+        (place, name, [row.cells[name] for row in _timed(section, name) if row.cells[name].bytes and row.cells[name].flops])
+        for place, name in _shown(section)
+    ]
+    known = [(place, name, cells) for place, name, cells in known if cells]
+    if not known:
+        return None
+    figure, axes = _canvas(8.2, 4.8)
+    lowest, highest = np.inf, 0.0
+    for place, name, cells in known:
+        intensity = [cell.flops / cell.bytes for cell in cells]
+        lowest, highest = min(lowest, *intensity), max(highest, *intensity)
+        rate = [cell.flops / cell.latency / 1e9 for cell in cells]
+        axes.plot(intensity, rate, label=name, **{**_look(place), "linestyle": "none"})
+    stream, compute = _rates(section)
+    span = np.geomspace(lowest / 1.5, highest * 1.5, 200)
+    if stream:
+        slope = span * stream / 1e9
+        roof = np.minimum(slope, compute / 1e9) if compute else slope
+        label = f"roof: {stream / 1e9:.2f} TB/s" + (f", {compute / 1e9:,.0f} TFLOP/s" if compute else "")
+        axes.plot(span, roof, color=INK, linewidth=1.4, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be read", ylabel="TFLOP/s")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+        axis.set_minor_formatter(NullFormatter())
+    _legend(figure, axes)
+    return figure, "Useful work only: the bytes and FLOPs of the pairs that routing chose."
+
+
+def stages(section: Section) -> tuple[Figure, str] | None:
+    """Stacked shares of each stage, at up to six sizes for each solution that exposes them."""
+    bars = []
+    for name in section.names:
+        staged = [row for row in section.rows if name in row.cells and row.cells[name].stages]
+        chosen = staged if len(staged) <= 6 else [staged[i] for i in np.linspace(0, len(staged) - 1, 6).round().astype(int)]
+        bars += [(f"{name}, T = {row.tokens}", row.cells[name].stages) for row in chosen]
+    if not bars:
+        return None
+    figure, axes = _canvas(8.2, 0.9 + 0.36 * len(bars))
+    order = list(dict.fromkeys(stage for _, found in bars for stage in found))
+    left = np.zeros(len(bars))
+    totals = np.array([sum(found.values()) for _, found in bars])
+    for place, stage in enumerate(order):
+        width = np.array([found.get(stage, 0.0) for _, found in bars]) / totals
+        colour = COLOURS[place % len(COLOURS)]
+        axes.barh(range(len(bars)), width, left=left, color=colour, edgecolor=PAPER, linewidth=1, label=stage)
+        for i, share in enumerate(width):
+            if share > 0.06:
+                axes.text(left[i] + share / 2, i, f"{share:.0%}", ha="center", va="center", fontsize=8, color="black")
+        left += width
+    axes.set_yticks(range(len(bars)), [f"{label} ({milliseconds(total)} ms)" for (label, _), total in zip(bars, totals, strict=True)])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
+    axes.grid(axis="y", visible=False)
+    _legend(figure, axes)
+    return figure, "Share of each stage in the time of one call."
+
+
+def errors(section: Section) -> tuple[Figure, str] | None:
+    """A dot a workload, a median line a solution."""
+    measure, label = "relative_l2", "relative L2 error"
+    if not any(measure in cell.errors for row in section.rows for cell in row.cells.values()):
+        measure, label = "max_absolute_error", "largest absolute error"
+    found = []
+    for place, name in _shown(section):
+        values = [row.cells[name].errors.get(measure, 0.0) for row in section.rows if name in row.cells]
+        if positive := [value for value in values if value > 0]:
+            found.append((place, name, positive))
+    if not found:
+        return None
+    figure, axes = _canvas(8.2, 1.0 + 0.42 * len(found))
+    for line, (place, _, values) in enumerate(found):
+        jitter = line + np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [line]
+        axes.plot(values, jitter, **{**_look(place), "linestyle": "none", "alpha": 0.75})
+        axes.plot([np.median(values)] * 2, [line - 0.32, line + 0.32], color=INK, linewidth=1.6)
+    axes.set_yticks(range(len(found)), [name for _, name, _ in found])
+    every = [value for _, _, values in found for value in values]
+    wide = max(every) > 20 * min(every)  # a log axis of less than a decade or two has hardly a labelled tick
+    axes.set(xscale="log" if wide else "linear", xlabel=label)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.invert_yaxis()
+    axes.grid(axis="y", visible=False)
+    return figure, "A mark for each workload; the line is the median."
+
+
+def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(True, which="major")
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _look(place: int) -> dict[str, object]:
+    size = len(COLOURS)
+    return {
+        "color": COLOURS[place % size],
+        "marker": MARKERS[place % size],
+        "linestyle": LINES[(place // size + place) % len(LINES)],
+        "linewidth": 1.3,
+        "markersize": 5,
+        "markeredgecolor": PAPER,
+        "markeredgewidth": 0.5,
+    }
+
+
+def _legend(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max((len(label) for label in labels), default=1)
+    columns = max(1, min(len(labels), 100 // (longest + 8)))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+
+
+def _shown(section: Section) -> list[tuple[int, str]]:
+    return list(enumerate(section.names[:MOST_SOLUTIONS]))
+
+
+def _sized(section: Section) -> bool:
+    return any(row.tokens for row in section.rows) and bool(section.contenders)
+
+
+def _timed(section: Section, name: str) -> list[Row]:
+    return [
+        row for row in section.rows if row.tokens and name in row.cells and row.cells[name].passed and row.cells[name].latency
+    ]
+
+
+def _tokens_axis(axes: Axes, section: Section) -> None:
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    sizes = sorted({row.tokens for row in section.rows if row.tokens})
+    if len(sizes) > 1:
+        axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
+
+
+def _rates(section: Section) -> tuple[float | None, float | None]:
+    """Bytes and FLOPs a millisecond that the measured floors stand for; None where no floor of that kind is known."""
+    cells = [cell for row in section.rows for cell in row.cells.values() if cell.floor]
+    stream = [cell.bytes / cell.floor for cell in cells if cell.bytes and cell.floor_kind.startswith("stream")]
+    compute = [cell.flops / cell.floor for cell in cells if cell.flops and cell.floor_kind.startswith("compute")]
+    # The largest: short reads don't reach the rate that the machine can hold.
+    return max(stream, default=None), max(compute, default=None)
+
+
+def _floors(section: Section) -> list[tuple[int, float]]:
+    """The lowest floor of each T: workloads of one T differ in their routing."""
+    floors: dict[int, float] = {}
+    for row in section.rows:
+        if row.tokens and row.floor:
+            floors[row.tokens] = min(row.floor, floors.get(row.tokens, np.inf))
+    return sorted(floors.items())
+
+
+def _draw_floors(axes: Axes, section: Section, floors: Sequence[tuple[int, float]]) -> None:
+    """What reading alone and computing alone would take, and the area below the larger of them."""
+    if not floors:
+        return
+    tokens, floor = zip(*floors, strict=True)
+    bottom = min(floor) / 2
+    axes.fill_between(tokens, bottom, floor, facecolor="none", hatch="////", edgecolor=SOFT, linewidth=0, alpha=0.6)
+    stream, compute = _rates(section)
+    for name, kind, rate, line in (("streaming", "bytes", stream, "-"), ("compute", "flops", compute, "--")):
+        points = _floor_of(section, name, kind, rate)
+        if points:
+            axes.plot(*zip(*points, strict=True), color=INK, linewidth=1.0, linestyle=line, label=f"{name} floor")
+    if not stream and not compute:
+        axes.plot(tokens, floor, color=INK, linewidth=1.0, label="floor")
+    axes.set_ylim(bottom=bottom)
+
+
+def _floor_of(section: Section, name: str, work: str, rate: float | None) -> list[tuple[int, float]]:
+    """Measured floors of one kind, and work over rate where the other kind was the larger."""
+    found: dict[int, float] = {}
+    for row in section.rows:
+        for cell in row.cells.values():
+            if row.tokens and cell.floor_kind.startswith(name[:6]) and cell.floor:
+                found[row.tokens] = cell.floor
+            elif row.tokens and rate and getattr(cell, work):
+                found.setdefault(row.tokens, getattr(cell, work) / rate)
+    return sorted(found.items()) if rate else []
+
+
+def _row_label(row: Row) -> str:
+    return short(row.workload) if row.tokens is None else f"T = {row.tokens:,}"
+
+
+def _folded(name: str) -> str:
+    """A long name on several lines, broken at its underscores."""
+    lines = [""]
+    for part in re.findall(r"[^_\-]+[_\-]?", name) or [name]:
+        if len(lines[-1]) + len(part) > 13 and lines[-1]:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+
+
