@@ -126,7 +126,8 @@ def matmul_dtype(device):
     """bfloat16 where the hardware multiplies it; AVX2 takes 170 ms for [4096, 7168] by 64 rows and 25 in float32."""
     if device.type != "cpu":
         return torch.bfloat16
-    in_hardware = any(getattr(torch.cpu, name, bool)() for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    checks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")  # not in every torch
+    in_hardware = any(hasattr(torch.cpu, check) and getattr(torch.cpu, check)() for check in checks)
     return torch.bfloat16 if in_hardware else torch.float32
 
 
