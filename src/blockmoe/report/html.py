@@ -30,7 +30,8 @@ MOST_SAMPLED = 1500  # cells that carry their samples for hovering
 def render(report: Report, against: Sequence[Table] = ()) -> str:
     """One page for the whole report."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"ms": milliseconds, "factor": factor, "plain": plain, "marked": _marked, "script_json": script_json}
+    environment.filters |= {"ms": milliseconds, "plain": plain}
+    environment.filters |= {"marked": _marked, "breakable": _breakable, "script_json": _script_json}
     sampled = sum(1 for section in report.sections for row in section.rows for _ in row.cells) <= MOST_SAMPLED
     page = environment.from_string(_asset("report.html.j2"))
     return page.render(
@@ -87,7 +88,10 @@ def _headline(section: Section) -> str:
     ratio = pair.geometric if pair.first == best.name else 1 / pair.geometric
     word = f", {pair.overall.word}" if pair.overall and pair.first == best.name else ""
     wins = f"fastest on {best.wins} of {len(section.rows)}"
-    return f"{best.name} leads with {mean} the reference, {ratio:.3f} times {second.name}{word} (geometric means over {size}); {wins}."
+    if any(row.duel for row in section.rows):
+        wins += f", beyond noise on {best.clear_wins}"
+    lead = f"{best.name} leads with {mean} the reference, {ratio:.3f} times {second.name}{word}"
+    return f"{lead} (geometric means over {size}). It is {wins}."
 
 
 def _samples(section: Section) -> dict[str, list[list[float]]]:
@@ -111,10 +115,15 @@ def _marked(text: str) -> Markup:
     return Markup("".join(f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts)))
 
 
+def _breakable(name: str) -> Markup:
+    """A name that may go on in the next line after an underscore or a hyphen."""
+    return Markup(str(escape(name)).replace("_", "_<wbr>").replace("-", "-<wbr>"))
+
+
 def _asset(name: str) -> str:
     return files("blockmoe.report").joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def script_json(value: Any) -> Markup:
+def _script_json(value: Any) -> Markup:
     """JSON that may stand inside a script element."""
     return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))

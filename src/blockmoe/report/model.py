@@ -134,6 +134,17 @@ class Scenario:
     clear: bool = False
     why: str = ""
 
+    @property
+    def label(self) -> str:
+        """The choice; both where the runner-up is as good."""
+        if self.choice is None:
+            return "no choice"
+        return self.choice if self.clear else " or ".join(list(self.costs)[:2])
+
+    @property
+    def marked(self) -> str:
+        return " or ".join(f"`{name}`" for name in self.label.split(" or "))
+
 
 @dataclass
 class Dispatcher:

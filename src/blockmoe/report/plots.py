@@ -120,7 +120,7 @@ def latency(section: Section) -> tuple[Figure, str] | None:
     _draw_floors(axes, section, floors)
     axes.set(xscale="log", yscale="log", xlabel="tokens (T)", ylabel="latency, ms")
     _tokens_axis(axes, section)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: milliseconds(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
     _legend(figure, axes)
     caption = "Median span of a call, both axes logarithmic."
     return figure, caption + (" Nothing can run inside the hatched area below the floors." if floors else "")

@@ -49,7 +49,7 @@ def milliseconds(value: float | None) -> str:
     """Four significant digits, never an exponent."""
     if value is None:
         return DASH
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}" if value >= 0.001 else f"{value:.6f}"
+    return f"{value:,.0f}" if value >= 1000 else f"{value:#.4g}" if value >= 0.001 else f"{value:.6f}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -129,7 +129,7 @@ def average_table(section: Section) -> Table:
         known = [value for value in values if value is not None]
         if not known:
             return
-        top = best(known) if best and len(contenders) > 1 else None
+        top = best(known) if best and min(known) < max(known) else None
         cells = [Cell(show(value), value, bold=top is not None and value == top) for value in values]
         table.rows.append([Cell(name), *cells])
 
@@ -290,7 +290,7 @@ def scenario_sentence(scenario: Scenario, unit: str) -> str:
     shown = f"{milliseconds(cost)} ms a call" if unit == "ms" else f"mean 1/speedup {cost:.4f}"
     left_out = "; ".join(f"{name} {why}" for name, why in scenario.excluded.items())
     tail = f" Not considered: {left_out}." if left_out else ""
-    return f"**{scenario.name}**: `{scenario.choice}` ({shown}, {scenario.why}; {scenario.workloads} workloads).{tail}"
+    return f"**{scenario.name}**: {scenario.marked} ({shown}, {scenario.why}; {scenario.workloads} workloads).{tail}"
 
 
 def dispatcher_sentence(section: Section) -> str:

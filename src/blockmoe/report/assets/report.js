@@ -9,7 +9,7 @@ document.body.append(tip);
 
 for (const table of document.querySelectorAll("table[data-sortable]")) {
   makeSortable(table);
-  if (table.tBodies[0].rows.length > 5) makeFilter(table);
+  if (table.tBodies[0].rows.length > 12) makeFilter(table);
 }
 for (const table of document.querySelectorAll("table")) makeTips(table);
 
