@@ -69,7 +69,7 @@ def _workload(row: dict[str, str], source: Path, number: int) -> dict[str, Any]:
     inputs = {}
     if (offset := (row.get("local_expert_offset") or "").strip()) != "":
         inputs["local_expert_offset"] = {"type": "scalar", "value": int(_value(offset, "offset", source, number, zero=True))}
-    name = (row.get("uuid") or "").strip() or f"T{tokens}" + (f"-offset{offset}" if offset else "")
+    name = (row.get("uuid") or "").strip() or f"T{tokens}" + (f"-o{offset}" if offset else "")
     return {"axes": {"seq_len": tokens}, "inputs": inputs, "uuid": name}
 
 
