@@ -1,0 +1,1 @@
+"""The operator: validate, plan, route, gate_up, down, combine."""

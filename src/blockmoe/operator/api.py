@@ -1,0 +1,292 @@
+"""`fused_moe`: validate, plan, allocate, launch. The public face of the operator.
+
+The same operator is `torch.ops.blockmoe.fused_moe` for torch.compile, which the Python function calls while a graph is
+being traced and skips otherwise (the dispatcher costs host time).
+"""
+
+from __future__ import annotations
+
+import os
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from blockmoe.geometry import BLOCK, MoEGeometry, Routing
+from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least
+from blockmoe.operator.workspace import layout, rounds
+
+E4M3 = torch.float8_e4m3fn
+_explained: set[tuple] = set()
+
+
+def fused_moe(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    *,
+    local_expert_offset: int,
+    routed_scaling_factor: float,
+    routing: Routing = "deepseek_v3",
+    top_k: int = 8,
+    n_group: int = 8,
+    topk_group: int = 4,
+    out: torch.Tensor | None = None,
+    workspace: torch.Tensor | None = None,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """The FP8 block-scale mixture-of-experts layer for the local experts, bfloat16 [T, H].
+
+    Shapes, with E experts of which L are local, hidden size H, intermediate size I (both multiples of 128):
+    routing_logits [T, E] float32 or bfloat16; routing_bias [E] bfloat16 or float32 (None for "renormalize");
+    hidden_states [T, H] e4m3 with hidden_states_scale [H/128, T] float32; gemm1_weights [L, 2I, H] e4m3 (rows up,
+    then gate) with scale [L, 2I/128, H/128] float32; gemm2_weights [L, H, I] e4m3 with scale [L, H/128, I/128]. All
+    contiguous. Local experts are local_expert_offset ... local_expert_offset + L - 1. `out` receives the result;
+    `workspace` is uint8 memory of at least `workspace_size` bytes; both are allocated where None. No host
+    synchronisation; no size depends on the routing; the result is the same bit for bit from call to call.
+
+    Raises TypeError for a wrong type or dtype, ValueError for a wrong device, shape, stride or size; nothing is
+    launched then.
+    """
+    if torch.compiler.is_compiling():
+        arguments = (
+            routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
+            gemm2_weights, gemm2_weights_scale, local_expert_offset, routed_scaling_factor, routing, top_k, n_group,
+            topk_group,
+        )  # fmt: skip
+        if out is None:
+            return torch.ops.blockmoe.fused_moe(*arguments)
+        torch.ops.blockmoe.fused_moe_out(*arguments, out)
+        return out
+
+    geometry = _validate(
+        routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
+        gemm2_weights, gemm2_weights_scale, local_expert_offset, routed_scaling_factor, routing, top_k, n_group,
+        topk_group, out,
+    )  # fmt: skip
+    tokens = hidden_states.shape[0]
+    device = hidden_states.device
+    offset, factor = int(local_expert_offset), float(routed_scaling_factor)
+    if out is None:
+        out = torch.empty(hidden_states.shape, dtype=torch.bfloat16, device=device)
+    if tokens == 0:
+        return out
+    inputs = (
+        routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
+        gemm2_weights, gemm2_weights_scale,
+    )  # fmt: skip
+    if device.type == "cpu" and not _interpreted():
+        from blockmoe.reference import moe_reference
+
+        return out.copy_(moe_reference(*inputs, offset, factor, geometry=geometry))
+
+    sm_count, capability = _device(device.index) if device.type == "cuda" else (132, 90)
+    plans, needed = _planned(geometry, tokens, sm_count, capability, plan)
+    if workspace is None:
+        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+    else:
+        _check_workspace(workspace, needed, device)
+    if "BLOCKMOE_EXPLAIN" in os.environ and (geometry, tokens) not in _explained:
+        _explained.add((geometry, tokens))
+        print(f"blockmoe: {geometry.definition_name} T={tokens}: {plans[0]}; workspace {needed / 1e6:.1f} MB")
+
+    from blockmoe.operator.pipeline import run  # imports triton
+
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            run(inputs, offset, factor, geometry, plans, sm_count, out, workspace)
+    else:
+        run(inputs, offset, factor, geometry, plans, sm_count, out, workspace)
+    return out
+
+
+def trtllm_fp8_block_scale_moe(
+    routing_logits: torch.Tensor,
+    routing_bias: torch.Tensor | None,
+    hidden_states: torch.Tensor,
+    hidden_states_scale: torch.Tensor,
+    gemm1_weights: torch.Tensor,
+    gemm1_weights_scale: torch.Tensor,
+    gemm2_weights: torch.Tensor,
+    gemm2_weights_scale: torch.Tensor,
+    num_experts: int,
+    top_k: int,
+    n_group: int | None,
+    topk_group: int | None,
+    intermediate_size: int,
+    local_expert_offset: int,
+    local_num_experts: int,
+    routed_scaling_factor: float | None,
+    routing_method_type: int = 0,
+    **ignored: Any,
+) -> torch.Tensor:
+    """`fused_moe` under the argument names and order of FlashInfer's function of this name.
+
+    routing_method_type 1 (renormalize) and 2 (DeepSeek-V3) exist here; 2 is what `n_group` implies.
+    """
+    if ignored.get("use_shuffled_weight"):
+        raise ValueError("use_shuffled_weight: expected False, got True")
+    if routing_method_type not in (1, 2):
+        raise ValueError(f"routing_method_type: expected 1 (renormalize) or 2 (DeepSeek-V3), got {routing_method_type}")
+    for name, expected, got in (
+        ("num_experts", routing_logits.shape[1], num_experts),
+        ("local_num_experts", gemm1_weights.shape[0], local_num_experts),
+        ("intermediate_size", gemm2_weights.shape[2], intermediate_size),
+    ):
+        if expected != got:
+            raise ValueError(f"{name}: expected {expected} as the tensors have it, got {got}")
+    return fused_moe(
+        routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
+        gemm2_weights, gemm2_weights_scale, local_expert_offset=local_expert_offset,
+        routed_scaling_factor=1.0 if routed_scaling_factor is None else routed_scaling_factor,
+        routing="deepseek_v3" if routing_method_type == 2 else "renormalize",
+        top_k=top_k, n_group=n_group or 1, topk_group=topk_group or 1,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def _geometry(*values: Any) -> MoEGeometry:
+    geometry = MoEGeometry(*values)
+    if geometry.num_experts > 1024:
+        raise ValueError(f"num_experts: expected at most 1024, got {geometry.num_experts}")
+    if geometry.n_group > 1:
+        for name in ("num_experts", "n_group"):
+            value = getattr(geometry, name)
+            if value != power_of_two_at_least(value):
+                raise ValueError(f"{name}: expected a power of two where experts are grouped, got {value}")
+    return geometry
+
+
+@lru_cache(maxsize=512)
+def _planned(geometry: MoEGeometry, tokens: int, sm_count: int, capability: int, given: Plan | None) -> tuple:
+    """A plan for each round of the call, and the bytes of workspace for all."""
+    counts = rounds(tokens)
+    plans = [given or choose_plan(geometry, t, sm_count=sm_count, capability=capability) for t in counts]
+    return plans, max(layout(geometry, t, plan)[1] for t, plan in zip(counts, plans, strict=True))
+
+
+@lru_cache(maxsize=16)
+def _device(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    capability = 10 * properties.major + properties.minor
+    if capability < 89:
+        raise ValueError(f"hidden_states: expected a GPU with FP8 (compute capability 8.9 or more), got {capability / 10}")
+    return properties.multi_processor_count, capability
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def _check(name: str, tensor: Any, shape: tuple, dtypes: tuple, device: torch.device) -> None:
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(str(d) for d in dtypes)}, got {tensor.dtype}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} as hidden_states, got {tensor.device}")
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected contiguous strides, got {tensor.stride()}")
+
+
+_FLOATS = (torch.float32, torch.bfloat16)
+
+
+def _validate(
+    logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, factor, routing, top_k, n_group, topk_group, out
+) -> MoEGeometry:  # fmt: skip
+    for name, tensor, dims in (
+        ("routing_logits", logits, 2), ("hidden_states", x, 2), ("gemm1_weights", w1, 3), ("gemm2_weights", w2, 3),
+    ):  # fmt: skip
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != dims:
+            raise ValueError(f"{name}: expected {dims} dimensions, got {tensor.dim()}")
+    tokens, hidden = x.shape
+    local, _, intermediate = w2.shape
+    experts = logits.shape[1]
+    if routing == "renormalize":
+        n_group = topk_group = 1
+    geometry = _geometry(experts, local, top_k, hidden, intermediate, routing, n_group, topk_group)
+
+    device = x.device
+    blocks_h, blocks_i = hidden // BLOCK, intermediate // BLOCK
+    _check("routing_logits", logits, (tokens, experts), _FLOATS, device)
+    _check("hidden_states", x, (tokens, hidden), (E4M3,), device)
+    _check("hidden_states_scale", x_scale, (blocks_h, tokens), (torch.float32,), device)
+    _check("gemm1_weights", w1, (local, 2 * intermediate, hidden), (E4M3,), device)
+    _check("gemm1_weights_scale", w1_scale, (local, 2 * blocks_i, blocks_h), (torch.float32,), device)
+    _check("gemm2_weights", w2, (local, hidden, intermediate), (E4M3,), device)
+    _check("gemm2_weights_scale", w2_scale, (local, blocks_h, blocks_i), (torch.float32,), device)
+    if routing == "deepseek_v3":
+        _check("routing_bias", bias, (experts,), _FLOATS, device)
+    elif bias is not None:
+        raise ValueError("routing_bias: expected None for renormalize, got a tensor")
+    if out is not None:
+        _check("out", out, (tokens, hidden), (torch.bfloat16,), device)
+    for name, value, kinds in (
+        ("local_expert_offset", offset, int), ("routed_scaling_factor", factor, (int, float)),
+    ):  # fmt: skip
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not 0 <= offset <= experts - local:
+        raise ValueError(f"local_expert_offset: expected 0 to {experts - local}, got {offset}")
+    return geometry
+
+
+def _check_workspace(workspace: Any, needed: int, device: torch.device) -> None:
+    if not isinstance(workspace, torch.Tensor):
+        raise TypeError(f"workspace: expected a tensor, got {type(workspace).__name__}")
+    if workspace.dtype != torch.uint8 or workspace.device != device or not workspace.is_contiguous():
+        raise ValueError(f"workspace: expected contiguous uint8 on {device}, got {workspace.dtype} on {workspace.device}")
+    if workspace.numel() < needed:
+        raise ValueError(f"workspace: expected at least {needed} bytes, got {workspace.numel()}")
+    if workspace.data_ptr() % 256:
+        raise ValueError("workspace: expected 256-byte alignment, got less")
+
+
+_ARGUMENTS = (
+    "Tensor routing_logits, Tensor? routing_bias, Tensor hidden_states, Tensor hidden_states_scale, "
+    "Tensor gemm1_weights, Tensor gemm1_weights_scale, Tensor gemm2_weights, Tensor gemm2_weights_scale, "
+    "int local_expert_offset, float routed_scaling_factor, str routing, int top_k, int n_group, int topk_group"
+)
+_library = torch.library.Library("blockmoe", "DEF")
+_library.define(f"fused_moe({_ARGUMENTS}) -> Tensor")
+_library.define(f"fused_moe_out({_ARGUMENTS}, Tensor(a!) out) -> ()")
+
+
+def _fused_moe_op(*arguments: Any) -> torch.Tensor:
+    return _fused_moe_named(*arguments, out=None)
+
+
+def _fused_moe_out_op(*arguments: Any) -> None:
+    _fused_moe_named(*arguments[:-1], out=arguments[-1])
+
+
+def _fused_moe_named(*arguments: Any, out: torch.Tensor | None) -> torch.Tensor:
+    tensors, (offset, factor, routing, top_k, n_group, topk_group) = arguments[:8], arguments[8:]
+    return fused_moe(
+        *tensors, local_expert_offset=offset, routed_scaling_factor=factor, routing=routing, top_k=top_k,
+        n_group=n_group, topk_group=topk_group, out=out,
+    )  # fmt: skip
+
+
+_library.impl("fused_moe", _fused_moe_op, "CompositeExplicitAutograd")
+_library.impl("fused_moe_out", _fused_moe_out_op, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("blockmoe::fused_moe", lib=_library)
+def _fused_moe_fake(logits, bias, hidden_states, *rest: Any) -> torch.Tensor:
+    return hidden_states.new_empty(hidden_states.shape, dtype=torch.bfloat16)
+
+
+@torch.library.register_fake("blockmoe::fused_moe_out", lib=_library)
+def _fused_moe_out_fake(*arguments: Any) -> None:
+    return None

@@ -1,0 +1,33 @@
+"""Small jit helpers that several kernels share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@triton.jit
+def after_previous_kernel(PDL: tl.constexpr):
+    """Wait for the kernel before, then let the next one take free multiprocessors; nothing where PDL is off.
+
+    Every program of every kernel does this before its first dependent read and its first write. So a kernel that has
+    begun knows that all but the one before it are complete.
+    """
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def quantise(x, axis: tl.constexpr):
+    """e4m3 codes of x and one float32 scale (largest magnitude / 448) a slice along `axis` (0 or 1) of two."""
+    largest = tl.max(tl.abs(x), axis)
+    scale = tl.maximum(largest, 1e-34) * (1.0 / 448.0)  # an all-zero slice gets codes 0, not 0/0
+    codes = (x / tl.expand_dims(scale, axis)).to(tl.float8e4nv)
+    return codes, scale

@@ -1,0 +1,140 @@
+"""Which kernels and tiles serve a call: a pure function from sizes to a frozen value.
+
+Three paths, by how many rows an expert meets:
+
+- dense:  few tokens. Every active expert's tile holds all tokens, those that did not choose it as zeros. The weights'
+  one read decides the time, so the spare multiplications are free; in return there is no sort, GEMM2 sums over the
+  experts in its accumulator and writes the output itself.
+- sorted: pairs sorted by expert, tiles of 16 to 64 pairs on the N side, weights on the M side; a combine sums rows.
+- wide:   pairs sorted by expert, 128 pairs on the M side.
+
+A plan depends on T only through powers of two and thresholds: the compiled variants are few (`plans`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from blockmoe.geometry import BLOCK, MoEGeometry
+
+Path = Literal["dense", "sorted", "wide"]
+
+DENSE_TOKENS = 64  # above it, one program's routing and 64-column tiles cost more than a sort (not measured yet)
+DENSE_ROUTE_ELEMENTS = 64 * 256  # one program holds all tokens' scores in registers
+WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win (not measured yet)
+TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
+CHUNK_PROGRAMS = 132  # programs that sort; each counts its own run of tokens
+ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
+
+
+def power_of_two_at_least(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class RouteTile:
+    """`block_t` tokens at a time in one program of `num_warps` warps."""
+
+    block_t: int
+    num_warps: int
+
+
+@dataclass(frozen=True)
+class GateUpTile:
+    """`block_i` intermediate columns (so 2·block_i weight rows) by `block_n` pairs; one scale a pair and tile."""
+
+    block_i: int
+    block_n: int
+    stages: int
+    num_warps: int
+
+    def __post_init__(self) -> None:
+        assert self.block_i in (32, 64, 128), "2·block_i rows fill wgmma's 64, and a tile stays in one scale block"
+        assert self.block_n in (16, 32, 64, 128), "8 columns fall back to mma.sync in Triton 3.6"
+        assert self.num_warps in (4, 8)
+
+
+@dataclass(frozen=True)
+class DownTile:
+    """`block_m` rows of W2 by `block_n` pairs (tokens where dense); `split` programs share a dense row block."""
+
+    block_m: int
+    block_n: int
+    stages: int
+    num_warps: int
+    split: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.block_m in (64, 128), "wgmma's M, and a tile stays in one scale block"
+        assert self.block_n in (16, 32, 64, 128)
+        assert self.num_warps in (4, 8) and self.split >= 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    path: Path
+    route: RouteTile
+    gate_up: GateUpTile
+    down: DownTile
+    pdl: bool = True
+
+    def __post_init__(self) -> None:
+        assert self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"
+        assert self.path != "wide" or self.gate_up.block_i == self.gate_up.block_n == self.down.block_m == BLOCK
+
+    def __str__(self) -> str:
+        g, d = self.gate_up, self.down
+        return (
+            f"{self.path}: route {self.route.block_t}t {self.route.num_warps}w, "
+            f"gate_up {2 * g.block_i}x{g.block_n} {g.stages}s {g.num_warps}w, "
+            f"down {d.block_m}x{d.block_n} {d.stages}s {d.num_warps}w split {d.split}{', pdl' if self.pdl else ''}"
+        )
+
+
+def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90) -> Plan:
+    """The plan for `tokens` tokens on a GPU with `sm_count` multiprocessors and compute capability `capability`."""
+    pdl = capability >= 90
+    experts = power_of_two_at_least(geometry.num_experts)
+    if tokens <= DENSE_TOKENS and power_of_two_at_least(tokens) * experts <= DENSE_ROUTE_ELEMENTS:
+        return _dense(geometry, tokens, sm_count, pdl)
+    rows = tokens * geometry.top_k / geometry.num_experts
+    # Few tokens a program while that leaves programs idle; then more, each walking its run of tokens in fewer steps.
+    route = RouteTile(4, 4) if tokens <= 8 * CHUNK_PROGRAMS else RouteTile(max(1, 16 * 256 // experts), 8)
+    if rows >= WIDE_ROWS:
+        return Plan("wide", route, GateUpTile(128, 128, 3, 8), DownTile(128, 128, 4, 8), pdl)
+    block_n = 16 if rows <= 6 else 32 if rows <= 14 else 64
+    if block_n == 64:
+        return Plan("sorted", route, GateUpTile(128, 64, 4, 8), DownTile(128, 64, 4, 4), pdl)
+    return Plan("sorted", route, GateUpTile(64, block_n, 4, 4), DownTile(64, block_n, 5, 4), pdl)
+
+
+def _dense(geometry: MoEGeometry, tokens: int, sm_count: int, pdl: bool) -> Plan:
+    block_t = max(16, power_of_two_at_least(tokens))
+    route = RouteTile(4, 4) if tokens <= 4 else RouteTile(block_t, 16)
+    # 32 intermediate columns a program give 64 programs an expert: three active experts already fill 132 SMs.
+    gate_up = GateUpTile(32 if block_t == 16 else 64, block_t, 5, 4)
+    # A program a row block where those nearly fill the SMs (112 of 132 at H = 7168); else several share one.
+    row_blocks = geometry.hidden_size // 64
+    split = 1 if row_blocks >= 0.75 * sm_count else min(8, max(1, round(2 * sm_count / row_blocks)))
+    return Plan("dense", route, gate_up, DownTile(64, block_t, 8 if block_t < 64 else 6, 4, split), pdl)
+
+
+def plans(geometry: MoEGeometry, *, sm_count: int = 132, capability: int = 90) -> list[Plan]:
+    """Every plan that some T gets: what a warm-up compiles."""
+    found: dict[Plan, None] = {}
+    tokens = 1
+    while tokens <= TOKEN_CHUNK:
+        found[choose_plan(geometry, tokens, sm_count=sm_count, capability=capability)] = None
+        tokens += max(1, tokens // 16)
+    return list(found)
+
+
+def with_tiles(plan: Plan, *, gate_up: dict | None = None, down: dict | None = None, pdl: bool | None = None) -> Plan:
+    """`plan` with some tile fields replaced, for measuring candidates."""
+    return replace(
+        plan,
+        gate_up=replace(plan.gate_up, **(gate_up or {})),
+        down=replace(plan.down, **(down or {})),
+        pdl=plan.pdl if pdl is None else pdl,
+    )

@@ -1,0 +1,107 @@
+"""The device memory between the kernels: one allocation, laid out by a pure function of sizes.
+
+Nothing in it is read before the same call wrote it, and its size never depends on the routing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from blockmoe.geometry import BLOCK, MoEGeometry
+from blockmoe.operator.launch import ALIGNMENT, Buffer
+from blockmoe.operator.plan import CHUNK_PROGRAMS, ROW_BUFFER, TOKEN_CHUNK, Plan, choose_plan
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Upper bounds that hold for any routing of `tokens` tokens."""
+
+    tokens: int
+    rows: int  # of the intermediate
+    tiles: int
+    chunks: int  # programs that sort
+    chunk_tokens: int
+    columns: int  # of the output computed at a time
+
+
+@lru_cache(maxsize=512)
+def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
+    per_token = min(geometry.top_k, geometry.num_local_experts)
+    pairs = tokens * per_token
+    block_n = plan.gate_up.block_n
+    if plan.path == "dense":
+        tiles = min(geometry.num_local_experts, pairs)
+        return Sizes(tokens, tiles * block_n, tiles, 1, tokens, geometry.hidden_size)
+    # Every expert wastes less than a tile, and holds each token at most once.
+    tiles = min(
+        min(geometry.num_local_experts, pairs) + pairs // block_n,
+        geometry.num_local_experts * -(-tokens // block_n),
+    )
+    chunk_tokens = plan.route.block_t * -(-tokens // (plan.route.block_t * CHUNK_PROGRAMS))
+    blocks = geometry.hidden_blocks
+    fitting = [b for b in range(1, blocks + 1) if blocks % b == 0 and 2 * pairs * b * BLOCK <= ROW_BUFFER]
+    columns = max(fitting, default=1) * BLOCK
+    return Sizes(tokens, pairs, tiles, -(-tokens // chunk_tokens), chunk_tokens, columns)
+
+
+@lru_cache(maxsize=512)
+def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:
+    """Offset, element count and type of every buffer, and the bytes of all."""
+    bound = sizes(geometry, tokens, plan)
+    fields: dict[str, tuple[int, torch.dtype]] = {
+        "tile_count": (1, torch.int32),
+        "tile_expert": (bound.tiles, torch.int32),
+        "tile_begin": (bound.tiles, torch.int32),
+        "tile_end": (bound.tiles, torch.int32),
+        "pair_token": (bound.rows, torch.int32),
+        "pair_weight": (bound.rows, torch.float32),
+        "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
+        "middle_scale": (bound.rows * geometry.intermediate_size // plan.gate_up.block_i, torch.float32),
+    }
+    if plan.path == "dense":
+        if plan.down.split > 1:
+            fields["rows"] = (plan.down.split * tokens * geometry.hidden_size, torch.float32)
+    else:
+        local = geometry.num_local_experts
+        fields |= {
+            "chunk_count": (bound.chunks * local, torch.int32),
+            "token_weight": (tokens * local, torch.float32),
+            "token_pair": (tokens * geometry.top_k, torch.int32),
+            "token_pairs": (tokens, torch.int32),
+            "rows": (bound.rows * bound.columns, torch.bfloat16),
+        }
+    placed, offset = {}, 0
+    for name, (count, dtype) in fields.items():
+        placed[name] = (offset, count, dtype)
+        offset += -(-count * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return placed, offset
+
+
+def rounds(tokens: int) -> list[int]:
+    """How many tokens each round of a call has."""
+    full, rest = divmod(tokens, TOKEN_CHUNK)
+    return [TOKEN_CHUNK] * full + ([rest] if rest else [])
+
+
+def workspace_size(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90) -> int:
+    """Bytes of workspace that a call with `tokens` tokens needs on such a GPU, whatever the routing."""
+    plans = ((t, choose_plan(geometry, t, sm_count=sm_count, capability=capability)) for t in set(rounds(tokens)))
+    return max((layout(geometry, t, plan)[1] for t, plan in plans), default=0)
+
+
+def buffers(workspace: torch.Tensor, geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, Buffer]:
+    base = workspace.data_ptr()
+    placed, _ = layout(geometry, tokens, plan)
+    return {name: Buffer(base + offset, dtype) for name, (offset, _, dtype) in placed.items()}
+
+
+def views(workspace: torch.Tensor, geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, torch.Tensor]:
+    """The same as tensors: for the interpreter, and for looking at a stage's result."""
+    placed, _ = layout(geometry, tokens, plan)
+    return {
+        name: workspace[offset : offset + count * dtype.itemsize].view(dtype)
+        for name, (offset, count, dtype) in placed.items()
+    }
