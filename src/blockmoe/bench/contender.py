@@ -70,8 +70,10 @@ class Contender:
         self.environment: dict[str, Any] = {}
         self.opened: str | None = None  # uuid of the workload whose inputs the worker holds
         self.inputs_digest: str | None = None
+        self.uncapturable: str | None = None  # why a CUDA graph could not capture it
         self.spent = 0.0
         self.findings = Findings()
+        self._starting = False
 
     @property
     def is_reference(self) -> bool:
@@ -96,7 +98,7 @@ class Contender:
 
     def finish_start(self) -> None:
         """Wait until the worker stands and has imported the solution. Raises Failed."""
-        if getattr(self, "_starting", False):
+        if self._starting:
             self._starting = False
             self.environment = self._receive(START_TIMEOUT)
             self.ask("build", solution=self.solution.to_json())

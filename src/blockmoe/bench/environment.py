@@ -134,9 +134,10 @@ def gpu_state(index: int = 0) -> dict[str, Any]:
     return {name: _number(value) for name, value in zip([*_GPU_QUERY, "driver"], values, strict=False)}
 
 
-def _number(text: str) -> float | str:
+def _number(text: str) -> float | int | str:
+    """Numbers as numbers; the throttle reasons are a bit mask in hexadecimal, 0 for none."""
     try:
-        return float(text)
+        return int(text, 16) if text.startswith("0x") else float(text)
     except ValueError:
         return text
 

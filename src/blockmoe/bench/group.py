@@ -171,8 +171,8 @@ class Group:
         self._recheck(keep)
 
     def _block(self, contender: Contender, calls: list[int], keep: int) -> None:
-        kept = keep if keep in calls and not contender.is_reference else None
-        path = str(self._folder(contender) / f"{keep}.safetensors") if kept is not None else None
+        kept = keep if keep in calls else None
+        path = None if contender.is_reference else str(self._folder(contender) / f"{keep}.safetensors")
         lead_in = LEAD_IN + calls[0] if self.settings.on_cuda and self.settings.warmup_runs else None
         answer = contender.ask("block", calls=calls, keep=kept, path=path, lead_in=lead_in)
         findings = contender.findings
@@ -206,6 +206,9 @@ class Group:
         """CUDA-graph replays, a figure beside the span: a solution that can't be captured loses nothing but that figure."""
         calls = list(range(REPLAY, REPLAY + REPLAYS))
         for contender in self.standing:
+            if contender.uncapturable:
+                contender.findings.graph = {"graph_error": contender.uncapturable}
+                continue
             self.stage(f"graph replay of {contender.name}")
             path = self._folder(contender) / f"{calls[-1]}.safetensors"
             try:
@@ -218,8 +221,9 @@ class Group:
                     if judged["status"] != Status.PASSED.value:
                         answer = {"graph_error": f"the replay's output is wrong: {judged['message']}"}
                     self.reference.ask("forget")
-                else:
-                    contender.close()  # a failed capture can leave the stream or the allocator in a bad state
+                else:  # a failed capture can leave stream and allocator in a bad state: a new process, and no second try
+                    contender.uncapturable = answer["graph_error"]
+                    contender.close()
                 contender.findings.graph = answer
             except Failed as failure:
                 if self.reference.worker is None:

@@ -39,8 +39,8 @@ class Session:
         self.definition = definition
         self.device = torch.device(device)
         if self.device.type == "cuda":
+            self.device = torch.device("cuda", self.device.index or 0)  # tensors say cuda:0, never cuda
             torch.cuda.set_device(self.device)
-            self.device = torch.device("cuda", torch.cuda.current_device())
         self.timer = make_timer(self.device, use_cupti)
         self.watch = TimerWatch()
         self._sleep = time.sleep
@@ -172,7 +172,10 @@ class Session:
         return {"host_us": host_us}
 
     def block(self, calls: list[int], keep: int | None, path: str | None, lead_in: int | None) -> dict[str, Any]:
-        """Time calls one by one; the output of call `keep` is left at `path`. `lead_in` is an untimed call ahead of them."""
+        """Time calls one by one; the output of call `keep` is left at `path`, or remembered here where there is none.
+
+        `lead_in` is an untimed call ahead of them.
+        """
         if lead_in is not None:
             self._prepare(lead_in)
             self._accept(self._invoke())
@@ -183,8 +186,10 @@ class Session:
             result = self.timer.timed(number, self._invoke)
             outputs = dict(zip(self.definition.outputs, self._settled(result, 0.0), strict=True))
             digests[number] = digest_tensors(outputs)
-            if number == keep:
+            if number == keep and path:
                 self._save(outputs, Path(path))
+            elif number == keep:
+                self._known[number] = outputs
         samples = [vars(sample) for sample in self.timer.collect()]
         self.watch.require_untouched()
         return {"samples": samples, "outputs": digests, "inputs": self.inputs.digest(), "timer": self.timer.name}
@@ -219,13 +224,14 @@ class Session:
     # the reference's session only
 
     def remember(self, calls: list[int]) -> dict[str, Any]:
-        """Run the reference for calls and keep its outputs here, in this process, for `judge`."""
+        """Run the reference for calls not remembered yet and keep its outputs here, in this process, for `judge`."""
         digests = {}
         for number in calls:
-            self._prepare(number)
-            outputs = self._accept(self._invoke())
-            self.outputs = []
-            self._known[number] = dict(zip(self.definition.outputs, outputs, strict=True))
+            if number not in self._known:
+                self._prepare(number)
+                outputs = self._accept(self._invoke())
+                self.outputs = []
+                self._known[number] = dict(zip(self.definition.outputs, outputs, strict=True))
             digests[number] = digest_tensors(self._known[number])
         return {"outputs": digests}
 
