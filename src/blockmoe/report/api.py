@@ -170,7 +170,7 @@ def _cut(total: int, shown: int) -> Text:
 
 
 def _save(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8")
+    path.write_text(text, encoding="utf-8", errors="replace")
     return path
 
 

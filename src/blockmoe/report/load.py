@@ -173,11 +173,11 @@ def _record(trace: Any, source: str) -> Record | None:
     axes = {str(name): int(value) for name, value in _table(workload.get("axes")).items() if _number(value) is not None}
     offset = _number(_table(_table(workload.get("inputs")).get("local_expert_offset")).get("value"))
     record = Record(
-        definition=_text(trace.get("definition")) or "unnamed definition",
+        definition=_name(trace.get("definition")) or "unnamed definition",
         workload=_text(workload.get("uuid")) or json.dumps(axes, sort_keys=True),
-        solution=_text(solution) or "unnamed solution",
+        solution=_name(solution) or "unnamed solution",
         status=_text(evaluation.get("status")) or "UNKNOWN",
-        hardware=_text(environment.get("hardware")) or "unknown hardware",
+        hardware=_name(environment.get("hardware")) or "unknown hardware",
         tokens=_tokens(axes),
         offset=None if offset is None else int(offset),
         axes=axes,
@@ -291,7 +291,14 @@ def _count(value: Any) -> int | None:
 
 
 def _text(value: Any) -> str:
-    return "" if value is None or isinstance(value, (dict, list)) else str(value)
+    """A scalar as text that can be written as UTF-8: JSON may hold halves of surrogate pairs."""
+    text = "" if value is None or isinstance(value, (dict, list)) else str(value)
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _name(value: Any) -> str:
+    """A name on one line; backticks would end the code spans that names stand in."""
+    return " ".join(_text(value).replace("`", "'").split())
 
 
 def _table(value: Any) -> dict[str, Any]:

@@ -1,0 +1,224 @@
+"""Whatever stands in a result folder, a report says so in words and never breaks."""
+
+import io
+import json
+import math
+import re
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from make import DEFINITION, failed, folder, plain, run, trace
+from rich.console import Console
+
+from blockmoe.report import ReportError, api
+from blockmoe.report.load import load
+
+FORMATS = ("md", "html", "csv", "json")
+
+
+def rendered(*paths) -> str:
+    """Everything that a user may see of these folders, as one text; every format is written on the way."""
+    texts = [path.read_text(encoding="utf-8") for path in api.write(list(paths), paths[0] / "out", FORMATS)]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(api.terminal_table(list(paths)))
+    return "\n".join([*texts, console.file.getvalue()])
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ReportError, match="no evaluated traces found"):
+        api.write([tmp_path])
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(ReportError, match="no such file or folder"):
+        api.write([tmp_path / "nowhere"])
+
+
+def test_workloads_only(tmp_path):
+    line = {key: value for key, value in trace().items() if key in ("definition", "workload")}
+    with pytest.raises(ReportError, match="no evaluated traces"):
+        api.write([folder(tmp_path, [line | {"solution": None, "evaluation": None}])])
+
+
+def test_only_skipped(tmp_path):
+    about = {"skipped": [{"solution": "alpha", "definition": DEFINITION, "reason": "needs SM100"}]}
+    (tmp_path / "run.json").write_text(json.dumps(about))
+    assert "no contender was evaluated" in rendered(tmp_path)
+
+
+def test_one_solution(tmp_path):
+    assert "Only one solution" in rendered(folder(tmp_path, run({"alpha": 1.0})))
+
+
+def test_reference_only(tmp_path):
+    assert "Only the reference was evaluated" in rendered(folder(tmp_path, run({})))
+
+
+def test_all_failed(tmp_path):
+    text = rendered(folder(tmp_path, [failed("alpha", 1), failed("beta", 1, "TIMEOUT", "after 60 s")]))
+    assert "No solution passed any workload" in text and "TIMEOUT" in text and "after 60 s" in text
+
+
+def test_definitions_and_gpus_mixed(tmp_path):
+    traces = run({"alpha": 1.0}) + run({"alpha": 2.0}, hardware="NVIDIA H200") + run({"alpha": 1.0}, definition="other")
+    text = rendered(folder(tmp_path, traces))
+    assert "2 definitions: nothing is averaged across them" in text
+    assert "several kinds of hardware (NVIDIA H100 80GB HBM3, NVIDIA H200)" in text
+
+
+def test_missing_workloads(tmp_path):
+    traces = run({"alpha": 1.0}) + [trace("beta", 1, 0.5), trace("beta", 16, 0.5)]
+    report = api.read([folder(tmp_path, traces)])
+    alpha, beta = sorted(report.sections[0].contenders, key=lambda c: c.name)
+    assert (alpha.overall.count, beta.overall.count) == (6, 2)
+    assert beta.rank == 1 and report.sections[0].shared == 2
+    assert "beta passed 2 of 6 workloads" in rendered(tmp_path)
+
+
+def test_no_workload_in_common(tmp_path):
+    assert "alpha" in rendered(folder(tmp_path, [trace("alpha", 1), trace("beta", 16)]))
+
+
+def test_trace_from_the_future(tmp_path):
+    future = trace("alpha", 1)
+    future["evaluation"]["status"] = "PASSED_WITH_HONOURS"
+    future["evaluation"]["performance"]["latency_ms"] = {"p50": 1}
+    future["quantum"] = [1, {"deep": None}]
+    text = rendered(folder(tmp_path, [future, trace("alpha", 16)]))
+    assert "PASSED_WITH_HONOURS" in text
+
+
+@pytest.mark.parametrize("value", [math.nan, "NaN", math.inf, 0, -1, None, "fast", [], True])
+def test_unusable_speedup(tmp_path, value):
+    odd = trace("alpha", 1)
+    odd["evaluation"]["performance"].update(speedup_factor=value, latency_ms=value)
+    text = rendered(folder(tmp_path, [odd, trace("beta", 1)]))
+    assert "alpha: 1 passed evaluation(s) without a usable speedup" in text
+
+
+def test_speedup_from_latencies(tmp_path):
+    odd = trace("alpha", 1, latency=2.0, noise=0, reference=20.0)
+    odd["evaluation"]["performance"]["speedup_factor"] = math.nan
+    assert load([folder(tmp_path, [odd])]).records[0].speedup == pytest.approx(10)
+
+
+def test_corrupt_lines(tmp_path):
+    text = rendered(folder(tmp_path, ["{not json", trace("alpha", 1), "[]", '"text"', "null", "12", "[" * 5000]))
+    assert "6 malformed line(s) left out (line 1:" in text
+
+
+def test_not_text(tmp_path):
+    folder(tmp_path, [trace()])
+    (tmp_path / "traces" / "blob.jsonl").write_bytes(bytes(range(256)))
+    assert "malformed" in rendered(tmp_path)
+
+
+@pytest.mark.parametrize("about", ["", "{", "[]", '{"contenders": 3, "skipped": {"a": 1}, "command": {}, "settings": []}'])
+def test_bad_run_json(tmp_path, about):
+    assert "alpha" in rendered(folder(tmp_path, run({"alpha": 1.0}), about))
+
+
+def test_latest_evaluation_counts(tmp_path):
+    traces = [trace(latency=1.0, timestamp="2026-11-21T20:00:00Z"), trace(latency=5.0, timestamp="2026-11-20T20:00:00+00:00")]
+    loaded = load([folder(tmp_path, traces)])
+    assert loaded.records[0].latency == pytest.approx(1.0, rel=0.01)
+    assert loaded.notes == ["1 older evaluation(s) of the same workload and solution left out: the latest counts"]
+
+
+def test_flashinfer_bench_traces(tmp_path):
+    traces = [plain(name, tokens, latency) for tokens in (1, 80) for name, latency in (("alpha", 1.0), ("beta", 1.2))]
+    text = rendered(folder(tmp_path, traces))
+    assert "no interval and no verdict word" in text and "FASTER" not in text
+
+
+def test_half_a_surrogate_pair(tmp_path):
+    assert "al?pha" in rendered(folder(tmp_path, [trace("al\ud800pha", 1)]))
+
+
+def test_names_are_escaped(tmp_path):
+    nasty = "<script>alert(1)</script>|**`x"
+    folder(tmp_path, [trace(nasty, 1), trace("beta", 1)])
+    api.write([tmp_path], tmp_path, FORMATS)
+    html = (tmp_path / "report.html").read_text()
+    assert "<script>alert" not in html
+    outside_code = re.sub(r"`[^`]*`", "", (tmp_path / "report.md").read_text())
+    assert "<script>" not in outside_code and "script>alert(1)&lt;/script>\\|" in outside_code
+
+
+def test_unwritable_output(tmp_path):
+    folder(tmp_path, [trace()])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ReportError, match="not writable"):
+        api.write([tmp_path], tmp_path / "file", ["md"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"formats": ["pdf"]}, "--format pdf: expected some of md"),
+        ({"formats": []}, "--format"),
+        ({"baseline": "gamma"}, "no such solution in these traces, which have alpha, beta, reference"),
+        ({"regimes": "warm"}, "expected sizes, published or NAME:LOW-HIGH"),
+        ({"regimes": "a:9-1"}, "begins above its end"),
+        ({"mix": "decode"}, "expected PHASE=SHARE"),
+        ({"mix": "decode=0"}, "sum to 0"),
+        ({"mix": "decode=nan"}, "expected PHASE=SHARE"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    folder(tmp_path, run({"alpha": 1.0, "beta": 2.0}))
+    with pytest.raises(ReportError, match=message):
+        api.write([tmp_path], **options)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+PLACES = (
+    ("definition",),
+    ("workload",),
+    ("workload", "axes"),
+    ("workload", "uuid"),
+    ("workload", "inputs"),
+    ("solution",),
+    ("evaluation",),
+    ("evaluation", "status"),
+    ("evaluation", "timestamp"),
+    ("evaluation", "log"),
+    ("evaluation", "environment"),
+    ("evaluation", "environment", "libs"),
+    ("evaluation", "environment", "extra"),
+    ("evaluation", "correctness"),
+    ("evaluation", "correctness", "extra"),
+    ("evaluation", "performance"),
+    ("evaluation", "performance", "latency_ms"),
+    ("evaluation", "performance", "speedup_factor"),
+    ("evaluation", "performance", "extra"),
+    ("evaluation", "performance", "extra", "samples_ms"),
+    ("evaluation", "performance", "extra", "speedup_interval"),
+    ("evaluation", "performance", "extra", "floor_ms"),
+    ("evaluation", "performance", "extra", "stages_ms"),
+    ("evaluation", "performance", "extra", "drift"),
+    ("evaluation", "extra"),
+    ("evaluation", "extra", "settings"),
+    ("evaluation", "extra", "pairs"),
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(places=st.lists(st.tuples(st.sampled_from(PLACES), anything), min_size=1, max_size=3))
+def test_anything_in_any_field(tmp_path, places):
+    odd = trace("alpha", 16, blocks=2)
+    for path, value in places:
+        parent = odd
+        for key in path[:-1]:
+            parent = parent.get(key) if isinstance(parent, dict) else None
+        if isinstance(parent, dict):
+            parent[path[-1]] = value
+    folder(tmp_path, [odd, trace("beta", 16, blocks=2), trace("alpha", 80, blocks=2)])
+    api.write([tmp_path], tmp_path / "out", ("md", "csv", "json"))
+    json.loads((tmp_path / "out" / "report.json").read_text())
+    Console(file=io.StringIO(), width=80).print(api.terminal_table([tmp_path]))
