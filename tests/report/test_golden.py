@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from blockmoe.report import api, published
-from blockmoe.report.import_csv import import_csv
+from blockmoe.report.importing import import_csv
 from blockmoe.report.published import FLASHINFER, FOUR, SGLANG1, SGLANG2, TRITON1, TRITON2, TWO
 
 ROOT = Path(__file__).parents[2]

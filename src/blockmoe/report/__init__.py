@@ -1,7 +1,7 @@
 """Reports from traces alone: no GPU and no torch is needed to read what was measured."""
 
 from blockmoe.report.api import best, show, terminal_table, watch, write
-from blockmoe.report.import_csv import import_csv
+from blockmoe.report.importing import import_csv
 from blockmoe.report.load import ReportError
 
 __all__ = ["ReportError", "best", "import_csv", "show", "terminal_table", "watch", "write"]

@@ -15,7 +15,7 @@ from rich.text import Text
 from blockmoe.geometry import HEADLINE
 from blockmoe.report import api, terminal
 from blockmoe.report import compare as comparing
-from blockmoe.report import import_csv as importing
+from blockmoe.report.importing import import_csv as import_table
 from blockmoe.report.load import ReportError
 from blockmoe.report.tables import factor, milliseconds, short
 
@@ -149,7 +149,7 @@ def import_csv(
 
     Its latencies are unknown and stay so: reports of it show speedups only.
     """
-    print(importing.import_csv(csv, output, definition=definition, hardware=hardware))
+    print(import_table(csv, output, definition=definition, hardware=hardware))
 
 
 def _console() -> Console:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockmoe.report import api, markdown
-from blockmoe.report.import_csv import import_csv
+from blockmoe.report.importing import import_csv
 from blockmoe.report.model import Contender, Section
 from blockmoe.report.tables import Cell, Table, cliff_sentences
 

@@ -1,0 +1,130 @@
+"""Two runs joined: what moved, what changed around it, and the threshold for CI."""
+
+import pytest
+from make import failed, folder, plain, run, trace
+from typer import Typer
+from typer.testing import CliRunner
+
+from blockmoe.report import ReportError
+from blockmoe.report.commands import register
+from blockmoe.report.compare import compare, parse_threshold, tables
+
+app = Typer()
+register(app)
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def runs(tmp_path):
+    old = folder(tmp_path / "old", run({"alpha": 1.0, "beta": 2.0, "gone": 3.0}, seed=1, run="r1"))
+    new = folder(tmp_path / "new", run({"alpha": 1.0, "beta": 2.2, "new": 3.0}, seed=2, run="r2"))
+    return old, new
+
+
+def test_words(runs):
+    found = compare(*runs)
+    assert found.measure == "latency"
+    assert found.solutions["alpha"].word == "SAME"
+    assert found.solutions["beta"].word == "SLOWER"
+    assert found.solutions["beta"].ratio == pytest.approx(1 / 1.1, rel=0.005)
+    assert {move.before.solution for move in found.moves if move.moved} == {"beta"}
+    assert (found.only_first, found.only_second) == ({"gone": 6}, {"new": 6})
+    assert list(found.agreement.values()) == [1.0]
+
+
+def test_threshold(runs):
+    assert len(compare(*runs, fail_slower=0.03).failures) == 6
+    assert compare(*runs, fail_slower=0.2).failures == []
+    assert compare(runs[1], runs[0], fail_slower=0.03).failures == []  # faster is no failure
+
+
+def test_noise_is_no_failure(tmp_path):
+    old = folder(tmp_path / "old", [trace("alpha", 1, noise=0.3, blocks=3, seed=1)])
+    new = folder(tmp_path / "new", [trace("alpha", 1, 1.1, noise=0.3, blocks=3, seed=2)])
+    assert not compare(old, new, fail_slower=0.01).failed
+
+
+def test_without_samples(tmp_path):
+    old = folder(tmp_path / "old", [plain("alpha", 1, 1.0), plain("alpha", 16, 1.0)])
+    new = folder(tmp_path / "new", [plain("alpha", 1, 1.1), plain("alpha", 16, 1.0)])
+    found = compare(old, new, fail_slower=0.03)
+    assert found.solutions["alpha"].low is None
+    assert found.failures == ["alpha at T = 1: 10.0% slower"]
+
+
+def test_now_failing(tmp_path):
+    old, new = folder(tmp_path / "old", [trace("alpha", 1)]), folder(tmp_path / "new", [failed("alpha", 1, "TIMEOUT")])
+    assert compare(old, new, fail_slower=0.5).failures == ["alpha at T = 1: TIMEOUT"]
+    assert any("passes now" in note for note in tables(compare(new, old))[0].notes)
+
+
+def test_speedups_cancel_the_machine(tmp_path):
+    old = folder(tmp_path / "old", run({"alpha": 1.0}, seed=1))
+    new = folder(tmp_path / "new", run({"alpha": 1.2}, reference=24.0, seed=2))
+    assert compare(old, new).solutions["alpha"].word == "SLOWER"
+    assert compare(old, new, by="speedup").solutions["alpha"].word == "SAME"
+
+
+def test_what_changed(tmp_path):
+    first, second = trace("alpha", 1), trace("alpha", 1)
+    first["evaluation"]["extra"]["solution_digest"] = "aaaa"
+    second["evaluation"]["extra"]["solution_digest"] = "bbbb"
+    second["evaluation"]["environment"]["libs"]["torch"] = "2.12.0"
+    second["evaluation"]["environment"]["hardware"] = "NVIDIA H200"
+    found = compare(folder(tmp_path / "a", [first]), folder(tmp_path / "b", [second]))
+    assert "hardware: NVIDIA H100 80GB HBM3 → NVIDIA H200" in found.changes
+    assert "torch: 2.11.0 → 2.12.0" in found.changes
+    assert "sources of alpha" in found.changes
+    assert any("different hardware" in note for note in found.notes)
+
+
+def test_nothing_in_common(tmp_path):
+    with pytest.raises(ReportError, match="is in both"):
+        compare(folder(tmp_path / "a", [trace("alpha")]), folder(tmp_path / "b", [trace("beta")]))
+
+
+def test_thresholds():
+    assert parse_threshold("3%") == parse_threshold("0.03") == parse_threshold(" 3 %") == pytest.approx(0.03)
+    for bad in ("", "fast", "-1%", "300%", "nan"):
+        with pytest.raises(ReportError):
+            parse_threshold(bad)
+
+
+def test_exit_codes(runs, tmp_path):
+    old, new = runs
+    assert invoke("compare", old, new).exit_code == 0
+    result = invoke("compare", old, new, "--fail-slower", "3%")
+    assert result.exit_code == 1 and "over the threshold: beta at T = 1" in result.output
+    result = invoke("compare", old, tmp_path / "nothing")
+    assert result.exit_code == 2 and "Traceback" not in result.output
+    assert invoke("compare", old, new, "--fail-slower", "much").exit_code == 2
+
+
+def test_commands(runs, tmp_path):
+    old, new = runs
+    result = invoke("report", new, "--against", old, "--format", "md,csv,json", "--output", tmp_path / "out")
+    assert result.exit_code == 0 and len(result.output.split()) == 3
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "What moved" in text and "Kendall's tau" in text
+    assert "alpha" in invoke("best", old).output
+    assert "block 12" in invoke("show", old, "--workload", "1", "--solution", "alpha").output
+    line = next((old / "traces").rglob("*.jsonl"))
+    assert "alpha" in invoke("show", f"{line}:2").output
+    assert invoke("report", tmp_path / "none").exit_code == 2
+
+
+def test_import_csv(tmp_path):
+    source = tmp_path / "table.csv"
+    source.write_text("seq_len,local_expert_offset,alpha,beta\n1,32,10,12\n80,0,11,\n")
+    assert invoke("import-csv", source, tmp_path / "run").exit_code == 0
+    result = invoke("report", tmp_path / "run", "--format", "md")
+    text = (tmp_path / "run" / "report.md").read_text()
+    assert result.exit_code == 0 and "Latency" not in text and "**12.00x**" in text and "Errors" not in text
+    for bad in ("", "seq_len\n1\n", "alpha\n1\n", "seq_len,alpha\n1,fast\n", "seq_len,alpha\n1,-2\n", "seq_len,alpha\n1,2,3\n"):
+        source.write_text(bad)
+        result = invoke("import-csv", source, tmp_path / "other")
+        assert result.exit_code == 2 and "Traceback" not in result.output and not (tmp_path / "other").exists()
+    assert invoke("import-csv", tmp_path / "none.csv", tmp_path / "other").exit_code == 2

@@ -1,0 +1,167 @@
+"""Winners, words, cliffs and conclusions on runs whose answer is known."""
+
+import io
+
+import pytest
+from make import DEFINITION, SIZES, failed, folder, run, trace
+from rich.console import Console
+
+from blockmoe.report import api
+from blockmoe.report.regimes import parse_mix, parse_regimes
+
+
+def section(path, traces, **options):
+    return api.read([folder(path, traces)], **options).sections[0]
+
+
+def contender(found, name):
+    return next(c for c in found.contenders if c.name == name)
+
+
+def test_reference_is_the_scale(tmp_path):
+    found = section(tmp_path, run({"slow": 40.0}))
+    assert found.names == ["slow"]  # the reference would have won everywhere
+    assert all(row.winners == ["slow"] for row in found.rows)
+    assert found.rows[0].reference_latency == pytest.approx(20, rel=0.01)
+
+
+def test_words_of_winners(tmp_path):
+    found = section(tmp_path, run({"alpha": 1.0, "beta": 1.0, "gamma": 1.2}))
+    assert {row.duel.word for row in found.rows} == {"SAME"}
+    found = section(tmp_path / "b", run({"alpha": 1.0, "gamma": 1.2}))
+    assert {row.duel.word for row in found.rows} == {"FASTER"}
+    assert contender(found, "alpha").clear_wins == len(SIZES)
+    (pair,) = found.pairs
+    assert (pair.first, pair.second, pair.overall.word) == ("alpha", "gamma", "FASTER")
+    assert pair.overall.low < 1.2 < pair.overall.high
+
+
+def test_one_block_has_no_word(tmp_path):
+    found = section(tmp_path, run({"alpha": 1.0, "beta": 2.0}, blocks=1))
+    assert {row.duel.word for row in found.rows} == {"UNCLEAR"}
+    assert all(row.winners == ["alpha"] for row in found.rows)
+
+
+def test_different_runs_are_not_paired(tmp_path):
+    traces = [trace("alpha", 1, 1.0, run="r1"), trace("beta", 1, 1.3, run="r2")]
+    found = section(tmp_path, traces)
+    assert found.rows[0].duel.word == "FASTER"
+    assert any("2 runs" in doubt for doubt in found.doubts)
+
+
+def test_cliff_of_its_own(tmp_path):
+    found = section(tmp_path, run({"smooth": 1.0, "cliff": lambda t: 1.0 if t < 1000 else 8.0}))
+    (cliff,) = found.cliffs
+    assert (cliff.solution, cliff.tokens, cliff.next_tokens, cliff.against) == ("cliff", 901, 11948, ["smooth"])
+
+
+def test_conclusion_and_dispatcher(tmp_path):
+    latencies = {"decoder": lambda t: 0.1 if t < 1000 else 10.0, "prefiller": lambda t: 0.2 if t < 1000 else 2.0}
+    conclusion = section(tmp_path, run(latencies)).conclusion
+    decode, prefill, mixed = conclusion.scenarios
+    assert (decode.choice, prefill.choice, mixed.choice) == ("decoder", "prefiller", "prefiller")
+    assert decode.clear and decode.lead == pytest.approx(2, rel=0.01)
+    dispatcher = conclusion.dispatcher
+    assert (dispatcher.below, dispatcher.last_below, dispatcher.above, dispatcher.first_above) == (
+        "decoder",
+        901,
+        "prefiller",
+        11948,
+    )
+    assert dispatcher.bound == pytest.approx(dispatcher.gain)
+
+
+def test_mix_decides(tmp_path):
+    latencies = {"decoder": lambda t: 0.1 if t < 1000 else 10.0, "prefiller": lambda t: 0.2 if t < 1000 else 2.0}
+    traces = run(latencies)
+    assert section(tmp_path, traces, mix="decode=0.999,prefill=0.001").conclusion.scenarios[2].choice == "decoder"
+    assert section(tmp_path, traces, mix="1-80=0.5,901-=0.5").conclusion.scenarios[2].choice == "prefiller"
+
+
+def test_same_solutions_are_not_told_apart(tmp_path):
+    decode = section(tmp_path, run({"alpha": 1.0, "beta": 1.0})).conclusion.scenarios[0]
+    assert not decode.clear and set(decode.label.split(" or ")) == {"alpha", "beta"}
+
+
+def test_failures_exclude_from_the_choice(tmp_path):
+    traces = [t for t in run({"quick": 0.1, "sound": 1.0}) if not (t["solution"] == "quick" and t["workload"]["axes"]["seq_len"] == 16)]
+    found = section(tmp_path, [*traces, failed("quick", 16, "INCORRECT_NUMERICAL", "wrong")])
+    decode = found.conclusion.scenarios[0]
+    assert decode.choice == "sound" and decode.excluded == {"quick": "did not pass 1 of 3 workloads"}
+    assert [f.what for f in contender(found, "quick").failures] == ["INCORRECT_NUMERICAL"]
+    assert contender(found, "quick").rank == 1  # over the workloads that both passed
+
+
+def test_guard_verdicts_count_as_failures(tmp_path):
+    caught = failed("cheat", 1)
+    caught["evaluation"]["extra"]["verdict"] = "OUTPUT_CACHED"
+    found = section(tmp_path, [caught, trace("honest", 1)])
+    assert contender(found, "cheat").failures[0].what == "OUTPUT_CACHED"
+    assert found.rows[0].winners == ["honest"]
+
+
+def test_doubts(tmp_path):
+    odd = trace("alpha", 1)
+    odd["evaluation"]["performance"]["extra"] |= {"drift": 0.05, "drifted": True, "floor_ms": 9.0, "speedup_interval": [10, 30]}
+    odd["evaluation"]["environment"]["extra"]["gpu"] = {"throttle": ["none", "sw_power_cap"]}
+    text = " ".join(section(tmp_path, [odd, trace("beta", 1, 1.001)]).doubts)
+    assert "drifted" in text and "+5.0%" in text
+    assert "faster than the floor" in text
+    assert "wider than ±3 %" in text
+    assert "throttling in 1 of 2" in text
+
+
+def test_baseline_stands_on_the_right(tmp_path):
+    pairs = section(tmp_path, run({"a": 1.0, "b": 2.0, "c": 3.0}), baseline="a").pairs
+    assert [(p.first, p.second) for p in pairs] == [("b", "a"), ("c", "a"), ("b", "c")]
+
+
+def test_many_solutions_pair_with_the_leader_only(tmp_path):
+    found = section(tmp_path, run({f"s{i}": 1.0 + i for i in range(10)}, sizes=[1, 16]), baseline="s5")
+    assert len(found.pairs) == 9 + 8
+    assert all("s0" in (p.first, p.second) or "s5" in (p.first, p.second) for p in found.pairs)
+
+
+def test_regimes():
+    (one,) = parse_regimes("warm:2-40")
+    assert one.holds(2) and one.holds(40) and not one.holds(41) and one.label == "warm (T 2–40)"
+    low, high = parse_regimes("-9,10-")
+    assert (low.name, high.name) == ("T ≤ 9", "T ≥ 10")
+    assert [share for _, share in parse_mix("decode=3,prefill=1")] == [0.75, 0.25]
+    assert not one.holds(None)
+
+
+def test_terminal_fits_80_columns(tmp_path):
+    about = {
+        "contenders": [{"name": "alpha", "description": "words"}],
+        "skipped": [{"solution": "gone", "definition": DEFINITION, "reason": "needs SM100, this is SM90"}],
+    }
+    names = ["a_rather_long_solution_name", "another_rather_long_solution_name", "c", "d"]
+    traces = run({name: 1.0 + place for place, name in enumerate(names)})
+    folder(tmp_path, [*traces, failed("broken", 1, "TIMEOUT", "no answer after 60 s")], about)
+    console = Console(file=io.StringIO(), width=80)
+    console.print(api.terminal_table([tmp_path]))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "SKIPPED, needs SM100" in text and "no answer after 60 s" in text and "\x1b" not in text
+    assert "decode: a_rather_long_solution_name" in text
+
+
+def test_show_and_best(tmp_path):
+    folder(tmp_path, run({"alpha": 1.0, "beta": lambda t: 2.0 if t < 100 else 0.5}))
+    assert [(r.tokens, r.solution) for _, _, r in api.best([tmp_path])][:4] == [(1, "alpha"), (16, "alpha"), (80, "alpha"), (901, "beta")]
+    assert api.best([tmp_path], max_relative_l2=1e-6) == []
+    console = Console(file=io.StringIO(), width=80)
+    console.print(api.show(tmp_path, "901", "beta"))
+    assert "60 samples in 12 blocks" in console.file.getvalue()
+    with pytest.raises(api.ReportError, match="no trace of workload 5"):
+        api.show(tmp_path, "5")
+
+
+def test_watch(tmp_path):
+    console = Console(file=io.StringIO(), width=80)
+    api.watch([tmp_path], console, seconds=0, rounds=1)
+    assert "waiting" in console.file.getvalue()
+    api.watch([folder(tmp_path, run({"alpha": 1.0}))], console, seconds=0, rounds=2)
+    assert "alpha" in console.file.getvalue()
