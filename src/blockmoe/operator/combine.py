@@ -1,6 +1,6 @@
 """The output's last sum, in a fixed order: over a token's pairs, or over the partial sums of a split dense GEMM2.
 
-  out[t, h] = sum over n < token_pairs[t] of rows[token_pair[t, n], h]      (routing weights are already in the rows)
+out[t, h] = sum over n < token_pairs[t] of rows[token_pair[t, n], h]      (routing weights are already in the rows)
 """
 
 from __future__ import annotations
@@ -8,11 +8,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.kernel_parts import after_previous_kernel
-from blockmoe.operator.launch import launch
-from blockmoe.operator.plan import Plan
-from blockmoe.operator.workspace import Sizes
+from blockmoe.operator.workspace import Round
 
 BLOCK_H = 1024  # columns a program: 8 bf16 a thread of 4 warps, a 16-byte load
 
@@ -20,7 +17,7 @@ BLOCK_H = 1024  # columns a program: 8 bf16 a thread of 4 warps, a 16-byte load
 @triton.jit(do_not_specialize=["first_column"])
 def combine_kernel(
     rows, token_pair, token_pairs, out, first_column,
-    H: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
+    HIDDEN: tl.constexpr, COLUMNS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous_kernel(PDL)
     token = tl.program_id(0).to(tl.int64)
@@ -31,28 +28,28 @@ def combine_kernel(
     for n in tl.static_range(TOP_K):
         pair = tl.load(token_pair + token * TOP_K + n, mask=n < count, other=0).to(tl.int64)
         sums += tl.load(rows + pair * COLUMNS + h, mask=inside & (n < count), other=0.0).to(tl.float32)
-    tl.store(out + token * H + first_column + h, sums.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + token * HIDDEN + first_column + h, sums.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def combine_splits_kernel(rows, out, tokens, H: tl.constexpr, SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr):  # fmt: skip
+def combine_splits_kernel(rows, out, tokens, HIDDEN: tl.constexpr, SPLIT: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr):
     after_previous_kernel(PDL)
     token = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     sums = tl.zeros((BLOCK_H,), tl.float32)
     for n in tl.static_range(SPLIT):
-        sums += tl.load(rows + (n * tokens + token) * H + h, mask=h < H, other=0.0)
-    tl.store(out + token * H + h, sums.to(out.dtype.element_ty), mask=h < H)
+        sums += tl.load(rows + (n * tokens + token) * HIDDEN + h, mask=h < HIDDEN, other=0.0)
+    tl.store(out + token * HIDDEN + h, sums.to(out.dtype.element_ty), mask=h < HIDDEN)
 
 
-def combine(out, first_column: int, buffers, geometry: MoEGeometry, plan: Plan, sizes: Sizes, variant: tuple) -> None:
+def combine(out, first_column: int, round: Round) -> None:
     """Launch the sum; nothing where a dense GEMM2 wrote the output itself."""
-    g, b = geometry, buffers
-    options = dict(num_warps=4, pdl=plan.pdl, variant=variant)
+    g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     grid = (sizes.tokens, -(-sizes.columns // BLOCK_H))
     if plan.path != "dense":
         arguments = (b["rows"], b["token_pair"], b["token_pairs"], out, first_column)
-        launch(combine_kernel, grid, arguments, (g.hidden_size, sizes.columns, g.top_k, BLOCK_H, plan.pdl), **options)
+        constants = (g.hidden_size, sizes.columns, g.top_k, BLOCK_H, plan.pdl)
+        round.launch(combine_kernel, grid, arguments, constants, 4)
     elif plan.down.split > 1:
         constants = (g.hidden_size, plan.down.split, BLOCK_H, plan.pdl)
-        launch(combine_splits_kernel, grid, (b["rows"], out, sizes.tokens), constants, **options)
+        round.launch(combine_splits_kernel, grid, (b["rows"], out, sizes.tokens), constants, 4)

@@ -17,25 +17,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blockmoe.geometry import BLOCK, MoEGeometry
-from blockmoe.operator.kernel_parts import after_previous_kernel
-from blockmoe.operator.launch import launch
-from blockmoe.operator.plan import Plan
-from blockmoe.operator.workspace import Sizes
+from blockmoe.operator.kernel_parts import after_previous_kernel, prefetch_into_l2
+from blockmoe.operator.workspace import Round
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def down_dense_kernel(
     middle, middle_scale, w, w_scale, tile_count, tile_expert, out, tokens,
-    H: tl.constexpr, I: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    after_previous_kernel(PDL)
     K: tl.constexpr = 128
     PARTS: tl.constexpr = K // GROUP
     m = tl.program_id(0) * BLOCK_M
     split = tl.program_id(1)
-    blocks = tl.load(tile_count) * (I // K)
+    if PDL and PREFETCH > 0:
+        # The tile list is there: every program of GEMM1 waited for the routing before it let this kernel begin.
+        for tile in range(split, tl.minimum(tl.load(tile_count), PREFETCH * SPLIT), SPLIT):
+            first = tl.load(tile_expert + tile).to(tl.int64) * (HIDDEN * INTER) + m * INTER
+            prefetch_into_l2(w + first, BLOCK_M * INTER)
+    after_previous_kernel(PDL)
+    blocks = tl.load(tile_count) * (INTER // K)
     row = m + tl.arange(0, BLOCK_M)
     column = tl.arange(0, BLOCK_N * PARTS)
     token = column // PARTS
@@ -43,32 +45,32 @@ def down_dense_kernel(
     inside = token < tokens
     k = tl.arange(0, K)
     read = inside[None, :] & ((k // GROUP)[:, None] == part[None, :])
-    w_at = w + row[:, None] * I + k[None, :]
-    x_at = middle + token[None, :] * I + k[:, None]
-    s_at = middle_scale + token * (I // GROUP) + part
+    w_at = w + row[:, None] * INTER + k[None, :]
+    x_at = middle + token[None, :] * INTER + k[:, None]
+    s_at = middle_scale + token * (INTER // GROUP) + part
 
     # The expert's load comes before the weights': Triton gives each of the two levels half of the stages.
     sums = tl.zeros((BLOCK_M, BLOCK_N * PARTS), tl.float32)
     for block in tl.range(blocks * split // SPLIT, blocks * (split + 1) // SPLIT, num_stages=STAGES):
-        tile = block // (I // K)
-        kb = block % (I // K)
+        tile = block // (INTER // K)
+        kb = block % (INTER // K)
         expert = tl.load(tile_expert + tile)
-        b_w = tl.load(w_at + (expert.to(tl.int64) * (H * I) + kb * K))  # [BLOCK_M, K]
-        b_x = tl.load(x_at + (tile * (BLOCK_N * I) + kb * K), mask=read, other=0.0)  # [K, BLOCK_N * PARTS]
-        s_x = tl.load(s_at + (tile * BLOCK_N * (I // GROUP) + kb * PARTS), mask=inside, other=0.0)
-        s_w = tl.load(w_scale + (expert * (H // K) + m // K) * (I // K) + kb)
+        b_w = tl.load(w_at + (expert.to(tl.int64) * (HIDDEN * INTER) + kb * K))  # [BLOCK_M, K]
+        b_x = tl.load(x_at + (tile * (BLOCK_N * INTER) + kb * K), mask=read, other=0.0)  # [K, BLOCK_N * PARTS]
+        s_x = tl.load(s_at + (tile * BLOCK_N * (INTER // GROUP) + kb * PARTS), mask=inside, other=0.0)
+        s_w = tl.load(w_scale + (expert * (HIDDEN // K) + m // K) * (INTER // K) + kb)
         sums += tl.dot(b_w, b_x) * (s_x * s_w)[None, :]
 
     y = tl.sum(tl.reshape(sums, (BLOCK_M, BLOCK_N, PARTS)), 2)
     t = tl.arange(0, BLOCK_N)
-    at = out + (split * tokens + t)[None, :] * H + row[:, None]
+    at = out + (split * tokens + t)[None, :] * HIDDEN + row[:, None]
     tl.store(at, y.to(out.dtype.element_ty), mask=(t < tokens)[None, :])
 
 
 @triton.jit(do_not_specialize=["first_column"])
 def down_sorted_kernel(
     middle, middle_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_column,
-    H: tl.constexpr, I: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous_kernel(PDL)
@@ -87,13 +89,13 @@ def down_sorted_kernel(
         part = column % PARTS
         k = tl.arange(0, K)
         read = (pair < end)[None, :] & ((k // GROUP)[:, None] == part[None, :])
-        w_at = w + expert.to(tl.int64) * (H * I) + row[:, None] * I + k[None, :]
-        x_at = middle + pair[None, :] * I + k[:, None]
-        s_at = middle_scale + pair * (I // GROUP) + part
-        w_scale_at = w_scale + (expert * (H // K) + (first_column + m) // K) * (I // K)
+        w_at = w + expert.to(tl.int64) * (HIDDEN * INTER) + row[:, None] * INTER + k[None, :]
+        x_at = middle + pair[None, :] * INTER + k[:, None]
+        s_at = middle_scale + pair * (INTER // GROUP) + part
+        w_scale_at = w_scale + (expert * (HIDDEN // K) + (first_column + m) // K) * (INTER // K)
 
         sums = tl.zeros((BLOCK_M, BLOCK_N * PARTS), tl.float32)
-        for kb in tl.range(0, I // K, num_stages=STAGES):
+        for kb in tl.range(0, INTER // K, num_stages=STAGES):
             b_w = tl.load(w_at + kb * K)  # [BLOCK_M, K]
             b_x = tl.load(x_at + kb * K, mask=read, other=0.0)  # [K, BLOCK_N * PARTS]
             s_x = tl.load(s_at + kb * PARTS, mask=pair < end, other=0.0)
@@ -108,7 +110,7 @@ def down_sorted_kernel(
 @triton.jit(do_not_specialize=["first_column"])
 def down_wide_kernel(
     middle, middle_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_column,
-    H: tl.constexpr, I: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous_kernel(PDL)
@@ -123,13 +125,13 @@ def down_wide_kernel(
         read = tl.minimum(pair, end - 1).to(tl.int64)  # rows past the end repeat the last and are dropped
         k = tl.arange(0, K)
         h = first_column + n + tl.arange(0, K)
-        x_at = middle + read[:, None] * I + k[None, :]
-        w_at = w + expert.to(tl.int64) * (H * I) + h[None, :] * I + k[:, None]
-        s_at = middle_scale + read * (I // K)
-        w_scale_at = w_scale + (expert * (H // K) + (first_column + n) // K) * (I // K)
+        x_at = middle + read[:, None] * INTER + k[None, :]
+        w_at = w + expert.to(tl.int64) * (HIDDEN * INTER) + h[None, :] * INTER + k[:, None]
+        s_at = middle_scale + read * (INTER // K)
+        w_scale_at = w_scale + (expert * (HIDDEN // K) + (first_column + n) // K) * (INTER // K)
 
         sums = tl.zeros((BLOCK_M, K), tl.float32)
-        for kb in tl.range(0, I // K, num_stages=STAGES):
+        for kb in tl.range(0, INTER // K, num_stages=STAGES):
             b_x = tl.load(x_at + kb * K)  # [BLOCK_M, K]
             b_w = tl.load(w_at + kb * K)  # [K, K]
             scale = tl.load(s_at + kb) * tl.load(w_scale_at + kb)
@@ -139,28 +141,23 @@ def down_wide_kernel(
         tl.store(at, sums.to(rows.dtype.element_ty), mask=(pair < end)[:, None])
 
 
-def down(w, w_scale, out, first_column: int, buffers, geometry: MoEGeometry, plan: Plan, sizes: Sizes, variant: tuple, programs: int) -> None:  # fmt: skip
-    """Launch GEMM2 over columns first_column … of the output; the dense path knows only all of them."""
-    g, tile, b = geometry, plan.down, buffers
-    options = dict(num_warps=tile.num_warps, pdl=plan.pdl, variant=variant)
-    operands = (b["middle"], b["middle_scale"], w, w_scale, b["tile_count"], b["tile_expert"])
+def down(w, w_scale, out, first_column: int, round: Round) -> None:
+    """Launch GEMM2 over columns first_column ... of the output; the dense path knows only all of them."""
+    g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
+    tile = plan.down
+    shape = (g.hidden_size, g.intermediate_size)
+    arguments = (b["middle"], b["middle_scale"], w, w_scale, b["tile_count"], b["tile_expert"])
     group = plan.gate_up.block_i
     if plan.path == "dense":
-        launch(
-            down_dense_kernel, (g.hidden_size // tile.block_m, tile.split),
-            (*operands, b["rows"] if tile.split > 1 else out, sizes.tokens),
-            (g.hidden_size, g.intermediate_size, group, tile.block_m, tile.block_n, tile.split, 2 * tile.stages, plan.pdl),
-            **options,
-        )  # fmt: skip
+        arguments += (b["rows"] if tile.split > 1 else out, sizes.tokens)
+        constants = (*shape, group, tile.block_m, tile.block_n, tile.split, 2 * tile.stages, tile.prefetch, plan.pdl)
+        round.launch(down_dense_kernel, (g.hidden_size // tile.block_m, tile.split), arguments, constants, tile.num_warps)
         return
-    arguments = (*operands, b["tile_begin"], b["tile_end"], b["rows"], first_column)
-    units = sizes.tiles * (sizes.columns // tile.block_m)
+    arguments += (b["tile_begin"], b["tile_end"], b["rows"], first_column)
+    grid = (min(sizes.tiles * (sizes.columns // tile.block_m), round.programs), 1)
     if plan.path == "wide":
-        constants = (g.hidden_size, g.intermediate_size, sizes.columns, BLOCK, tile.stages, plan.pdl)
-        launch(down_wide_kernel, (min(units, programs), 1), arguments, constants, **options)
+        constants = (*shape, sizes.columns, tile.block_n, tile.stages, plan.pdl)
+        round.launch(down_wide_kernel, grid, arguments, constants, tile.num_warps)
         return
-    launch(
-        down_sorted_kernel, (min(units, programs), 1), arguments,
-        (g.hidden_size, g.intermediate_size, sizes.columns, group, tile.block_m, tile.block_n, tile.stages, plan.pdl),
-        **options,
-    )  # fmt: skip
+    constants = (*shape, sizes.columns, group, tile.block_m, tile.block_n, tile.stages, plan.pdl)
+    round.launch(down_sorted_kernel, grid, arguments, constants, tile.num_warps)

@@ -15,23 +15,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blockmoe.geometry import BLOCK, MoEGeometry
 from blockmoe.operator.kernel_parts import after_previous_kernel, quantise, silu
-from blockmoe.operator.launch import launch
-from blockmoe.operator.plan import Plan
-from blockmoe.operator.workspace import Sizes
+from blockmoe.operator.workspace import Round
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def gate_up_kernel(
     x, x_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, middle,
     middle_scale, tokens,
-    H: tl.constexpr, I: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr, TILE_FIRST: tl.constexpr,
 ):  # fmt: skip
     after_previous_kernel(PDL)
     K: tl.constexpr = 128
-    BLOCKS_I: tl.constexpr = I // BLOCK_I
+    BLOCKS_I: tl.constexpr = INTER // BLOCK_I
     tiles = tl.load(tile_count)
     for unit in range(tl.program_id(0), tiles * BLOCKS_I, tl.num_programs(0)):
         if TILE_FIRST:  # tiles of one expert side by side: they share the weights in L2
@@ -51,13 +48,13 @@ def gate_up_kernel(
         is_gate = (row // 8) % 2
         i = i_block * BLOCK_I + (row // 16) * 8 + row % 8
         k = tl.arange(0, K)
-        w_at = w + expert.to(tl.int64) * (2 * I * H) + (is_gate * I + i)[:, None] * H + k[None, :]
-        x_at = x + token.to(tl.int64)[None, :] * H + k[:, None]
-        up_scale = w_scale + (expert * (2 * I // K) + i_block * BLOCK_I // K) * (H // K)
-        gate_scale = up_scale + (I // K) * (H // K)
+        w_at = w + expert.to(tl.int64) * (2 * INTER * HIDDEN) + (is_gate * INTER + i)[:, None] * HIDDEN + k[None, :]
+        x_at = x + token.to(tl.int64)[None, :] * HIDDEN + k[:, None]
+        up_scale = w_scale + (expert * (2 * INTER // K) + i_block * BLOCK_I // K) * (HIDDEN // K)
+        gate_scale = up_scale + (INTER // K) * (HIDDEN // K)
 
         sums = tl.zeros((2 * BLOCK_I, BLOCK_N), tl.float32)
-        for kb in tl.range(0, H // K, num_stages=STAGES):
+        for kb in tl.range(0, HIDDEN // K, num_stages=STAGES):
             b_w = tl.load(w_at + kb * K)  # [2 * BLOCK_I, K]
             b_x = tl.load(x_at + kb * K, mask=chosen[None, :], other=0.0)  # [K, BLOCK_N]
             s_x = tl.load(x_scale + kb * tokens + token, mask=chosen, other=0.0)
@@ -69,7 +66,7 @@ def gate_up_kernel(
         c = tl.reshape(silu(gate) * up, (BLOCK_I, BLOCK_N))
         codes, scale = quantise(c, 0)
         column = i_block * BLOCK_I + tl.arange(0, BLOCK_I)
-        tl.store(middle + pair.to(tl.int64)[None, :] * I + column[:, None], codes, mask=(pair < end)[None, :])
+        tl.store(middle + pair.to(tl.int64)[None, :] * INTER + column[:, None], codes, mask=(pair < end)[None, :])
         tl.store(middle_scale + pair.to(tl.int64) * BLOCKS_I + i_block, scale * weight, mask=pair < end)
 
 
@@ -77,11 +74,11 @@ def gate_up_kernel(
 def gate_up_wide_kernel(
     x, x_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, middle,
     middle_scale, tokens,
-    H: tl.constexpr, I: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous_kernel(PDL)
     K: tl.constexpr = 128
-    BLOCKS_I: tl.constexpr = I // K
+    BLOCKS_I: tl.constexpr = INTER // K
     tiles = tl.load(tile_count)
     for unit in range(tl.program_id(0), tiles * BLOCKS_I, tl.num_programs(0)):
         tile = unit // BLOCKS_I  # column blocks side by side: they share the hidden states in L2
@@ -92,14 +89,14 @@ def gate_up_wide_kernel(
         token = tl.load(pair_token + pair, mask=pair < end, other=0)
         k = tl.arange(0, K)
         i = tl.arange(0, K)
-        x_at = x + token.to(tl.int64)[:, None] * H + k[None, :]
+        x_at = x + token.to(tl.int64)[:, None] * HIDDEN + k[None, :]
 
         c = tl.zeros((BLOCK_M, K), tl.float32)
         for half in tl.static_range(2):  # gate, then up
-            w_at = w + (expert.to(tl.int64) * (2 * I) + (1 - half) * I + i_block * K) * H + i[None, :] * H + k[:, None]
-            s_at = w_scale + (expert * (2 * I // K) + (1 - half) * (I // K) + i_block) * (H // K)
+            w_at = w + (expert.to(tl.int64) * (2 * INTER) + (1 - half) * INTER + i_block * K) * HIDDEN + i[None, :] * HIDDEN + k[:, None]
+            s_at = w_scale + (expert * (2 * INTER // K) + (1 - half) * (INTER // K) + i_block) * (HIDDEN // K)
             sums = tl.zeros((BLOCK_M, K), tl.float32)
-            for kb in tl.range(0, H // K, num_stages=STAGES):
+            for kb in tl.range(0, HIDDEN // K, num_stages=STAGES):
                 b_x = tl.load(x_at + kb * K)  # [BLOCK_M, K]; rows past the end repeat token 0 and are dropped
                 b_w = tl.load(w_at + kb * K)  # [K, K]
                 scale = tl.load(x_scale + kb * tokens + token) * tl.load(s_at + kb)
@@ -108,26 +105,26 @@ def gate_up_wide_kernel(
 
         codes, scale = quantise(c, 1)
         column = i_block * K + i
-        tl.store(middle + pair.to(tl.int64)[:, None] * I + column[None, :], codes, mask=(pair < end)[:, None])
+        tl.store(middle + pair.to(tl.int64)[:, None] * INTER + column[None, :], codes, mask=(pair < end)[:, None])
         weight = tl.load(pair_weight + pair, mask=pair < end, other=0.0)
         tl.store(middle_scale + pair.to(tl.int64) * BLOCKS_I + i_block, scale * weight, mask=pair < end)
 
 
-def gate_up(x, x_scale, w, w_scale, buffers, geometry: MoEGeometry, plan: Plan, sizes: Sizes, variant: tuple, programs: int) -> None:  # fmt: skip
-    """Launch GEMM1; at most `programs` programs share the tiles of the sorted and wide paths."""
-    g, tile, b = geometry, plan.gate_up, buffers
+def gate_up(x, x_scale, w, w_scale, round: Round) -> None:
+    """Launch GEMM1."""
+    g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
+    tile = plan.gate_up
     arguments = (
         x, x_scale, w, w_scale, b["tile_count"], b["tile_expert"], b["tile_begin"], b["tile_end"], b["pair_token"],
         b["pair_weight"], b["middle"], b["middle_scale"], sizes.tokens,
     )  # fmt: skip
     units = sizes.tiles * (g.intermediate_size // tile.block_i)
-    options = dict(num_warps=tile.num_warps, pdl=plan.pdl, variant=variant)
+    shape = (g.hidden_size, g.intermediate_size)
     if plan.path == "wide":
-        constants = (g.hidden_size, g.intermediate_size, BLOCK, tile.stages, plan.pdl)
-        launch(gate_up_wide_kernel, (min(units, programs), 1), arguments, constants, **options)
+        constants = (*shape, tile.block_n, tile.stages, plan.pdl)
+        round.launch(gate_up_wide_kernel, (min(units, round.programs), 1), arguments, constants, tile.num_warps)
         return
     dense = plan.path == "dense"
-    launch(
-        gate_up_kernel, (units if dense else min(units, programs), 1), arguments,
-        (g.hidden_size, g.intermediate_size, tile.block_i, tile.block_n, tile.stages, plan.pdl, not dense), **options,
-    )  # fmt: skip
+    constants = (*shape, tile.block_i, tile.block_n, tile.stages, plan.pdl, not dense)
+    grid = (units if dense else min(units, round.programs), 1)
+    round.launch(gate_up_kernel, grid, arguments, constants, tile.num_warps)

@@ -85,7 +85,7 @@ def launch(
         kernel[programs](*arguments, *constants)
         return None
     device, aligned = variant[0], variant[1]
-    key = (kernel, constants, num_warps, pdl, variant)
+    key = (kernel.__name__, constants, num_warps, pdl, variant)
     compiled = _compiled.get(key)
     if compiled is None or not aligned:
         compiled = kernel[programs](*arguments, *constants, num_warps=num_warps, launch_pdl=pdl)

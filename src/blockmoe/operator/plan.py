@@ -57,13 +57,17 @@ class GateUpTile:
 
 @dataclass(frozen=True)
 class DownTile:
-    """`block_m` rows of W2 by `block_n` pairs (tokens where dense); `split` programs share a dense row block."""
+    """`block_m` rows of W2 by `block_n` pairs (tokens where dense); `split` programs share a dense row block.
+
+    `prefetch`: for how many experts a dense program asks for its weights before GEMM1 is done.
+    """
 
     block_m: int
     block_n: int
     stages: int
     num_warps: int
     split: int = 1
+    prefetch: int = 0
 
     def __post_init__(self) -> None:
         assert self.block_m in (64, 128), "wgmma's M, and a tile stays in one scale block"
@@ -88,7 +92,7 @@ class Plan:
         return (
             f"{self.path}: route {self.route.block_t}t {self.route.num_warps}w, "
             f"gate_up {2 * g.block_i}x{g.block_n} {g.stages}s {g.num_warps}w, "
-            f"down {d.block_m}x{d.block_n} {d.stages}s {d.num_warps}w split {d.split}{', pdl' if self.pdl else ''}"
+            f"down {d.block_m}x{d.block_n} {d.stages}s {d.num_warps}w split {d.split} prefetch {d.prefetch}{', pdl' if self.pdl else ''}"
         )
 
 
@@ -113,7 +117,7 @@ def _dense(geometry: MoEGeometry, tokens: int, sm_count: int, pdl: bool) -> Plan
     block_t = max(16, power_of_two_at_least(tokens))
     route = RouteTile(4, 4) if tokens <= 4 else RouteTile(block_t, 16)
     # 32 intermediate columns a program give 64 programs an expert: three active experts already fill 132 SMs.
-    gate_up = GateUpTile(32 if block_t == 16 else 64, block_t, 5, 4)
+    gate_up = GateUpTile(32 if block_t == 16 else 64, block_t, 4 if block_t == 64 else 5, 4)
     # A program a row block where those nearly fill the SMs (112 of 132 at H = 7168); else several share one.
     row_blocks = geometry.hidden_size // 64
     split = 1 if row_blocks >= 0.75 * sm_count else min(8, max(1, round(2 * sm_count / row_blocks)))

@@ -16,11 +16,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.kernel_parts import after_previous_kernel
-from blockmoe.operator.launch import launch
-from blockmoe.operator.plan import Plan, power_of_two_at_least
-from blockmoe.operator.workspace import Sizes
+from blockmoe.operator.plan import power_of_two_at_least
+from blockmoe.operator.workspace import Round
 
 LOWEST = tl.constexpr(-(2**63) + 1)
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
@@ -35,7 +33,7 @@ def order_key(score, index, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def keep_best_groups(score, key, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr):  # fmt: skip
+def keep_best_groups(score, key, BLOCK_T: tl.constexpr, EXPERTS: tl.constexpr, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr):
     """`key` with LOWEST for the experts of dropped groups."""
     SIZE: tl.constexpr = EXPERTS // N_GROUP
     grouped = tl.reshape(score, (BLOCK_T, N_GROUP, SIZE))
@@ -191,30 +189,26 @@ def place_kernel(
         base += tl.sum(mine, 0)
 
 
-def route(logits, bias, offset, factor, buffers, geometry: MoEGeometry, plan: Plan, sizes: Sizes, variant: tuple) -> None:  # fmt: skip
+def route(logits, bias, offset: int, factor: float, round: Round) -> None:
     """One launch where the plan is dense, else two. `bias` may be anything where routing is renormalize."""
-    g, tile = geometry, plan.route
+    g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
+    tile, block_n = plan.route, plan.gate_up.block_n
     experts = power_of_two_at_least(g.num_experts)
-    method = (g.top_k, g.n_group, g.topk_group, g.routing == "deepseek_v3")
-    b = buffers
+    sizes_and_method = (
+        g.num_experts, g.num_local_experts, experts, g.top_k, g.n_group, g.topk_group, g.routing == "deepseek_v3",
+    )  # fmt: skip
     tiles = (b["tile_count"], b["tile_expert"], b["tile_begin"], b["tile_end"], b["pair_token"], b["pair_weight"])
-    options = dict(num_warps=tile.num_warps, pdl=plan.pdl, variant=variant)
     if plan.path == "dense":
-        launch(
-            route_dense_kernel, (1, 1), (logits, bias, *tiles, sizes.tokens, offset, factor),
-            (g.num_experts, g.num_local_experts, experts, *method, tile.block_t, plan.gate_up.block_n, plan.pdl),
-            **options,
-        )  # fmt: skip
+        arguments = (logits, bias, *tiles, sizes.tokens, offset, factor)
+        constants = (*sizes_and_method, tile.block_t, block_n, plan.pdl)
+        round.launch(route_dense_kernel, (1, 1), arguments, constants, tile.num_warps)
         return
-    launch(
-        choose_kernel, (sizes.chunks, 1),
-        (logits, bias, b["token_weight"], b["chunk_count"], sizes.tokens, offset, factor, sizes.chunk_tokens),
-        (g.num_experts, g.num_local_experts, experts, *method, tile.block_t, plan.pdl), **options,
-    )  # fmt: skip
-    launch(
-        place_kernel, (sizes.chunks, 1),
-        (b["token_weight"], b["chunk_count"], *tiles, b["token_pair"], b["token_pairs"],
-         sizes.tokens, sizes.chunks, sizes.chunk_tokens),
-        (g.num_local_experts, power_of_two_at_least(g.num_local_experts), g.top_k, tile.block_t,
-         plan.gate_up.block_n, plan.pdl), **options,
-    )  # fmt: skip
+    arguments = (logits, bias, b["token_weight"], b["chunk_count"], sizes.tokens, offset, factor, sizes.chunk_tokens)
+    constants = (*sizes_and_method, tile.block_t, plan.pdl)
+    round.launch(choose_kernel, (sizes.chunks, 1), arguments, constants, tile.num_warps)
+
+    pairs = (b["token_pair"], b["token_pairs"])
+    arguments = (b["token_weight"], b["chunk_count"], *tiles, *pairs, sizes.tokens, sizes.chunks, sizes.chunk_tokens)
+    local = power_of_two_at_least(g.num_local_experts)
+    constants = (g.num_local_experts, local, g.top_k, tile.block_t, block_n, plan.pdl)
+    round.launch(place_kernel, (sizes.chunks, 1), arguments, constants, tile.num_warps)

@@ -5,13 +5,15 @@ Nothing in it is read before the same call wrote it, and its size never depends 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry
-from blockmoe.operator.launch import ALIGNMENT, Buffer
+from blockmoe.operator.launch import ALIGNMENT, Buffer, launch
 from blockmoe.operator.plan import CHUNK_PROGRAMS, ROW_BUFFER, TOKEN_CHUNK, Plan, choose_plan
 
 
@@ -101,7 +103,19 @@ def buffers(workspace: torch.Tensor, geometry: MoEGeometry, tokens: int, plan: P
 def views(workspace: torch.Tensor, geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, torch.Tensor]:
     """The same as tensors: for the interpreter, and for looking at a stage's result."""
     placed, _ = layout(geometry, tokens, plan)
-    return {
-        name: workspace[offset : offset + count * dtype.itemsize].view(dtype)
-        for name, (offset, count, dtype) in placed.items()
-    }
+    return {name: workspace[offset : offset + count * dtype.itemsize].view(dtype) for name, (offset, count, dtype) in placed.items()}
+
+
+@dataclass(frozen=True)
+class Round:
+    """What every stage of one round knows."""
+
+    geometry: MoEGeometry
+    plan: Plan
+    sizes: Sizes
+    memory: Mapping[str, Buffer | torch.Tensor]
+    variant: tuple  # (device index, pointers aligned, element types): see `launch`
+    programs: int  # bound on the grids of the sorted and wide paths
+
+    def launch(self, kernel: Any, programs: tuple[int, int], arguments: tuple, constants: tuple, num_warps: int) -> None:
+        launch(kernel, programs, arguments, constants, num_warps=num_warps, pdl=self.plan.pdl, variant=self.variant)

@@ -1,0 +1,343 @@
+"""Check and time the operator on a GPU: python scripts/gpu_operator.py [--tokens 1,16,901] [--skip check,geometries,time]
+
+Check: relative L2 against the float32 reference on the same GPU, outputs poisoned, fresh inputs, two calls compared bit
+for bit, CUDA-graph replay with other routing. Time: medians of event pairs behind a device-side backlog, L2 flushed
+(written, then read) before every call; whole call, graph replay, stage by stage; candidates for each T beside the plain
+read of the same bytes. Every line is flushed; a variant that fails is noted and passed over. JSONL goes to $OUT (default
+results/tmp); the summary table is printed last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+from blockmoe.geometry import BLOCK, GEOMETRIES, HEADLINE, MoEGeometry
+from blockmoe.operator import plan as plans
+from blockmoe.operator.api import fused_moe
+from blockmoe.operator.combine import combine
+from blockmoe.operator.down import down
+from blockmoe.operator.gate_up import gate_up
+from blockmoe.operator.launch import _compiled
+from blockmoe.operator.pipeline import begin_round
+from blockmoe.operator.plan import DownTile, GateUpTile, Plan, RouteTile, choose_plan, with_tiles
+from blockmoe.operator.route import route
+from blockmoe.operator.workspace import layout
+from blockmoe.reference import moe_reference
+from blockmoe.reference import route as reference_route
+
+DEVICE = "cuda"
+FLUSH_BYTES = 2 * 50 * 1024 * 1024
+REPEATS = 15
+START = time.time()
+out_folder = Path(os.environ.get("OUT", "results/tmp"))
+out_folder.mkdir(parents=True, exist_ok=True)
+log = (out_folder / "gpu_operator.jsonl").open("a")
+
+
+def say(kind: str, **fields) -> None:
+    fields = {"kind": kind, "at_s": round(time.time() - START, 1), **fields}
+    log.write(json.dumps(fields, default=str) + "\n")
+    log.flush()
+    print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()), flush=True)
+
+
+def attempt(label: str, work):
+    try:
+        return work()
+    except Exception as error:  # one failing variant must not end the session
+        say("failed", label=label, error=f"{type(error).__name__}: {str(error)[:300]}")
+        log.write(json.dumps({"kind": "traceback", "text": traceback.format_exc()}) + "\n")
+        torch.cuda.synchronize()
+        return None
+
+
+def codes(*shape: int) -> torch.Tensor:
+    """e4m3 from N(0, 1) clamped to ±2, made a slice at a time."""
+    result = torch.empty(shape, dtype=torch.float8_e4m3fn, device=DEVICE)
+    for part in result if len(shape) == 3 else [result]:
+        part.copy_(torch.randn(part.shape, device=DEVICE).clamp_(-2, 2))
+    return result
+
+
+def weights(g: MoEGeometry) -> tuple[torch.Tensor, ...]:
+    experts, h, i = g.num_local_experts, g.hidden_size, g.intermediate_size
+    return (
+        codes(experts, 2 * i, h), torch.randn(experts, 2 * i // BLOCK, h // BLOCK, device=DEVICE),
+        codes(experts, h, i), torch.randn(experts, h // BLOCK, i // BLOCK, device=DEVICE),
+    )  # fmt: skip
+
+
+def activations(g: MoEGeometry, tokens: int, spread: float = 1.0) -> tuple:
+    """Uniform routing at spread 1; one favoured group of experts at a spread of 0."""
+    logits = torch.randn(tokens, g.num_experts, device=DEVICE) * spread
+    bias = (0.01 * torch.randn(g.num_experts, device=DEVICE)).bfloat16() if g.routing == "deepseek_v3" else None
+    return logits, bias, codes(tokens, g.hidden_size), torch.randn(g.hidden_size // BLOCK, tokens, device=DEVICE)
+
+
+def call(inputs, g: MoEGeometry, offset: int, plan: Plan | None = None, **memory):
+    return fused_moe(
+        *inputs, local_expert_offset=offset, routed_scaling_factor=2.5, routing=g.routing, top_k=g.top_k,
+        n_group=g.n_group, topk_group=g.topk_group, plan=plan, **memory,
+    )  # fmt: skip
+
+
+def counts(inputs, g: MoEGeometry, offset: int) -> tuple[int, int]:
+    experts, _ = reference_route(inputs[0], inputs[1], g, 2.5)
+    local = experts - offset
+    local = local[(local >= 0) & (local < g.num_local_experts)]
+    return local.numel(), local.unique().numel()
+
+
+def check(g: MoEGeometry, w: tuple, tokens: int, plan: Plan | None = None, spread: float = 1.0) -> None:
+    offset = min(32, g.num_experts - g.num_local_experts)
+    inputs = (*activations(g, tokens, spread), *w)
+    out = torch.full((tokens, g.hidden_size), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+    call(inputs, g, offset, plan, out=out)
+    reference = moe_reference(*inputs, offset, 2.5, geometry=g)
+    again = torch.full_like(out, float("nan"))
+    call(inputs, g, offset, plan, out=again)
+    torch.cuda.synchronize()
+    norm = reference.double().norm().item()
+    error = (out.double() - reference.double()).norm().item() / (norm or 1.0)
+    untouched = (reference == 0).all(1)
+    ok = error < 0.03 and torch.equal(out.view(torch.int16), again.view(torch.int16)) and not out[untouched].any()
+    pairs, active = counts(inputs, g, offset)
+    say(
+        "check", ok=bool(ok), geometry=g.definition_name[22:], tokens=tokens, pairs=pairs, active=active, rel_l2=error,
+        repeatable=torch.equal(out.view(torch.int16), again.view(torch.int16)), nan=int(out.isnan().sum()),
+        plan=str(plan or choose_plan(g, tokens)),
+    )  # fmt: skip
+
+
+@triton.jit
+def read_kernel(data, sink, size, BLOCK_SIZE: tl.constexpr):
+    total = tl.zeros((BLOCK_SIZE,), tl.int32)
+    for start in range(tl.program_id(0) * BLOCK_SIZE, size, tl.num_programs(0) * BLOCK_SIZE):
+        total ^= tl.load(data + start + tl.arange(0, BLOCK_SIZE))
+    if tl.max(total, 0) == 0x12345678:  # never: keeps the loads
+        tl.store(sink, 1)
+
+
+class Timer:
+    def __init__(self) -> None:
+        self.flush_buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=DEVICE)
+        self.sink = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+
+    def flush(self) -> None:
+        self.flush_buffer.fill_(1)  # write, so that nothing of ours stays; then read, so that no line stays dirty
+        read_kernel[(528,)](self.flush_buffer, self.sink, self.flush_buffer.numel(), 4096, num_warps=8)
+
+    def median_us(self, work, repeats: int = REPEATS) -> float:
+        for _ in range(2):
+            work()
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
+        torch.cuda.synchronize()
+        torch.cuda._sleep(20_000_000)  # about 12 ms: the host runs ahead
+        for begin, end in pairs:
+            self.flush()
+            begin.record()
+            work()
+            end.record()
+        torch.cuda.synchronize()
+        return statistics.median(1000 * begin.elapsed_time(end) for begin, end in pairs)
+
+
+def host_us(work) -> float:
+    samples = []
+    for _ in range(40):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        work()
+        samples.append(1e6 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
+    return statistics.median(samples)
+
+
+def graph_of(work):
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        work()
+    return graph
+
+
+def stage_times(timer: Timer, inputs, g: MoEGeometry, offset: int, plan: Plan, tokens: int) -> dict[str, float]:
+    out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16, device=DEVICE)
+    memory = torch.empty(layout(g, tokens, plan)[1], dtype=torch.uint8, device=DEVICE)
+    sm_count = torch.cuda.get_device_properties(0).multi_processor_count
+    pointers, this = begin_round((*inputs, out), g, plan, sm_count, memory)
+    logits, bias, x, xs, w1, w1s, w2, w2s, to = pointers
+    stages = {
+        "route": lambda: route(logits, bias, offset, 2.5, this),
+        "gate_up": lambda: gate_up(x, xs, w1, w1s, this),
+        "down": lambda: down(w2, w2s, to, 0, this),
+        "combine": lambda: combine(to, 0, this),
+    }
+    for stage in stages.values():
+        stage()
+    return {name: timer.median_us(stage) for name, stage in stages.items()}
+
+
+def candidates(tokens: int) -> dict[str, Plan]:
+    """The default plan first, then what might beat it."""
+    base = choose_plan(HEADLINE, tokens)
+    found = {"default": base, "no pdl": with_tiles(base, pdl=False)}
+    few = RouteTile(4, 4) if tokens <= 4 else RouteTile(max(16, plans.power_of_two_at_least(tokens)), 16)
+    if tokens <= 64:
+        n = max(16, plans.power_of_two_at_least(tokens))
+        for i, stages in ((32, 4), (32, 6), (32, 8), (64, 4), (64, 6), (128, 4)):
+            if n * BLOCK // i <= 128:  # columns of GEMM2's accumulator: more spill
+                warps = 8 if i == 128 else 4
+                found[f"dense gate_up {i}/{stages}s"] = with_tiles(base, gate_up=dict(block_i=i, stages=stages, num_warps=warps))
+        for ahead in (1, 2):
+            found[f"dense down prefetch {ahead}"] = with_tiles(base, down=dict(prefetch=ahead))
+        found["dense down 5s prefetch 2"] = with_tiles(base, down=dict(prefetch=2, stages=5))
+        for stages, split in ((5, 1), (10, 1), (4, 2), (6, 2), (4, 3)):
+            found[f"dense down {stages}s split {split}"] = with_tiles(base, down=dict(stages=stages, split=split))
+        found["dense 64, route 8 warps"] = replace(base, route=replace(few, num_warps=8))
+    if 16 <= tokens <= 100:
+        for n in (16, 32):
+            for i, stages in ((32, 5), (64, 4), (64, 5), (128, 4)):
+                found[f"sorted {n} gate_up {i}/{stages}s"] = Plan(
+                    "sorted", RouteTile(4, 4), GateUpTile(i, n, stages, 8 if i == 128 else 4), DownTile(64, n, 5, 4)
+                )
+        found["sorted 16 down 128"] = Plan("sorted", RouteTile(4, 4), GateUpTile(64, 16, 4, 4), DownTile(128, 16, 4, 4))
+    if 200 <= tokens <= 4000:
+        for n, i, stages, warps in ((32, 64, 4, 4), (32, 128, 4, 8), (64, 64, 4, 4), (64, 128, 3, 8), (64, 128, 5, 8)):
+            for m, down_stages in ((64, 5), (128, 4)) if i == 128 else ((64, 5),):  # 128 x 128 spills
+                found[f"sorted {n} gate_up {i}/{stages}s down {m}/{down_stages}s"] = Plan(
+                    "sorted", RouteTile(4, 4), GateUpTile(i, n, stages, warps), DownTile(m, n, down_stages, 4)
+                )
+    if tokens >= 800:
+        for stages, down_stages in ((3, 4), (4, 3), (3, 3)):
+            found[f"wide {stages}s {down_stages}s"] = Plan(
+                "wide", base.route, GateUpTile(128, 128, stages, 8), DownTile(128, 128, down_stages, 8)
+            )
+    return found
+
+
+def measure(timer: Timer, w: tuple, tokens: int, floor_data: torch.Tensor, rows: list) -> None:
+    g, offset = HEADLINE, 32
+    inputs = (*activations(g, tokens), *w)
+    pairs, active = counts(inputs, g, offset)
+    floor_bytes = active * g.expert_bytes
+    words = floor_bytes // 4 // 4096 * 4096
+    floor = timer.median_us(lambda: read_kernel[(1056,)](floor_data, timer.sink, words, 4096, num_warps=8))
+    compute = pairs * g.pair_flops / 1.5e15 * 1e6
+    say("floor", tokens=tokens, pairs=pairs, active=active, read_us=floor, compute_us_at_1500_tflops=compute)
+    out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16, device=DEVICE)
+    best = None
+    for label, plan in candidates(tokens).items():
+        if time.time() - START > arguments.seconds:
+            say("stopped", tokens=tokens, label=label)
+            break
+
+        def one(label=label, plan=plan):
+            nonlocal best
+            work = lambda: call(inputs, g, offset, plan, out=out)  # noqa: E731
+            eager = timer.median_us(work)
+            graph = timer.median_us(graph_of(work).replay)
+            say("time", tokens=tokens, label=label, us=eager, graph_us=graph, over_floor=min(eager, graph) / floor, plan=str(plan))
+            if best is None or min(eager, graph) < best[1]:
+                best = (label, min(eager, graph), plan)
+            return eager, graph
+
+        result = attempt(f"T={tokens} {label}", one)
+        if label == "default" and result:
+            stages = attempt("stages", lambda plan=plan: stage_times(timer, inputs, g, offset, plan, tokens)) or {}
+            host = host_us(lambda plan=plan: call(inputs, g, offset, plan, out=out))
+            say("stages", tokens=tokens, host_us=host, **stages)
+            default = (*result, stages, host)
+    if best:
+        if best[0] != "default":
+            stages = attempt("stages", lambda: stage_times(timer, inputs, g, offset, best[2], tokens)) or {}
+            say("best stages", tokens=tokens, label=best[0], **stages)
+            attempt("check best", lambda: check(g, w, tokens, best[2]))
+        rows.append((tokens, pairs, active, floor, compute, *default, best[0], best[1]))
+
+
+def graph_with_other_routing(w: tuple) -> None:
+    g = HEADLINE
+    for tokens in (3, 80):
+        inputs = (*activations(g, tokens), *w)
+        out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16, device=DEVICE)
+        graph = graph_of(lambda inputs=inputs, out=out: call(inputs, g, 32, out=out))
+        inputs[0].copy_(torch.randn_like(inputs[0]))
+        out.fill_(float("nan"))
+        graph.replay()
+        reference = moe_reference(*inputs, 32, 2.5, geometry=g)
+        error = ((out.double() - reference.double()).norm() / reference.double().norm()).item()
+        say("graph check", ok=error < 0.03, tokens=tokens, rel_l2=error)
+
+
+def resources() -> None:
+    """Registers and spills as the driver loaded them."""
+    for key, compiled in _compiled.items():
+        if hasattr(compiled, "n_regs") and compiled.n_spills:
+            say("spills", kernel=key[0], constants=key[1], registers=compiled.n_regs, spills=compiled.n_spills)
+
+
+def main() -> None:
+    torch.manual_seed(int(time.time()) if arguments.seed is None else arguments.seed)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    say("device", name=torch.cuda.get_device_name(), torch=torch.__version__, triton=triton.__version__)
+    w = weights(HEADLINE)
+    rows: list = []
+    if "check" not in arguments.skip:
+        for tokens in (1, 2, 7, 15, 16, 17, 32, 55, 64, 65, 80, 200, 901, 2049, 11948, 14107):
+            attempt(f"check {tokens}", lambda tokens=tokens: check(HEADLINE, w, tokens))
+        attempt("check 0", lambda: call((*activations(HEADLINE, 0), *w), HEADLINE, 0))
+        attempt("skew", lambda: check(HEADLINE, w, 300, spread=0.0))
+        attempt("graph", lambda: graph_with_other_routing(w))
+    if "time" not in arguments.skip:
+        timer = Timer()
+        floor_data = torch.randint(0, 2**31 - 1, (32 * HEADLINE.expert_bytes // 4 + 4096,), dtype=torch.int32, device=DEVICE)
+        for tokens in arguments.tokens:
+            attempt(f"T={tokens}", lambda tokens=tokens: measure(timer, w, tokens, floor_data, rows))
+        del floor_data
+    if "geometries" not in arguments.skip:
+        del w
+        torch.cuda.empty_cache()
+        for g in GEOMETRIES.values():
+            if g != HEADLINE and time.time() - START < arguments.seconds + 60:
+
+                def one(g=g):
+                    w = weights(g)
+                    for tokens in (1, 16, 50, 100):
+                        attempt(f"{g.definition_name} {tokens}", lambda tokens=tokens: check(g, w, tokens))
+
+                attempt(g.definition_name, one)
+                torch.cuda.empty_cache()
+    attempt("resources", resources)
+    print("T pairs active | floor compute | eager graph (x floor) | route gate_up down combine | host | best", flush=True)
+    for tokens, pairs, active, floor, compute, eager, graph, stages, host, label, fastest in rows:
+        parts = " ".join(f"{stages.get(s, 0):.1f}" for s in ("route", "gate_up", "down", "combine"))
+        print(
+            f"{tokens} {pairs} {active} | {floor:.1f} {compute:.1f} | {eager:.1f} {graph:.1f} "
+            f"({min(eager, graph) / max(floor, compute):.2f}) | {parts} | {host:.1f} | {label} {fastest:.1f} "
+            f"({fastest / max(floor, compute):.2f})", flush=True,
+        )  # fmt: skip
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=[1, 7, 16, 32, 55, 80, 901, 14107])
+    parser.add_argument("--skip", type=lambda s: s.split(","), default=[])
+    parser.add_argument("--seconds", type=float, default=200.0, help="begin no candidate after this")
+    parser.add_argument("--seed", type=int)
+    arguments = parser.parse_args()
+    main()
