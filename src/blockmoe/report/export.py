@@ -54,7 +54,7 @@ def to_csv(report: Report) -> str:
 def to_json(report: Report) -> str:
     document = {"format": "blockmoe report 1", "notes": report.notes, "runs": report.runs}
     document["sections"] = [_section(section) for section in report.sections]
-    return json.dumps(document, indent=1, default=str, allow_nan=False) + "\n"
+    return json.dumps(document, default=str, allow_nan=False) + "\n"
 
 
 def _section(section: Section) -> dict[str, Any]:

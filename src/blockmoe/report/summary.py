@@ -16,7 +16,8 @@ from blockmoe.report.load import REFERENCE, Loaded, Record
 from blockmoe.report.model import CLIFF, Cliff, Contender, Failure, Pair, Report, Row, Section, spread
 from blockmoe.report.regimes import ALL, Regime
 
-ALL_PAIRS_UP_TO = 6  # contenders; beyond it the pairwise table has the leader and the baseline only
+ALL_PAIRS_UP_TO = 6  # contenders, and evaluations; beyond it the pairwise table has the leader and the baseline only
+ALL_PAIRS_EVALUATIONS = 2000
 
 def summarise(
     loaded: Loaded, regimes: Sequence[Regime], mix: Sequence[tuple[Regime, float]], baseline: str | None = None
@@ -200,7 +201,7 @@ def _leaders(contenders: list[Contender], regimes: list[Regime], rows: list[Row]
 def _pairs(names: list[str], rows: list[Row], baseline: str | None, duel: _Duels) -> list[Pair]:
     """Best-ranked against each other; with many contenders only the leader and the baseline against the rest."""
     wanted = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
-    if len(names) > ALL_PAIRS_UP_TO:
+    if len(names) > ALL_PAIRS_UP_TO or len(names) * len(rows) > ALL_PAIRS_EVALUATIONS:
         wanted = [(a, b) for a, b in wanted if a == names[0] or baseline in (a, b)]
     if baseline in names:  # the baseline stands on the right, and its pairs come first
         wanted = [(b, a) if a == baseline else (a, b) for a, b in wanted]

@@ -12,6 +12,7 @@ from blockmoe.report.model import Cliff, Contender, Pair, Row, Scenario, Section
 from blockmoe.report.regimes import ALL, Regime
 
 DASH = "–"
+MOST_ROWS = 500  # of a table; a page of thousands of rows is for programs, which have the CSV
 
 
 @dataclass
@@ -83,8 +84,8 @@ def workload_table(section: Section) -> Table:
     several = len(section.names) > 1
     columns = ["workload", "T", "offset"] + ["pairs", "active experts"] * sized + section.names
     columns += ["margin"] * several + ["verdict"] * worded
-    table = Table("speedups", "Speedup over the reference", columns, [])
-    for row in section.rows:
+    table = Table("speedups", "Speedup over the reference", columns, [], _cut(section))
+    for row in section.rows[:MOST_ROWS]:
         cells = [Cell(short(row.workload), row.workload, hover=row.workload), _whole(row.tokens), _whole(row.offset)]
         cells += [_whole(row.pairs), _whole(row.active_experts)] if sized else []
         cells += [_speedup_cell(row, name) for name in section.names]
@@ -107,8 +108,8 @@ def latency_table(section: Section) -> Table | None:
     floored = any(row.floor for row in section.rows)
     columns = ["workload", "T", "reference"] + ["floor"] * floored + section.names
     notes = ["The share of the floor that a latency reaches stands in brackets."] if floored else []
-    table = Table("latencies", "Latency, ms", columns, [], notes)
-    for row in section.rows:
+    table = Table("latencies", "Latency, ms", columns, [], _cut(section) + notes)
+    for row in section.rows[:MOST_ROWS]:
         cells = [Cell(short(row.workload), row.workload, hover=row.workload), _whole(row.tokens)]
         cells += [Cell(milliseconds(row.reference_latency), row.reference_latency)]
         cells += [Cell(milliseconds(row.floor), row.floor)] if floored else []
@@ -235,7 +236,9 @@ def failure_table(section: Section) -> Table | None:
     table = Table("failures", "Failed and skipped", ["solution", "T", "workload", "verdict", "reason"], [])
     table.text_columns = 5
     for contender in section.contenders:
-        for failure in contender.failures:
+        if len(contender.failures) > MOST_ROWS:
+            table.notes.append(f"The first {MOST_ROWS} of {len(contender.failures)} failures of {contender.name}.")
+        for failure in contender.failures[:MOST_ROWS]:
             name, what = Cell(contender.name, contender.name), Cell(failure.what, failure.what, bad=True)
             place = [_whole(failure.tokens), Cell(short(failure.workload), hover=failure.workload)]
             table.rows.append([name, *place, what, Cell(failure.message or DASH)])
@@ -344,6 +347,11 @@ def hover_text(cell: Record) -> str:
         low, high = milliseconds(flat[0]), milliseconds(flat[-1])
         lines.append(f"{len(flat)} samples in {len(cell.blocks)} blocks, {low} to {high} ms")
     return "\n".join(lines)
+
+
+def _cut(section: Section) -> list[str]:
+    left_out = len(section.rows) - MOST_ROWS
+    return [f"The first {MOST_ROWS} of {len(section.rows)} workloads; all are in report.csv."] if left_out > 0 else []
 
 
 def _speedup_cell(row: Row, name: str) -> Cell:
