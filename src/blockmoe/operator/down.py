@@ -8,8 +8,8 @@ smaller, each pair takes 128 / GROUP columns of the dot, in column j only part j
 then gives the parts apart, at no further read of the weights.
 
 `down_dense` sums over the experts in the accumulator and writes the output (or one of SPLIT partial sums);
-`down_sorted` (weights on the M side) and `down_wide` (pairs on the M side) write one bf16 row a pair, over COLUMNS of the
-H columns at a time.
+`down_sorted` (weights on the M side) and `down_wide` (pairs on the M side) write one bf16 row a pair, over `blocks` of the
+H / 128 column blocks at a time.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from blockmoe.geometry import BLOCK
 from blockmoe.operator.kernel_parts import after_previous_kernel, prefetch_into_l2
 from blockmoe.operator.workspace import Round
 
@@ -67,17 +68,19 @@ def down_dense_kernel(
     tl.store(at, y.to(out.dtype.element_ty), mask=(t < tokens)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_column"])
+@triton.jit(do_not_specialize=["first_block", "blocks"])
 def down_sorted_kernel(
-    middle, middle_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_column,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
+    middle, middle_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_block, blocks,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous_kernel(PDL)
     K: tl.constexpr = 128
     PARTS: tl.constexpr = K // GROUP
+    columns = blocks * K
+    first_column = first_block * K
     tiles = tl.load(tile_count)
-    for unit in range(tl.program_id(0), tiles * (COLUMNS // BLOCK_M), tl.num_programs(0)):
+    for unit in range(tl.program_id(0), tiles * (columns // BLOCK_M), tl.num_programs(0)):
         tile = unit % tiles  # tiles of one expert side by side: they share the weights in L2
         m = (unit // tiles) * BLOCK_M
         expert = tl.load(tile_expert + tile)
@@ -103,22 +106,24 @@ def down_sorted_kernel(
 
         y = tl.sum(tl.reshape(sums, (BLOCK_M, BLOCK_N, PARTS)), 2)
         pair = (begin + tl.arange(0, BLOCK_N)).to(tl.int64)
-        at = rows + pair[None, :] * COLUMNS + (m + tl.arange(0, BLOCK_M))[:, None]
+        at = rows + pair[None, :] * columns + (m + tl.arange(0, BLOCK_M))[:, None]
         tl.store(at, y.to(rows.dtype.element_ty), mask=(pair < end)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_column"])
+@triton.jit(do_not_specialize=["first_block", "blocks"])
 def down_wide_kernel(
-    middle, middle_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_column,
-    HIDDEN: tl.constexpr, INTER: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    middle, middle_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_block, blocks,
+    HIDDEN: tl.constexpr, INTER: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous_kernel(PDL)
     K: tl.constexpr = 128
+    columns = blocks * K
+    first_column = first_block * K
     tiles = tl.load(tile_count)
-    for unit in range(tl.program_id(0), tiles * (COLUMNS // K), tl.num_programs(0)):
-        tile = unit // (COLUMNS // K)
-        n = (unit % (COLUMNS // K)) * K
+    for unit in range(tl.program_id(0), tiles * blocks, tl.num_programs(0)):
+        tile = unit // blocks  # column blocks side by side: they share the pairs' rows in L2
+        n = (unit % blocks) * K
         expert = tl.load(tile_expert + tile)
         end = tl.load(tile_end + tile)
         pair = tl.load(tile_begin + tile) + tl.arange(0, BLOCK_M)
@@ -137,12 +142,12 @@ def down_wide_kernel(
             scale = tl.load(s_at + kb) * tl.load(w_scale_at + kb)
             sums += tl.dot(b_x, b_w) * scale[:, None]
 
-        at = rows + pair.to(tl.int64)[:, None] * COLUMNS + (n + tl.arange(0, K))[None, :]
+        at = rows + pair.to(tl.int64)[:, None] * columns + (n + tl.arange(0, K))[None, :]
         tl.store(at, sums.to(rows.dtype.element_ty), mask=(pair < end)[:, None])
 
 
-def down(w, w_scale, out, first_column: int, round: Round) -> None:
-    """Launch GEMM2 over columns first_column ... of the output; the dense path knows only all of them."""
+def down(w, w_scale, out, first_block: int, round: Round) -> None:
+    """Launch GEMM2 over 128-column blocks first_block ... of the output; the dense path knows only all of them."""
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile = plan.down
     shape = (g.hidden_size, g.intermediate_size)
@@ -153,11 +158,11 @@ def down(w, w_scale, out, first_column: int, round: Round) -> None:
         constants = (*shape, group, tile.block_m, tile.block_n, tile.split, 2 * tile.stages, tile.prefetch, plan.pdl)
         round.launch(down_dense_kernel, (g.hidden_size // tile.block_m, tile.split), arguments, constants, tile.num_warps)
         return
-    arguments += (b["tile_begin"], b["tile_end"], b["rows"], first_column)
-    grid = (min(sizes.tiles * (sizes.columns // tile.block_m), round.programs), 1)
+    arguments += (b["tile_begin"], b["tile_end"], b["rows"], first_block, sizes.blocks)
+    grid = (min(sizes.tiles * (sizes.blocks * BLOCK // tile.block_m), round.programs), 1)
     if plan.path == "wide":
-        constants = (*shape, sizes.columns, tile.block_n, tile.stages, plan.pdl)
+        constants = (*shape, tile.block_n, tile.stages, plan.pdl)
         round.launch(down_wide_kernel, grid, arguments, constants, tile.num_warps)
         return
-    constants = (*shape, sizes.columns, group, tile.block_m, tile.block_n, tile.stages, plan.pdl)
+    constants = (*shape, group, tile.block_m, tile.block_n, tile.stages, plan.pdl)
     round.launch(down_sorted_kernel, grid, arguments, constants, tile.num_warps)

@@ -52,6 +52,6 @@ def run_round(
     logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, out = pointers
     route(logits, bias, offset, factor, this)
     gate_up(x, x_scale, w1, w1_scale, this)
-    for first_column in range(0, geometry.hidden_size, this.sizes.columns):
-        down(w2, w2_scale, out, first_column, this)
-        combine(out, first_column, this)
+    for first_block in range(0, geometry.hidden_blocks, this.sizes.blocks):
+        down(w2, w2_scale, out, first_block, this)
+        combine(out, first_block, this)

@@ -26,7 +26,7 @@ class Sizes:
     tiles: int
     chunks: int  # programs that sort
     chunk_tokens: int
-    columns: int  # of the output computed at a time
+    blocks: int  # 128-column blocks of the output computed at a time
 
 
 @lru_cache(maxsize=512)
@@ -36,17 +36,16 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
     block_n = plan.gate_up.block_n
     if plan.path == "dense":
         tiles = min(geometry.num_local_experts, pairs)
-        return Sizes(tokens, tiles * block_n, tiles, 1, tokens, geometry.hidden_size)
+        return Sizes(tokens, tiles * block_n, tiles, 1, tokens, geometry.hidden_blocks)
     # Every expert wastes less than a tile, and holds each token at most once.
     tiles = min(
         min(geometry.num_local_experts, pairs) + pairs // block_n,
         geometry.num_local_experts * -(-tokens // block_n),
     )
     chunk_tokens = plan.route.block_t * -(-tokens // (plan.route.block_t * CHUNK_PROGRAMS))
-    blocks = geometry.hidden_blocks
-    fitting = [b for b in range(1, blocks + 1) if blocks % b == 0 and 2 * pairs * b * BLOCK <= ROW_BUFFER]
-    columns = max(fitting, default=1) * BLOCK
-    return Sizes(tokens, pairs, tiles, -(-tokens // chunk_tokens), chunk_tokens, columns)
+    every = geometry.hidden_blocks
+    fitting = [b for b in range(1, every + 1) if every % b == 0 and 2 * pairs * b * BLOCK <= ROW_BUFFER]
+    return Sizes(tokens, pairs, tiles, -(-tokens // chunk_tokens), chunk_tokens, max(fitting, default=1))
 
 
 @lru_cache(maxsize=512)
@@ -73,7 +72,7 @@ def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tu
             "token_weight": (tokens * local, torch.float32),
             "token_pair": (tokens * geometry.top_k, torch.int32),
             "token_pairs": (tokens, torch.int32),
-            "rows": (bound.rows * bound.columns, torch.bfloat16),
+            "rows": (bound.rows * bound.blocks * BLOCK, torch.bfloat16),
         }
     placed, offset = {}, 0
     for name, (count, dtype) in fields.items():
