@@ -49,6 +49,12 @@ def test_different_runs_are_not_paired(tmp_path):
     assert any("2 runs" in doubt for doubt in found.doubts)
 
 
+def test_rounds_are_not_paired(tmp_path):
+    traces = [trace("alpha", 1, 1.0), trace("beta", 1, 1.3)]
+    traces[1]["evaluation"]["extra"]["interleaved"] = False
+    assert any("1 evaluations were not interleaved" in doubt for doubt in section(tmp_path, traces).doubts)
+
+
 def test_cliff_of_its_own(tmp_path):
     found = section(tmp_path, run({"smooth": 1.0, "cliff": lambda t: 1.0 if t < 1000 else 8.0}))
     (cliff,) = found.cliffs
@@ -103,12 +109,12 @@ def test_guard_verdicts_count_as_failures(tmp_path):
 def test_doubts(tmp_path):
     odd = trace("alpha", 1)
     odd["evaluation"]["performance"]["extra"] |= {"drift": 0.05, "drifted": True, "floor_ms": 9.0, "speedup_interval": [10, 30]}
-    odd["evaluation"]["environment"]["extra"]["gpu"] = {"throttle": ["none", "sw_power_cap"]}
+    odd["evaluation"]["environment"]["extra"]["gpu"] = {"throttle": [0, 4]}
     text = " ".join(section(tmp_path, [odd, trace("beta", 1, 1.001)]).doubts)
     assert "drifted" in text and "+5.0%" in text
     assert "faster than the floor" in text
     assert "wider than ±3 %" in text
-    assert "throttling in 1 of 2" in text
+    assert "held its clocks back in 1 of 2 evaluations: software power cap" in text
 
 
 def test_baseline_stands_on_the_right(tmp_path):

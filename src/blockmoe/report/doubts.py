@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,7 +12,13 @@ from blockmoe.report.load import Record
 from blockmoe.report.model import Contender, Row
 
 _SETTINGS = ("rtol", "atol", "required_matched_ratio", "warmup_runs", "iterations", "num_trials", "inputs", "seed", "device")
-_NOT_THROTTLED = ("none", "", "idle", "gpu_idle", "false", "0", "0x0", "1", "0x1", "[]")  # NVML's lowest bit is idle
+_REASONS = {  # bits of NVML's mask that hold clocks back; idle (1) and chosen application clocks (2) don't count
+    0x4: "software power cap",
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
 _MACHINE = ("driver", "platform", "commit", "flush_bytes")
 
 
@@ -94,6 +101,9 @@ def _noise(passed: Sequence[Record]) -> Iterable[str]:
 
 
 def _mixtures(records: Sequence[Record]) -> Iterable[str]:
+    apart = sum(1 for record in records if not record.interleaved)
+    if apart:
+        yield f"{apart} evaluations were not interleaved with the others (they did not fit together): unpaired samples."
     runs = Counter(record.run for record in records)
     if len(runs) > 1:
         yield f"Traces of {len(runs)} runs: between runs clocks and heat differ, and samples are not paired."
@@ -107,15 +117,20 @@ def _mixtures(records: Sequence[Record]) -> Iterable[str]:
 
 
 def _machine(records: Sequence[Record]) -> Iterable[str]:
-    throttled = [record for record in records if _throttled(record.environment.get("gpu"))]
-    if throttled:
-        yield f"The GPU reported throttling in {len(throttled)} of {len(records)} evaluations."
+    found = [_throttled(record.environment.get("gpu")) for record in records]
+    if any(found):
+        reasons = ", ".join(sorted(set().union(*found)))
+        yield f"The GPU held its clocks back in {sum(map(bool, found))} of {len(records)} evaluations: {reasons}."
 
 
-def _throttled(gpu: Any) -> bool:
-    reasons = gpu.get("throttle") if isinstance(gpu, dict) else None
-    flat = reasons if isinstance(reasons, list) else [reasons]
-    return any(str(reason).lower() not in _NOT_THROTTLED for reason in flat)
+def _throttled(gpu: Any) -> set[str]:
+    """Names of the reasons, from NVML's bit masks before and after."""
+    masks = gpu.get("throttle") if isinstance(gpu, dict) else None
+    found = set()
+    for mask in masks if isinstance(masks, list) else [masks]:
+        if isinstance(mask, (int, float)) and math.isfinite(mask):
+            found |= {name for bit, name in _REASONS.items() if int(mask) & bit}
+    return found
 
 
 def _tolerance(settings: dict[str, Any]) -> str:

@@ -49,6 +49,8 @@ class Record:
     errors: dict[str, float] = field(default_factory=dict)
     floor: float | None = None
     floor_kind: str = ""
+    streaming_floor: float | None = None
+    compute_floor: float | None = None
     bytes: float | None = None
     flops: float | None = None
     host_us: float | None = None
@@ -58,6 +60,7 @@ class Record:
     drifted: bool = False
     timer: str = ""
     run: str = ""
+    interleaved: bool = True
     settings: dict[str, Any] = field(default_factory=dict)
     libs: dict[str, str] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -186,6 +189,7 @@ def _record(trace: Any, source: str) -> Record | None:
         pairs=_count(extra.get("pairs")),
         active_experts=_count(extra.get("active_experts")),
         run=_text(extra.get("run")),
+        interleaved=extra.get("interleaved") is not False,
         settings=_table(extra.get("settings")),
         libs={str(name): _text(version) for name, version in _table(environment.get("libs")).items()},
         environment=_table(environment.get("extra")),
@@ -215,6 +219,8 @@ def _add_times(record: Record, performance: dict[str, Any], timing: dict[str, An
     record.blocks = _blocks(timing.get("samples_ms"))
     record.reference_blocks = _blocks(timing.get("reference_samples_ms"))
     record.floor, record.floor_kind = _positive(timing.get("floor_ms")), _text(timing.get("floor_kind"))
+    record.streaming_floor = _positive(timing.get("streaming_floor_ms"))
+    record.compute_floor = _positive(timing.get("compute_floor_ms"))
     record.bytes, record.flops = _positive(timing.get("bytes")), _positive(timing.get("flops"))
     record.host_us, record.graph = _positive(timing.get("host_us")), _positive(timing.get("graph_ms"))
     record.drift, record.drifted = _number(timing.get("drift")), timing.get("drifted") is True

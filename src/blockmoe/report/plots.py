@@ -343,25 +343,27 @@ def _draw_floors(axes: Axes, section: Section, floors: Sequence[tuple[int, float
     bottom = min(floor) / 2
     axes.fill_between(tokens, bottom, floor, facecolor="none", hatch="////", edgecolor=SOFT, linewidth=0, alpha=0.6)
     stream, compute = _rates(section)
+    drawn = 0
     for name, kind, rate, line in (("streaming", "bytes", stream, "-"), ("compute", "flops", compute, "--")):
-        points = _floor_of(section, name, kind, rate)
-        if points:
+        if points := _floor_of(section, name, kind, rate):
             axes.plot(*zip(*points, strict=True), color=INK, linewidth=1.0, linestyle=line, label=f"{name} floor")
-    if not stream and not compute:
+            drawn += 1
+    if not drawn:
         axes.plot(tokens, floor, color=INK, linewidth=1.0, label="floor")
     axes.set_ylim(bottom=bottom)
 
 
 def _floor_of(section: Section, name: str, work: str, rate: float | None) -> list[tuple[int, float]]:
-    """Measured floors of one kind, and work over rate where the other kind was the larger."""
+    """The floor of one kind by T: as the trace has it, else work over rate where the other kind was the larger."""
     found: dict[int, float] = {}
     for row in section.rows:
         for cell in row.cells.values():
-            if row.tokens and cell.floor_kind.startswith(name[:6]) and cell.floor:
-                found[row.tokens] = cell.floor
+            known = getattr(cell, f"{name}_floor") or (cell.floor if cell.floor_kind.startswith(name[:6]) else None)
+            if row.tokens and known:
+                found[row.tokens] = min(known, found.get(row.tokens, np.inf))
             elif row.tokens and rate and getattr(cell, work):
                 found.setdefault(row.tokens, getattr(cell, work) / rate)
-    return sorted(found.items()) if rate else []
+    return sorted(found.items())
 
 
 def _row_label(row: Row) -> str:

@@ -59,8 +59,8 @@ class _Duels:
     def _ratio(self, first: Record, second: Record) -> Ratio | None:
         if not first.blocks or not second.blocks:
             return None
-        same_run = first.run == second.run and len(first.blocks) == len(second.blocks)
-        ratio = paired_ratio if same_run else unpaired_ratio
+        together = first.interleaved and second.interleaved and first.run == second.run
+        ratio = paired_ratio if together and len(first.blocks) == len(second.blocks) else unpaired_ratio
         return ratio(second.blocks, first.blocks, resamples=self.resamples)
 
 
