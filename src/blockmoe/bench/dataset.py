@@ -9,6 +9,7 @@ file, line and field. No torch here.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,7 @@ _SAFETENSORS_DTYPES = {
 
 
 LFS_MARK = "version https://git-lfs"
+REFERENCE = "reference"  # what the definition's own reference is called among the contenders
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -55,28 +57,35 @@ class Dataset:
     definitions: dict[str, Definition] = field(default_factory=dict)
     workloads: dict[str, list[Workload]] = field(default_factory=dict)
     solutions: dict[tuple[str, str], Solution] = field(default_factory=dict)
-    roots: dict[str, Path] = field(default_factory=dict)  # definition name to the tree it came from
+    roots: dict[str, Path] = field(default_factory=dict)  # definition name to the tree that holds its workloads' blobs
 
     @classmethod
     def load(cls, roots: Iterable[Path]) -> Dataset:
         """Read trees; raises DatasetError for a missing tree, a malformed file, or a name defined twice."""
-        dataset = cls()
+        dataset, roots = cls(), list(roots)
         for root in roots:
-            if not (root / "definitions").is_dir():
+            if not any((root / name).is_dir() for name in ("definitions", "workloads", "solutions")):
                 raise DatasetError(f"{root}: expected a FlashInfer-Trace tree with a folder `definitions`, found none")
-            dataset._read_tree(root)
+        for read in (dataset._read_definitions, dataset._read_workloads, dataset._read_solutions):
+            for root in roots:
+                read(root)
         return dataset
 
-    def _read_tree(self, root: Path) -> None:
+    def _read_definitions(self, root: Path) -> None:
         for path in sorted((root / "definitions").rglob("*.json")):
             definition = read_json(Definition, path)
             if definition.name in self.definitions:
                 raise DatasetError(f"{path}: name: definition {definition.name!r} exists already in {self.roots[definition.name]}")
             self.definitions[definition.name] = definition
             self.roots[definition.name] = root
+
+    def _read_workloads(self, root: Path) -> None:
         for path in sorted((root / "workloads").rglob("*.jsonl")):
             for line, trace in read_jsonl(Trace, path):
                 self._add_workload(path, line, trace)
+                self.roots[trace.definition] = root
+
+    def _read_solutions(self, root: Path) -> None:
         for path in sorted((root / "solutions").rglob("*.json")):
             self.add_solution(read_json(Solution, path), path)
 
@@ -95,6 +104,11 @@ class Dataset:
         known.append(trace.workload)
 
     def add_solution(self, solution: Solution, origin: Path) -> None:
+        """Raises DatasetError for a definition that is not here, and for a name that is taken."""
+        if solution.definition not in self.definitions:
+            raise DatasetError(f"{origin}: definition: {unknown('definition', solution.definition, self.definitions)}")
+        if solution.name == REFERENCE:
+            raise DatasetError(f"{origin}: name: expected another name than {REFERENCE!r}, which is the definition's own reference")
         if (solution.definition, solution.name) in self.solutions:
             raise DatasetError(f"{origin}: name: solution {solution.name!r} exists already for {solution.definition}")
         self.solutions[solution.definition, solution.name] = solution
@@ -108,17 +122,18 @@ class Dataset:
 
 def read_json(model: type[Model], path: Path) -> Model:
     """One JSON file as a model; raises DatasetError naming file, line and field."""
-    return _parse(model, _read_text(path), str(path))
+    return _parse(model, read_text(path), str(path))
 
 
 def read_jsonl(model: type[Model], path: Path) -> Iterator[tuple[int, Model]]:
     """(line number, model) of each line that is not blank; raises DatasetError naming file, line and field."""
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).split("\n"), start=1):  # splitlines cuts at U+2028, which JSON may hold
         if line.strip():
             yield number, _parse(model, line, f"{path}:{number}")
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A text file; raises DatasetError where it can't be read or is a Git-LFS pointer."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -167,7 +182,7 @@ def check_workload(definition: Definition, workload: Workload) -> None:
         is_scalar = definition.inputs[name].shape is None
         if spec.type == "scalar" and not is_scalar:
             raise ValueError(f"inputs.{name}: expected a tensor, got the scalar {spec.value}")
-        if spec.type == "scalar" and definition.inputs[name].dtype.startswith("int") and spec.value != int(spec.value):
+        if spec.type == "scalar" and definition.inputs[name].dtype.startswith("int") and not float(spec.value).is_integer():
             raise ValueError(f"inputs.{name}: expected {definition.inputs[name].dtype}, got {spec.value}")
         if spec.type == "safetensors" and is_scalar:
             raise ValueError(f"inputs.{name}: expected a scalar, got a tensor of {spec.path}")
@@ -195,9 +210,15 @@ def _blob_path(root: Path, definition: str, workload: Workload, spec: Safetensor
         raise DatasetError(f"{path}: missing, and workload {workload.uuid} has no recipe to make it from")
     from blockmoe.bench.bundled import write_blob  # numpy generators, only needed at first use
 
-    target = root if os.access(root, os.W_OK) else cache_root()
-    path = target / spec.path
-    return path if path.exists() else write_blob(target, definition, workload)
+    cached = cache_root() / spec.path
+    if cached.exists():
+        return cached
+    try:
+        return write_blob(root, definition, workload)
+    except OSError:  # a read-only dataset
+        return write_blob(cache_root(), definition, workload)
+    except ValueError as error:
+        raise DatasetError(f"{path}: missing, and {error}") from None
 
 
 def cache_root() -> Path:
@@ -235,9 +256,14 @@ def select_names(kind: str, wanted: list[str], known: Iterable[str]) -> list[str
     """Known names that match the wanted names or fnmatch patterns, in known order; raises DatasetError for one that matches none."""
     names = list(known)
     for pattern in wanted:
-        if not any(fnmatchcase(name, pattern) for name in names):
+        if not any(matches(name, pattern) for name in names):
             raise DatasetError(unknown(kind, pattern, names))
-    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in wanted)]
+    return [name for name in names if any(matches(name, pattern) for pattern in wanted)]
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Whether a name is the wanted one, or fits it as a pattern."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def select_workloads(workloads: list[Workload], wanted: list[str]) -> list[Workload]:
@@ -246,19 +272,21 @@ def select_workloads(workloads: list[Workload], wanted: list[str]) -> list[Workl
     for pattern in wanted:
         matching = [workload for workload in workloads if _matches(workload, pattern)]
         if not matching:
-            sizes = ", ".join(f"{workload.uuid[:8]} (seq_len {size(workload)})" for workload in workloads[:6])
-            raise DatasetError(f"workload {pattern!r}: expected a uuid prefix, a seq_len or a range like 1-80; known: {sizes} …")
+            sizes = ", ".join(f"{workload.uuid[:8]} ({size(workload)})" for workload in workloads[:6])
+            more = ", …" if len(workloads) > 6 else ""
+            raise DatasetError(f"workload {pattern!r}: expected a uuid prefix, a size or a range like 1-80; known: {sizes}{more}")
         chosen += matching
     return [workload for workload in workloads if workload in chosen]
 
 
 def _matches(workload: Workload, pattern: str) -> bool:
     low, dash, high = pattern.partition("-")
-    if low.isdigit() and (not dash or high.isdigit() or not high) and len(pattern) < 12:
+    if low.isdecimal() and (not dash or high.isdecimal() or not high) and len(pattern) < 12:
         first, last = int(low), int(high or (10**12 if dash else low))
         if first <= size(workload) <= last:
             return True
-    return len(pattern) >= 4 and workload.uuid.startswith(pattern.lower())
+    uuid = workload.uuid.lower()
+    return uuid == pattern.lower() or (len(pattern) >= 4 and uuid.startswith(pattern.lower()))
 
 
 def size(workload: Workload) -> int:
@@ -270,12 +298,19 @@ def append_trace(folder: Path, op_type: str, trace: Trace) -> None:
     """Append one line to FOLDER/traces/OP_TYPE/DEFINITION.jsonl and have it on disk when this returns."""
     path = folder / "traces" / op_type / f"{trace.definition}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab+") as file:
-        if file.tell() and not _ends_with_newline(path):  # a run killed in mid-line left half a trace: keep it off ours
-            file.write(b"\n")
-        file.write(trace.to_json().encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
+    line = trace.to_json().encode() + b"\n"
+    if path.exists() and path.stat().st_size and not _ends_with_newline(path):  # a run killed in mid-line left half a trace
+        line = b"\n" + line
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        try:
+            while line:
+                line = line[file.write(line) :]
+            os.fsync(file.fileno())
+        except OSError as error:  # a full disk: leave no half line behind
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _ends_with_newline(path: Path) -> bool:

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from blockmoe.bench.dataset import Dataset, DatasetError, first_fault
+from blockmoe.bench.dataset import Dataset, DatasetError, first_fault, read_text, unknown
 from blockmoe.bench.schema import BuildSpec, Name, Solution, SourceFile
 from blockmoe.geometry import HEADLINE, MoEGeometry
 
@@ -35,6 +35,7 @@ try:
 except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
+SIZES_MARK = "__"  # between a packed solution's name and its definition's sizes
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".hpp")
 
 
@@ -55,13 +56,14 @@ def read_manifest(folder: Path) -> Manifest:
     """The checked manifest of a solution folder; raises DatasetError naming file and field."""
     path = folder / "solution.toml"
     try:
-        return Manifest.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise DatasetError(f"{path}: {error.strerror}") from None
+        manifest = Manifest.model_validate(tomllib.loads(read_text(path)))
     except tomllib.TOMLDecodeError as error:
         raise DatasetError(f"{path}: {error}") from None
     except ValidationError as error:
         raise DatasetError(f"{path}: {first_fault(error)}") from None
+    if extra := sorted(manifest.spec.model_extra or {}):
+        raise DatasetError(f"{path}: spec.{extra[0]}: unknown field; known: {', '.join(BuildSpec.model_fields)}")
+    return manifest
 
 
 def pack(folder: Path, definition: str) -> Solution:
@@ -70,17 +72,17 @@ def pack(folder: Path, definition: str) -> Solution:
     entry_file = manifest.spec.entry_point.split("::")[0]
     sources = []
     for path in sorted(folder.rglob("*")):
-        if path.suffix in SOURCE_SUFFIXES:
-            content = path.read_text(encoding="utf-8")
-            relative = path.relative_to(folder).as_posix()
-            if manifest.geometry_line and relative == entry_file:
+        relative = path.relative_to(folder)
+        if path.suffix in SOURCE_SUFFIXES and not any(part.startswith(".") for part in relative.parts):
+            content = read_text(path)
+            if manifest.geometry_line and relative.as_posix() == entry_file:
                 content = _with_geometry(content, definition, path)
-            sources.append(SourceFile(path=relative, content=content))
+            sources.append(SourceFile(path=relative.as_posix(), content=content or "\n"))  # the format wants no empty file
     try:
         fields = manifest.model_dump(include={"name", "author", "description", "spec"})
         return Solution(definition=definition, sources=sources, **fields)
     except ValidationError as error:
-        raise DatasetError(f"{folder}: {first_fault(error)}") from None
+        raise DatasetError(f"{folder / 'solution.toml'}: {first_fault(error)}") from None
 
 
 def _with_geometry(content: str, definition: str, path: Path) -> str:
@@ -100,9 +102,20 @@ def solution_folders(root: Path) -> list[Path]:
 
 
 def add_folders(dataset: Dataset, root: Path) -> None:
-    """Add every solution folder below `root` to the dataset, for each of its definitions that the manifest names."""
-    for folder in solution_folders(root):
-        manifest = read_manifest(folder)
+    """Add every solution folder below `root` to the dataset, for each of its definitions that the manifest names.
+
+    A folder stands in for packed copies of it that the tree holds.
+    """
+    manifests = {folder: read_manifest(folder) for folder in solution_folders(root)}
+    names = {manifest.name for manifest in manifests.values()}
+    for definition, name in list(dataset.solutions):
+        if name.split(SIZES_MARK)[0] in names:
+            del dataset.solutions[definition, name]
+    for folder, manifest in manifests.items():
+        for pattern in manifest.definitions:
+            if not any(fnmatchcase(definition, pattern) for definition in dataset.definitions):
+                path = folder / "solution.toml"
+                raise DatasetError(f"{path}: definitions: {unknown('definition', pattern, dataset.definitions)}")
         for definition in dataset.definitions:
             if any(fnmatchcase(definition, pattern) for pattern in manifest.definitions):
                 dataset.add_solution(pack(folder, definition), folder)
@@ -115,7 +128,7 @@ def write_packed(solution: Solution, op_type: str, root: Path) -> Path:
     """
     if solution.definition != HEADLINE.definition_name:
         suffix = solution.definition.removeprefix("moe_fp8_block_scale_")
-        solution = solution.model_copy(update={"name": f"{solution.name}__{suffix}"})
+        solution = solution.model_copy(update={"name": f"{solution.name}{SIZES_MARK}{suffix}"})
     path = root / "solutions" / op_type / solution.definition / f"{solution.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(solution.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")

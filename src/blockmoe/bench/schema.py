@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Name = Annotated[str, Field(min_length=1)]
+FileName = Annotated[str, Field(min_length=1, pattern=r"^[^./\\\x00][^/\\\x00]*$")]  # it becomes part of a path
 Count = Annotated[int, Field(ge=0)]
 DType = Literal[
     "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "float4_e2m1", "int64", "int32", "int16", "int8", "bool"
@@ -65,8 +66,8 @@ class TensorSpec(_Model):
 class Definition(_Model):
     """A task: axes, inputs and outputs in call order, and the reference's source with a `run` function."""
 
-    name: Name
-    op_type: Name
+    name: FileName
+    op_type: FileName
     axes: dict[Name, Axis]
     inputs: dict[Name, TensorSpec]
     outputs: dict[Name, TensorSpec]
