@@ -9,21 +9,20 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from blockmoe.bench import dataset as trees
 from blockmoe.bench.dataset import Dataset, DatasetError
-from blockmoe.bench.doctor import checks, local_hardware
+from blockmoe.bench.doctor import checks
+from blockmoe.bench.listing import checks_table, console, definitions_table, solutions_table, workloads_table
 from blockmoe.bench.pack import add_folders, write_packed
 from blockmoe.bench.progress import TerminalObserver
-from blockmoe.bench.runner import Outcome, Plan, Run, prepare_output
+from blockmoe.bench.runner import Outcome, Plan, Run, RunError, prepare_output
 from blockmoe.bench.schema import Solution
 from blockmoe.bench.settings import Settings, default_device, preset, torch_build
 from blockmoe.geometry import HEADLINE
@@ -32,9 +31,18 @@ RUNS = Path("runs")
 # A first look on a CPU: one row, one expert's few rows, every expert active. The reference takes seconds a call.
 QUICK_CPU_WORKLOADS = ["1", "16", "80"]
 
-Local = Annotated[
-    list[Path] | None, typer.Option(help="FlashInfer-Trace trees to read (one or more).", show_default="the bundled dataset")
-]
+_WORKLOADS = f"all; of the headline on a CPU those of {', '.join(QUICK_CPU_WORKLOADS)} tokens"
+
+_how = partial(typer.Option, rich_help_panel="How to measure")
+_result = partial(typer.Option, rich_help_panel="Results")
+
+
+def _choice(metavar: str, text: str, **more: Any) -> Any:
+    return typer.Option(metavar=metavar, help=text, rich_help_panel="What to run", **more)
+
+
+_local = partial(typer.Option, metavar="PATH…", help="FlashInfer-Trace trees, one or more.", show_default="the bundled dataset")
+Local = Annotated[list[Path] | None, _local()]
 
 
 class UsageError(ValueError):
@@ -57,7 +65,7 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (UsageError, DatasetError) as error:
             print(f"blockmoe: {error}", file=sys.stderr)
             raise typer.Exit(2) from None
-        except RuntimeError as error:
+        except RunError as error:
             print(f"blockmoe: {error}", file=sys.stderr)
             raise typer.Exit(1) from None
 
@@ -68,52 +76,57 @@ def _one_line_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def run(
-    local: Local = None,
+    local: Annotated[list[Path] | None, _local(rich_help_panel="What to run")] = None,
     definitions: Annotated[
-        list[str] | None, typer.Option(help="Definitions to run; names or patterns.", show_default="the headline; all with --local")
+        list[str] | None,
+        _choice("NAME…", "Definitions to run: names or patterns.", show_default="the headline; all with --local"),
     ] = None,
     solutions: Annotated[
-        list[str] | None, typer.Option(help="Solutions to run; names or patterns.", show_default="all that this machine can run")
+        list[str] | None,
+        _choice("NAME…", "Solutions to run: names or patterns. One named here must run.", show_default="all that this machine can run"),
     ] = None,
     workloads: Annotated[
-        list[str] | None, typer.Option(help="Workloads: uuid prefixes, sizes (80) or ranges (1-80, 901-).", show_default="all")
+        list[str] | None, _choice("WHICH…", "Workloads: uuid prefixes, sizes (80) or ranges (1-80, 901-).", show_default=_WORKLOADS)
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda where there is one")] = None,
+    device: Annotated[str | None, _choice("DEVICE", "cpu, cuda or cuda:N.", show_default="cuda where there is one")] = None,
     preset_name: Annotated[
         Literal["quick", "full"] | None,
-        typer.Option("--preset", help="full: the published settings. quick: a first look.", show_default="full; quick on a CPU"),
+        _how("--preset", help="full: the published comparison's settings. quick: a first look.", show_default="full; on a CPU quick"),
     ] = None,
     inputs: Annotated[
         Literal["trace", "realistic"] | None,
-        typer.Option(help="trace: the format's random inputs. realistic: as quantising real weights gives.", show_default="trace"),
+        _how(help="trace: the format's random inputs. realistic: as quantising real weights gives.", show_default="trace"),
     ] = None,
-    rtol: Annotated[float | None, typer.Option(help="Relative tolerance.", show_default="0.2")] = None,
-    atol: Annotated[float | None, typer.Option(help="Absolute tolerance.", show_default="0.1")] = None,
+    rtol: Annotated[float | None, _how(metavar="X", help="Relative tolerance.", show_default="0.2")] = None,
+    atol: Annotated[float | None, _how(metavar="X", help="Absolute tolerance.", show_default="0.1")] = None,
     required_matched_ratio: Annotated[
-        float | None, typer.Option(help="Share of elements that must be within tolerance.", show_default="0.85")
+        float | None, _how(metavar="X", help="Share of elements that must be within one of the tolerances.", show_default="0.85")
     ] = None,
-    warmup_runs: Annotated[int | None, typer.Option(help="Untimed calls first.", show_default="5; quick 2, on a CPU 0")] = None,
-    iterations: Annotated[int | None, typer.Option(help="Timed calls a trial.", show_default="20; quick 10, on a CPU 2")] = None,
-    num_trials: Annotated[int | None, typer.Option(help="Trials.", show_default="3; quick 1")] = None,
-    timeout: Annotated[float | None, typer.Option(help="Seconds a solution may take for one workload.", show_default="300")] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of all random inputs and of the order of measurement.", show_default="0")] = None,
-    cuda_graph: Annotated[bool, typer.Option(help="Also time CUDA-graph replays of solutions that can be captured.")] = True,
-    cupti: Annotated[bool, typer.Option(help="Time by CUPTI where cupti-python is installed; events otherwise.")] = True,
-    output: Annotated[Path | None, typer.Option(help="Result folder.", show_default="runs/DATE-TIME")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Keep evaluations that OUTPUT (or the newest run) has already.")] = False,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="With --resume: run failed evaluations again.")] = False,
-    save_results: Annotated[bool, typer.Option(help="Write traces and reports.")] = True,
-    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], typer.Option(help="How much to say.")] = "INFO",
+    warmup_runs: Annotated[int | None, _how(metavar="N", help="Untimed calls first.", show_default="5; quick 2, on a CPU 0")] = None,
+    iterations: Annotated[int | None, _how(metavar="N", help="Timed calls a trial.", show_default="20; quick 10, on a CPU 2")] = None,
+    num_trials: Annotated[int | None, _how(metavar="N", help="Trials.", show_default="3; quick 1")] = None,
+    timeout: Annotated[
+        float | None, _how(metavar="SECONDS", help="What a solution may take for one workload.", show_default="300")
+    ] = None,
+    seed: Annotated[int | None, _how(metavar="N", help="Of all random inputs and of the order of measurement.", show_default="0")] = None,
+    cuda_graph: Annotated[bool, _how(help="Also time CUDA-graph replays of solutions that can be captured.")] = True,
+    cupti: Annotated[bool, _how(help="Time by CUPTI where cupti-python is installed, else by events.")] = True,
+    output: Annotated[Path | None, _result(metavar="DIR", help="Result folder.", show_default="runs/DATE-TIME")] = None,
+    resume: Annotated[bool, _result("--resume", help="Keep the evaluations that DIR, or the newest run, has already.")] = False,
+    retry_failed: Annotated[bool, _result("--retry-failed", help="With --resume: do failed evaluations again.")] = False,
+    save_results: Annotated[bool, _result(help="Write traces and a report.")] = True,
+    log_level: Annotated[
+        Literal["DEBUG", "INFO", "WARNING", "ERROR"], _result(metavar="LEVEL", case_sensitive=False, help="DEBUG, INFO, WARNING or ERROR.")
+    ] = "INFO",
 ) -> None:
     """Check and time solutions against the definition's reference; write traces and a report.
 
-    Every contender lives in a process of its own and is measured in blocks interleaved with the others'. A first run, on
-    any machine: blockmoe run. The published comparison's settings are the defaults.
+    Each contender has a process of its own, and is measured in blocks that are interleaved with the others'.
 
     Exit codes: 0 all that was asked for ran and passed, 1 something did not, 2 bad usage, 130 interrupted.
     """
     if torch_build() is None:
-        raise RuntimeError("run needs torch, which is not installed: pip install 'blockmoe[torch]'")
+        raise RunError("run needs torch, which is not installed: pip install 'blockmoe[torch]'")
     changes = {
         "inputs": inputs, "rtol": rtol, "atol": atol, "required_matched_ratio": required_matched_ratio, "warmup_runs": warmup_runs,
         "iterations": iterations, "num_trials": num_trials, "timeout": timeout, "seed": seed, "cuda_graph": cuda_graph, "cupti": cupti,
@@ -122,6 +135,10 @@ def run(
         settings = _settings(device, preset_name, {name: value for name, value in changes.items() if value is not None})
     except ValueError as error:
         raise UsageError(str(error)) from None
+    if resume and not save_results:
+        raise UsageError("--resume: expected saved results, got --no-save-results")
+    if retry_failed and not resume:
+        raise UsageError("--retry-failed: expected --resume beside it")
     quick_cpu = settings.device == "cpu" and preset_name != "full" and not workloads and not local and not definitions
     plan = make_plan(local, definitions, solutions, QUICK_CPU_WORKLOADS if quick_cpu else workloads, settings)
     plan.resume, plan.retry_failed, plan.command = resume, retry_failed, shlex.join(["blockmoe", *sys.argv[1:]])
@@ -148,6 +165,8 @@ def make_plan(
 ) -> Plan:
     """What to run. Raises DatasetError or UsageError for what is unknown, malformed or empty, before anything starts."""
     dataset = load_dataset(local)
+    if not dataset.definitions:
+        raise UsageError("nothing to run: there is no definition")
     wanted = definitions or (["*"] if local else [HEADLINE.definition_name])
     names = trees.select_names("definition", wanted, dataset.definitions)
     if settings.inputs == "realistic":
@@ -160,7 +179,7 @@ def make_plan(
     for name in names:
         known = dataset.workloads.get(name, [])
         try:
-            selected = trees.select_workloads(known, workloads) if workloads else known
+            selected = trees.select_workloads(known, workloads) if workloads and known else known
         except DatasetError as error:
             faults.append(error)
             continue
@@ -184,21 +203,16 @@ def _chosen_solutions(dataset: Dataset, name: str, names: list[str], wanted: lis
     known = {solution.name: solution for solution in dataset.solutions_of(name)}
     if not wanted:
         return list(known.values())
+    if trees.REFERENCE in wanted:
+        raise UsageError(f"--solutions {trees.REFERENCE}: it is measured with every run; name the solutions to measure beside it")
     everywhere = [solution.name for other in names for solution in dataset.solutions_of(other)]
     trees.select_names("solution", wanted, everywhere)
-    return [known[name] for name in trees.select_names("solution", [w for w in wanted if _any_match(w, known)], known)]
-
-
-def _any_match(pattern: str, names: dict[str, Solution]) -> bool:
-    return any(trees.fnmatchcase(name, pattern) for name in names)
+    return [solution for name, solution in known.items() if any(trees.matches(name, pattern) for pattern in wanted)]
 
 
 def _nothing_to_run(dataset: Dataset, names: list[str]) -> str:
-    name = names[0] if names else "none"
-    if not names:
-        return "nothing to run: the tree has no definitions"
-    missing = "workloads" if not dataset.workloads.get(name) else "solutions"
-    return f"nothing to run: definition {name} has no {missing}"
+    missing = "workloads" if not dataset.workloads.get(names[0]) else "solutions"
+    return f"nothing to run: definition {names[0]} has no {missing}"
 
 
 def _output(output: Path | None, resume: bool) -> Path:
@@ -215,39 +229,51 @@ def _output(output: Path | None, resume: bool) -> Path:
 
 
 def _execute(plan: Plan, log_level: str) -> Outcome:
-    """Run with SIGTERM taken as Ctrl-C, so that a batch system's end also leaves a report."""
+    """Run with SIGTERM taken as Ctrl-C, so that a batch system's end also leaves a report. Cleaning up is not interrupted."""
 
     def interrupt(*_: object) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with TerminalObserver(log_level) as observer:
             return Run(plan, observer).execute()
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> None:
     from blockmoe import report
 
-    console = Console(highlight=False)
-    if outcome.error:
-        print(f"blockmoe: {outcome.error}; finished evaluations are kept", file=sys.stderr)
+    shown = console()
     if any(plan.output.glob("traces/**/*.jsonl")):
         try:
-            console.print(report.terminal_table([plan.output]))
+            shown.print(report.terminal_table([plan.output]))
             written = report.write([plan.output], formats=["md"]) if save_results else []
         except (report.ReportError, OSError) as error:
             print(f"blockmoe: no report: {error}", file=sys.stderr)
             written = []
         for path in written:
-            console.print(Text(str(path)), soft_wrap=True)
+            shown.print(Text(str(path)), soft_wrap=True)
     for skipped in outcome.skipped:
-        console.print(Text(f"SKIPPED {skipped['solution']}: {skipped['reason']}"), soft_wrap=True)
+        shown.print(Text(f"SKIPPED {skipped['solution']}: {skipped['reason']}"), soft_wrap=True)
+    if outcome.error:
+        again = f" are kept. To go on: {_again(plan)}" if save_results else " are lost: --no-save-results"
+        print(f"blockmoe: {outcome.error}; finished evaluations{again}", file=sys.stderr)
     if outcome.interrupted:
-        again = f"blockmoe run --resume --output {plan.output}" if save_results else "nothing was saved"
-        print(f"blockmoe: interrupted; {len(outcome.traces)} traces are kept. To go on: {again}", file=sys.stderr)
+        kept = f"{len(outcome.traces)} traces are kept. To go on: {_again(plan)}" if save_results else "nothing is kept"
+        print(f"blockmoe: interrupted; {kept}", file=sys.stderr)
+
+
+def _again(plan: Plan) -> str:
+    """The command that finishes a run."""
+    words = [word for word in shlex.split(plan.command) if word != "--resume"]
+    if not any(word.split("=")[0] == "--output" for word in words):
+        words += ["--output", str(plan.output)]
+    return shlex.join([*words, "--resume"])
 
 
 # --- list, doctor, pack ---------------------------------------------------------------------------------------------
@@ -264,49 +290,24 @@ def list_(
 ) -> None:
     """List definitions, workloads and solutions, and what this machine can run."""
     dataset = load_dataset(local)
-    console = Console(highlight=False)
-    names = trees.select_names("definition", definitions or ["*"], dataset.definitions)
+    shown = console()
+    names = trees.select_names("definition", definitions, dataset.definitions) if definitions else list(dataset.definitions)
+    tables = []
     if what in ("definitions", "all"):
-        table = _table("definition", "type", "workloads", "solutions")
-        for name in names:
-            counts = len(dataset.workloads.get(name, [])), len(dataset.solutions_of(name))
-            table.add_row(name, dataset.definitions[name].op_type, *map(str, counts))
-        console.print(table)
+        tables.append(definitions_table(dataset, names))
     if what in ("workloads", "all"):
-        shown = names if definitions or local else [name for name in names if name == HEADLINE.definition_name]
-        table = _table("workload", "axes", "scalars", "pairs", "active experts")
-        for workload in (workload for name in shown for workload in dataset.workloads.get(name, [])):
-            scalars = [f"{name}={spec.value:g}" for name, spec in workload.inputs.items() if spec.type == "scalar"]
-            recipe = (workload.model_extra or {}).get("recipe", {})
-            axes = " ".join(f"{name}={value}" for name, value in workload.axes.items())
-            counted = str(recipe.get("pairs", "")), str(recipe.get("active_experts", ""))
-            table.add_row(workload.uuid[:8], axes, " ".join(scalars), *counted)
-        console.print(table)
+        everyone = definitions or local
+        tables += [workloads_table(dataset, name) for name in names if everyone or name == HEADLINE.definition_name]
     if what in ("solutions", "all"):
-        hardware = local_hardware()
-        table = _table("solution", "language", "here", "definitions")
-        for name in dict.fromkeys(name for (definition, name) in dataset.solutions if definition in names):
-            packed = [solution for (definition, other), solution in dataset.solutions.items() if other == name and definition in names]
-            table.add_row(name, packed[0].spec.language, hardware.lacks(packed[0]) or "runs", str(len(packed)))
-        console.print(table)
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    return table
+        tables.append(solutions_table(dataset, names))
+    for number, table in enumerate(tables):
+        shown.print(*([] if number == 0 else [""]), table, sep="\n")
 
 
 def doctor() -> None:
     """Say what this machine has, what is missing, and how to get it. Exit code 1 where `run` can't work."""
-    console = Console(highlight=False)
-    table = _table("", "what", "found", "what to do")
     found = checks()
-    for check in found:
-        mark = {"ok": Text("ok", "green"), "missing": Text("--", "yellow"), "broken": Text("!!", "red")}[check.state]
-        table.add_row(mark, check.what, check.found, check.remedy)
-    console.print(table)
+    console().print(checks_table(found))
     if any(check.state == "broken" for check in found):
         raise typer.Exit(1)
 

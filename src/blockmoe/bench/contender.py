@@ -6,21 +6,23 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from blockmoe.bench.dataset import REFERENCE
 from blockmoe.bench.process import WorkerLost, WorkerProcess, WorkerTimeout
 from blockmoe.bench.schema import Definition, Solution, Status, Workload
 from blockmoe.bench.settings import Settings
 from blockmoe.bench.verdicts import Verdict, status_of
 
 START_TIMEOUT = 600.0  # imports and input generation: the bench's own time, not charged to the solution
-REFERENCE = "reference"
+MESSAGE_CHARACTERS = 500
 
 
 class Failed(Exception):
-    """A contender is out for this workload; `message` is one line."""
+    """A contender is out for this workload; `message` is one line. `whose` is the contender whose worker failed, if one did."""
 
-    def __init__(self, status: Status, message: str, verdict: Verdict | None = None) -> None:
+    def __init__(self, status: Status, message: str, verdict: Verdict | None = None, whose: Contender | None = None) -> None:
+        message = " ".join(message.split())[:MESSAGE_CHARACTERS]
         super().__init__(message)
-        self.status, self.message, self.verdict = status, message, verdict
+        self.status, self.message, self.verdict, self.whose = status, message, verdict, whose
 
 
 def reference_solution(definition: Definition) -> Solution:
@@ -71,24 +73,32 @@ class Contender:
         self.opened: str | None = None  # uuid of the workload whose inputs the worker holds
         self.inputs_digest: str | None = None
         self.uncapturable: str | None = None  # why a CUDA graph could not capture it
+        self.unbuildable: tuple[Failed, str] | None = None  # how its import failed, and its log: it is not tried again
+        self.warmed: str | None = None  # uuid of the workload that this process is warm for
         self.spent = 0.0
         self.findings = Findings()
-        self._starting = False
+        self._starting = self._built = False
+        self._unread = 0  # requests whose reply has not been read
 
     @property
     def is_reference(self) -> bool:
         return self.name == REFERENCE
 
     def begin(self) -> None:
-        """Forget the workload before: a fresh budget, no findings."""
+        """Forget the workload before: a fresh budget, no findings, no reply that is still to come."""
+        if self._unread and not self._starting:
+            self.close()
         self.spent, self.findings = 0.0, Findings()
 
     # the worker's life
 
     def start(self) -> None:
         """Start the worker and ask it to bind its timers; `finish_start` waits for it, so that several start at once."""
+        if self.unbuildable:
+            failure, self.findings.log = self.unbuildable
+            raise failure
         if self.worker is None:
-            self.worker, self.opened = WorkerProcess(), None
+            self.worker = WorkerProcess()
             settings = self.settings
             self._send(
                 "start", definition=self.definition.to_json(), root=self.root, device=settings.device, mode=settings.inputs,
@@ -101,7 +111,12 @@ class Contender:
         if self._starting:
             self._starting = False
             self.environment = self._receive(START_TIMEOUT)
-            self.ask("build", solution=self.solution.to_json())
+            try:
+                self.ask("build", solution=self.solution.to_json())
+            except Failed as failure:
+                self.unbuildable = None if self._built else (failure, self.findings.log)
+                raise
+            self._built = True
 
     def send_open(self, workload: Workload) -> bool:
         """Ask the worker to make a workload's inputs, unless it holds them; True where an answer is to be awaited."""
@@ -117,7 +132,8 @@ class Contender:
     def close(self) -> None:
         """End the worker, whatever it is doing."""
         if self.worker is not None:
-            worker, self.worker, self.opened = self.worker, None, None
+            worker, self.worker, self.opened, self.warmed = self.worker, None, None, None
+            self._starting, self._unread = False, 0
             worker.close()
             self.findings.log = worker.log()
 
@@ -129,7 +145,7 @@ class Contender:
         start = time.monotonic()
         try:
             self._send(do, **arguments)
-            return self._receive(max(left, 0.0))
+            return self._receive(max(left, 0.0), self.settings.timeout)
         finally:
             self.spent += time.monotonic() - start
 
@@ -138,15 +154,18 @@ class Contender:
             self.worker.send(do, **arguments)
         except WorkerLost as error:
             self._lost(str(error))
+        self._unread += 1
 
-    def _receive(self, timeout: float) -> dict[str, Any]:
+    def _receive(self, timeout: float, limit: float | None = None) -> dict[str, Any]:
+        """Wait `timeout` seconds for a reply; `limit` is what to call the timeout where less of it was left."""
         try:
             reply = self.worker.receive(timeout)
         except WorkerTimeout:
             self.close()
-            raise Failed(Status.TIMEOUT, f"no result within the timeout of {self.settings.timeout:g} s") from None
+            raise Failed(Status.TIMEOUT, f"no result within the timeout of {limit or timeout:g} s", whose=self) from None
         except WorkerLost as error:
             self._lost(str(error))
+        self._unread -= 1
         self.findings.log = self.worker.log()
         if error := reply.get("error"):
             self._raise(error["kind"], error["message"])
@@ -154,17 +173,17 @@ class Contender:
 
     def _lost(self, ending: str) -> None:
         self.close()
-        raise Failed(Status.RUNTIME_ERROR, ending) from None
+        raise Failed(Status.RUNTIME_ERROR, ending, whose=self) from None
 
     def _raise(self, kind: str, message: str) -> None:
         """An error that the worker reported. Its process is replaced: CUDA errors stick, and modules stay half imported."""
         self.close()
         if kind == "BUILD":
-            raise Failed(Status.COMPILE_ERROR, message)
+            raise Failed(Status.COMPILE_ERROR, message, whose=self)
         if kind == "RUNTIME":
-            raise Failed(Status.RUNTIME_ERROR, message)
+            raise Failed(Status.RUNTIME_ERROR, message, whose=self)
         verdict = Verdict(kind)
-        raise Failed(status_of(verdict), message, verdict)
+        raise Failed(status_of(verdict), message, verdict, whose=self)
 
     # memory
 

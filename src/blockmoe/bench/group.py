@@ -68,6 +68,11 @@ class Group:
     def standing(self) -> list[Contender]:
         return [contender for contender in self.contenders if contender.findings.failure is None]
 
+    @property
+    def _running(self) -> list[Contender]:
+        """Who is measured: with nobody to compare it with, the reference isn't either."""
+        return [self.reference, *self.standing] if self.standing else []
+
     def run(self) -> None:
         """Everything. The reference's own failure ends the workload for all."""
         for contender in self.everyone:
@@ -75,7 +80,9 @@ class Group:
         try:
             self._open()
             self._check()
-            self._warm()
+            for contender in self._running if self.residency.together else []:
+                with self._or_out(contender):
+                    self._seat_warm(contender)
             for trial in range(self.settings.num_trials):
                 self._trial(trial)
             self._note_gpu()
@@ -93,7 +100,7 @@ class Group:
         try:
             yield
         except Failed as failure:
-            if contender.is_reference:
+            if contender.is_reference or failure.whose is self.reference:
                 raise
             contender.findings.failure = failure
 
@@ -131,6 +138,8 @@ class Group:
             with self._or_out(contender):
                 self._seat(contender)
                 contender.findings.outputs |= _by_call(contender.ask("check", calls=calls, folder=str(self._folder(contender))))
+        if not self.standing:
+            return
         self.stage("reference outputs")
         self._remember(calls)
         for contender in self.standing:
@@ -141,13 +150,14 @@ class Group:
                     raise Failed(Status(answer["status"]), answer["message"])
         self.reference.ask("forget")
 
-    def _warm(self) -> None:
-        calls = list(range(WARM, WARM + self.settings.warmup_runs))
-        for contender in [self.reference, *self.standing]:
+    def _seat_warm(self, contender: Contender) -> None:
+        """Ready to be timed: a process that had to make room and came back is warmed up again."""
+        self._seat(contender)
+        if contender.warmed != self.workload.uuid:
             self.stage(f"warming up {contender.name}")
-            with self._or_out(contender):
-                self._seat(contender)
-                contender.findings.host_us = contender.ask("warm", calls=calls)["host_us"]
+            calls = list(range(WARM, WARM + self.settings.warmup_runs))
+            contender.findings.host_us = contender.ask("warm", calls=calls)["host_us"]
+            contender.warmed = self.workload.uuid
 
     def _trial(self, trial: int) -> None:
         """One trial of every contender, then a second look at one timed output of each."""
@@ -157,18 +167,19 @@ class Group:
             blocks.append(list(range(start, start + length)))
             start += length
         keep = first + self._order.randrange(self.settings.iterations)
-        names = ", ".join(contender.name for contender in [self.reference, *self.standing])
+        names = ", ".join(contender.name for contender in self._running)
         self.stage(f"trial {trial + 1} of {self.settings.num_trials}: {names}")
         rounds = [[block] for block in blocks] if self.residency.together else [blocks]
         for round_blocks in rounds:
-            order = [self.reference, *self.standing]
+            order = self._running
             self._order.shuffle(order)
             for contender in order:
                 with self._or_out(contender):
-                    self._seat(contender)
+                    self._seat_warm(contender)
                     for block in round_blocks:
                         self._block(contender, block, keep)
-        self._recheck(keep)
+        if self.standing:
+            self._recheck(keep)
 
     def _block(self, contender: Contender, calls: list[int], keep: int) -> None:
         kept = keep if keep in calls else None
@@ -226,7 +237,7 @@ class Group:
                     contender.close()
                 contender.findings.graph = answer
             except Failed as failure:
-                if self.reference.worker is None:
+                if failure.whose is self.reference:
                     raise
                 contender.findings.graph = {"graph_error": failure.message}
 

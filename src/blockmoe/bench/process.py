@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 LOG_BYTES = 1 << 15  # of a worker's output kept: its end
+POLL_SECONDS = 0.5  # how often a worker that does not answer is looked at
 TERMINATE_SECONDS = 3.0  # between asking a process to end and killing it
 
 
@@ -45,8 +46,8 @@ class WorkerProcess:
 
     def _drain(self) -> None:
         """Read what the worker prints, however much, and keep its end."""
-        stream = self._process.stdout
-        while piece := os.read(stream.fileno(), 1 << 16):
+        descriptor = self._process.stdout.fileno()
+        while piece := os.read(descriptor, 1 << 16):
             self._log += piece
             del self._log[:-LOG_BYTES]
 
@@ -61,19 +62,30 @@ class WorkerProcess:
         """The reply to the oldest request; raises WorkerLost or WorkerTimeout."""
         deadline = time.monotonic() + timeout
         while (end := self._buffer.find(b"\n")) < 0:
-            ready, _, _ = select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise WorkerTimeout(f"no answer within {timeout:.0f} s")
-            try:
-                piece = self._socket.recv(1 << 16)
-            except OSError:
-                piece = b""
-            if not piece:
+            left = max(0.0, deadline - time.monotonic())
+            gone = self._process.poll() is not None  # asked first: what it sent before it died is then there to be read
+            ready, _, _ = select.select([self._socket], [], [], 0.0 if gone else min(left, POLL_SECONDS))
+            if ready:
+                self._buffer += self._piece()
+            elif gone:  # and a child of its own still holds the socket open
                 raise WorkerLost(self._ending())
-            self._buffer += piece
+            elif left == 0.0:
+                raise WorkerTimeout(f"no answer within {timeout:.0f} s")
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
-        return json.loads(line)
+        try:
+            return dict(json.loads(line))
+        except (TypeError, ValueError):
+            raise WorkerLost("the process wrote to the bench's own socket") from None
+
+    def _piece(self) -> bytes:
+        try:
+            piece = self._socket.recv(1 << 16)
+        except OSError:
+            piece = b""
+        if not piece:
+            raise WorkerLost(self._ending())
+        return piece
 
     def _ending(self) -> str:
         """How the process ended, in words."""
@@ -106,4 +118,5 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)  # children that ignored the request
         self._reader.join(1.0)
-        self._process.stdout.close()
+        if not self._reader.is_alive():  # else a process that left the group holds the pipe, and the thread reads on
+            self._process.stdout.close()

@@ -25,8 +25,9 @@ def resume_key(contender: Contender, workload_json: str, settings: Settings, har
 
 
 def traces_of(group: Group, run: str, commit: str | None) -> list[Trace]:
-    """One trace a contender, the reference first."""
-    return [_trace(group, contender, run, commit) for contender in group.everyone]
+    """One trace a contender, the reference first; it has none where every solution failed before anything was timed."""
+    measured = [one for one in group.everyone if one.findings.failure or one.findings.samples]
+    return [_trace(group, contender, run, commit) for contender in measured]
 
 
 def _trace(group: Group, contender: Contender, run: str, commit: str | None) -> Trace:

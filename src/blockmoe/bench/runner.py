@@ -7,24 +7,26 @@ group is done, so that Ctrl-C, a crash or a full disk costs the workload under w
 from __future__ import annotations
 
 import json
-import os
 import secrets
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from blockmoe.bench.contender import REFERENCE, Contender, Failed, reference_solution
-from blockmoe.bench.dataset import Dataset, append_trace, read_traces
+from blockmoe.bench.contender import Contender, Failed, reference_solution
+from blockmoe.bench.dataset import REFERENCE, Dataset, append_trace, read_traces
 from blockmoe.bench.environment import Hardware, commit, host_memory
 from blockmoe.bench.group import Group, Residency
 from blockmoe.bench.record import resume_key, traces_of
 from blockmoe.bench.schema import Definition, Solution, Status, Trace, Workload
+from blockmoe.bench.scratch import scratch_folder
 from blockmoe.bench.settings import Settings
 
 HEADROOM_BYTES = 1 << 30  # left free beside the contenders' estimates
+
+
+class RunError(Exception):
+    """A run can't go on; one line for the user."""
 
 
 class Observer(Protocol):
@@ -65,7 +67,7 @@ class Outcome:
     def complete(self, named: bool) -> bool:
         """Whether all that was asked for ran and passed."""
         passed = all(trace.evaluation.status is Status.PASSED for trace in self.traces)
-        return passed and not self.interrupted and not self.error and not (named and self.skipped)
+        return passed and bool(self.traces) and not self.interrupted and not self.error and not (named and self.skipped)
 
 
 class Run:
@@ -83,20 +85,22 @@ class Run:
         self._contenders: list[dict[str, str]] = []
 
     def execute(self) -> Outcome:
-        """Run everything; KeyboardInterrupt ends it early with `outcome.interrupted`, a full disk with `outcome.error`."""
+        """Run everything; KeyboardInterrupt ends it early with `outcome.interrupted`, a full disk, say, with `outcome.error`."""
         if self.plan.resume and self.plan.output:
             self._read_earlier()
         self.observer.begin(sum(len(self.plan.workloads[name]) * len(self.plan.solutions[name]) for name in self.plan.workloads))
-        scratch = Path(tempfile.mkdtemp(prefix="blockmoe-run-", dir=_scratch_root()))
         try:
-            for name in self.plan.workloads:
-                self._definition(self.plan.dataset.definitions[name], scratch)
+            with scratch_folder() as scratch:
+                for name in self.plan.workloads:
+                    self._definition(self.plan.dataset.definitions[name], scratch)
         except KeyboardInterrupt:
             self.outcome.interrupted = True
         except OSError as error:
-            self.outcome.error = f"{error.filename or 'output'}: {error.strerror or error}"
+            place = f"{error.filename}: " if error.filename else ""
+            self.outcome.error = f"{place}{error.strerror or error}"
+        except RunError as error:
+            self.outcome.error = str(error)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
             self._write_manifest(finished=_now())
         return self.outcome
 
@@ -126,12 +130,13 @@ class Run:
     # what can run here
 
     def _learn_hardware(self, reference: Contender) -> None:
-        """From the reference's worker: the parent can't ask CUDA itself. Raises RuntimeError where no worker stands."""
+        """From the reference's worker: the parent can't ask CUDA itself. Raises RunError where no worker stands."""
         try:
             reference.start()
             reference.finish_start()
         except Failed as failure:
-            raise RuntimeError(f"a worker on {self.settings.device} did not start: {failure.message}") from None
+            if not reference.environment:  # else it stood, and what failed is the reference's import: the traces will say it
+                raise RunError(f"a worker on {self.settings.device} did not start: {failure.message}") from None
         seen = reference.environment
         self._hardware = Hardware(seen["kind"], seen["name"], seen["sm"])
         self._environment = {"hardware": seen["name"], "libs": seen["libs"], "commit": self._commit} | seen["extra"]
@@ -220,15 +225,5 @@ def prepare_output(folder: Path) -> None:
     probe.unlink()
 
 
-def _scratch_root() -> str | None:
-    """Memory, where outputs of hundreds of MB pass between processes; the ordinary temporary folder elsewhere."""
-    memory = "/dev/shm"
-    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > (4 << 30):
-        return memory
-    return None
-
-
 def _now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
-
-

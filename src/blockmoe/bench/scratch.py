@@ -1,0 +1,44 @@
+"""The folder through which outputs pass between the processes of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+PREFIX = "blockmoe-run-"
+LOCK = ".lock"  # held as long as the run lives, so that the next run knows what a killed one has left behind
+LEAST_FREE_BYTES = 4 << 30
+
+
+@contextlib.contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder that is gone afterwards; folders of runs that were killed go too."""
+    root = _root()
+    for path in root.glob(f"{PREFIX}*/{LOCK}"):
+        _remove_if_abandoned(path)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
+    try:
+        with (folder / LOCK).open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_abandoned(lock: Path) -> None:
+    with contextlib.suppress(OSError), lock.open("r") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where a living run holds it
+        shutil.rmtree(lock.parent, ignore_errors=True)
+
+
+def _root() -> Path:
+    """Memory, where outputs of hundreds of MB pass between processes; the ordinary temporary folder elsewhere."""
+    memory = Path("/dev/shm")
+    if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > LEAST_FREE_BYTES:
+        return memory
+    return Path(tempfile.gettempdir())
