@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -56,8 +57,11 @@ class Hardware:
 
 
 def _installed(package: str) -> bool:
+    """Whether a requirement's package is here, by the name of its distribution or of its module; versions are not compared."""
+    found = re.match(r"[A-Za-z0-9_.-]+", package.strip())
+    name = found.group(0) if found else package
     try:
-        return find_spec(package.replace("-", "_").split("=")[0].split(">")[0]) is not None
+        return _version(name) is not None or find_spec(name.replace("-", "_").split(".")[0]) is not None
     except (ImportError, ValueError):
         return False
 
@@ -144,6 +148,8 @@ def _number(text: str) -> float | int | str:
 
 def commit() -> str | None:
     """The checkout's commit, with `+` where it has uncommitted changes; None outside a checkout."""
+    if not (Path(__file__).parents[3] / ".git").exists():
+        return None  # installed, maybe inside somebody else's repository
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")
