@@ -171,3 +171,21 @@ def test_watch(tmp_path):
     assert "waiting" in console.file.getvalue()
     api.watch([folder(tmp_path, run({"alpha": 1.0}))], console, seconds=0, rounds=2)
     assert "alpha" in console.file.getvalue()
+
+
+def test_the_only_solution_is_judged_against_the_reference(tmp_path):
+    folder(tmp_path, run({"alpha": 1.0}))
+    console = Console(file=io.StringIO(), width=80)
+    console.print(api.terminal_table([tmp_path]))
+    text = console.file.getvalue()
+    assert "95 % interval" in text and "FASTER" in text and "*" not in text
+    (path,) = api.write([tmp_path], formats=["md"])
+    assert "against the reference" in path.read_text() and "| wins" not in path.read_text()
+
+
+def test_workloads_without_pairs_make_no_cliff(tmp_path):
+    traces = run({"alpha": lambda t: 0.1 if t == 16 else 1.0})
+    for item in traces:
+        if item["workload"]["axes"]["seq_len"] == 16:
+            item["evaluation"]["extra"]["pairs"] = 0
+    assert section(tmp_path, traces).cliffs == []

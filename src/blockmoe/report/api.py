@@ -22,9 +22,7 @@ MOST_PICTURED = 6  # sections
 FORMATS = ("md", "html", "csv", "json", "svg", "png")
 
 
-def read(
-    folders: Sequence[Path], baseline: str | None = None, regimes: str | None = None, mix: str | None = None
-) -> Report:
+def read(folders: Sequence[Path], baseline: str | None = None, regimes: str | None = None, mix: str | None = None) -> Report:
     """The model of everything in these result folders and trace files; raises ReportError."""
     loaded = load(folders)
     solutions = {record.solution for record in loaded.records}
@@ -67,9 +65,7 @@ def write(
     return texts + [path for picture in pictures for path in picture.files]
 
 
-def terminal_table(
-    folders: Sequence[Path], baseline: str | None = None, regimes: str | None = None, mix: str | None = None
-) -> Group:
+def terminal_table(folders: Sequence[Path], baseline: str | None = None, regimes: str | None = None, mix: str | None = None) -> Group:
     """Summary tables and conclusion as rich renderables, for the end of a run."""
     return terminal.render(read(folders, baseline, regimes, mix))
 

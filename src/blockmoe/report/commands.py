@@ -54,9 +54,7 @@ def report(
         str, typer.Option("--format", help="Comma-separated: md, html, csv, json, svg, png (the last two are pictures).")
     ] = "md,html",
     output: Annotated[Path | None, typer.Option(help="Folder to write into.", show_default="the first result folder")] = None,
-    baseline: Annotated[
-        str | None, typer.Option(help="Solution that the others are compared with in the pairwise table.")
-    ] = None,
+    baseline: Annotated[str | None, typer.Option(help="Solution that the others are compared with in the pairwise table.")] = None,
     against: Annotated[
         Path | None, typer.Option(help="An earlier result folder: the report says what moved beyond its noise since.")
     ] = None,
@@ -111,9 +109,7 @@ def compare(
 
 def best(
     folders: Folders,
-    max_relative_l2: Annotated[
-        float | None, typer.Option(help="Only solutions whose relative L2 error is at most this.", min=0)
-    ] = None,
+    max_relative_l2: Annotated[float | None, typer.Option(help="Only solutions whose relative L2 error is at most this.", min=0)] = None,
 ) -> None:
     """Name the fastest solution that passed, for every workload."""
     table = terminal.RichTable(box=terminal.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)

@@ -55,9 +55,7 @@ class Comparison:
         return bool(self.failures)
 
 
-def compare(
-    a: Path, b: Path, fail_slower: float | None = None, by: Measure | None = None
-) -> Comparison:
+def compare(a: Path, b: Path, fail_slower: float | None = None, by: Measure | None = None) -> Comparison:
     """Compare two runs. `fail_slower=0.03` fills `failures` with what is over 3 % slower in `b` and what fails there.
 
     Latencies are compared unless some are unknown or `by="speedup"` asks for speedups: these cancel what moved the
@@ -166,9 +164,7 @@ def _sentences(comparison: Comparison) -> list[str]:
     return [*lines, *(f"Changed: {change}." for change in comparison.changes), *comparison.notes]
 
 
-def _join(
-    first: Sequence[Record], second: Sequence[Record]
-) -> tuple[list[tuple[Record, Record]], Counter[str], Counter[str], list[str]]:
+def _join(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[tuple[Record, Record]], Counter[str], Counter[str], list[str]]:
     notes = []
     same_machine = {r.hardware for r in first} & {r.hardware for r in second}
     if not same_machine:

@@ -12,12 +12,10 @@ from markupsafe import Markup, escape
 
 from blockmoe.report import plots
 from blockmoe.report.model import Report, Row, Section
+from blockmoe.report.sentences import cliff_sentences, dispatcher_sentence, leader_sentence
 from blockmoe.report.tables import (
     Table,
-    cliff_sentences,
-    dispatcher_sentence,
     factor,
-    leader_sentence,
     milliseconds,
     plain,
     section_tables,

@@ -73,9 +73,7 @@ def _workload(row: dict[str, str], source: Path, number: int) -> dict[str, Any]:
     return {"axes": {"seq_len": tokens}, "inputs": inputs, "uuid": name}
 
 
-def _trace(
-    workload: dict[str, Any], solution: str, speedup: float, definition: str, hardware: str, timestamp: str
-) -> dict[str, Any]:
+def _trace(workload: dict[str, Any], solution: str, speedup: float, definition: str, hardware: str, timestamp: str) -> dict[str, Any]:
     performance = {"latency_ms": 0.0, "reference_latency_ms": 0.0, "speedup_factor": speedup}
     return {
         "definition": definition,

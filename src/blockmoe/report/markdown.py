@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from blockmoe.report.model import Report, Section
+from blockmoe.report.sentences import cliff_sentences, dispatcher_sentence, leader_sentence, scenario_sentence
 from blockmoe.report.tables import (
     Cell,
     Table,
-    cliff_sentences,
-    dispatcher_sentence,
-    leader_sentence,
     plain,
-    scenario_sentence,
     section_tables,
 )
 

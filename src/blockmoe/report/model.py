@@ -188,6 +188,10 @@ class Section:
     has_times: bool
 
     @property
+    def has_intervals(self) -> bool:
+        return any(cell.interval for row in self.rows for cell in row.cells.values())
+
+    @property
     def names(self) -> list[str]:
         return [contender.name for contender in self.contenders]
 

@@ -304,9 +304,7 @@ def _sized(section: Section) -> bool:
 
 
 def _timed(section: Section, name: str) -> list[Row]:
-    return [
-        row for row in section.rows if row.tokens and name in row.cells and row.cells[name].passed and row.cells[name].latency
-    ]
+    return [row for row in section.rows if row.tokens and name in row.cells and row.cells[name].passed and row.cells[name].latency]
 
 
 def _tokens_axis(axes: Axes, section: Section) -> None:
@@ -382,5 +380,3 @@ def _folded(name: str) -> str:
 
 def _attribute(text: str) -> str:
     return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
-
-

@@ -16,7 +16,8 @@ from pathlib import Path
 from blockmoe.report import api, markdown
 from blockmoe.report.importing import import_csv
 from blockmoe.report.model import Contender, Section
-from blockmoe.report.tables import Cell, Table, cliff_sentences
+from blockmoe.report.sentences import cliff_sentences
+from blockmoe.report.tables import Cell, Table
 
 TWO, FOUR = "2way_b200_2026-02-26", "4way_b200_2026-02-02"
 FLASHINFER, TRITON2 = "flashinfer_moe", "triton_fused_moe_v2"
@@ -44,8 +45,7 @@ def judge(claim: Claim, section: Section) -> tuple[str, str]:
     values = claim.truth(section)
     places = [len(number.partition(".")[2]) for number in claim.numbers]
     agrees = [
-        abs(value - float(number)) <= 0.5 * 10**-place + 1e-9
-        for number, place, value in zip(claim.numbers, places, values, strict=True)
+        abs(value - float(number)) <= 0.5 * 10**-place + 1e-9 for number, place, value in zip(claim.numbers, places, values, strict=True)
     ]
     shown = ", ".join(
         f"{value:.0f}" if value == int(value) and not place else f"{value + 1e-9:.{max(place, 2)}f}"

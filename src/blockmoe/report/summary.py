@@ -19,9 +19,8 @@ from blockmoe.report.regimes import ALL, Regime
 ALL_PAIRS_UP_TO = 6  # contenders, and evaluations; beyond it the pairwise table has the leader and the baseline only
 ALL_PAIRS_EVALUATIONS = 2000
 
-def summarise(
-    loaded: Loaded, regimes: Sequence[Regime], mix: Sequence[tuple[Regime, float]], baseline: str | None = None
-) -> Report:
+
+def summarise(loaded: Loaded, regimes: Sequence[Regime], mix: Sequence[tuple[Regime, float]], baseline: str | None = None) -> Report:
     """Statistics of everything loaded, a section for each definition and hardware, the largest first."""
     grouped: dict[tuple[str, str], list[Record]] = defaultdict(list)
     for record in loaded.records:
@@ -80,9 +79,7 @@ def _section(
     contenders = [_contender(name, rows, regimes, runs) for name in names]
     shared = _rank(contenders, rows)
     order = [contender.name for contender in contenders]
-    skipped = [
-        item for run in runs for item in run["skipped"] if item.get("definition") in (None, "", definition)
-    ]
+    skipped = [item for run in runs for item in run["skipped"] if item.get("definition") in (None, "", definition)]
     return Section(
         definition=definition,
         hardware=hardware,
@@ -163,11 +160,7 @@ def _contender(name: str, rows: list[Row], regimes: list[Regime], runs: list[dic
         shared_geometric=None,
         rank=None,
         floor_share=spread(shares),
-        failures=[
-            Failure(row.workload, row.tokens, cell.failure or cell.status, cell.message)
-            for row, cell in cells
-            if not cell.passed
-        ],
+        failures=[Failure(row.workload, row.tokens, cell.failure or cell.status, cell.message) for row, cell in cells if not cell.passed],
         errors=errors,
         digest=_first([cell for _, cell in cells], lambda r: r.digests.get("solution_digest")) or "",
     )
@@ -258,7 +251,8 @@ def _curve(name: str, rows: list[Row]) -> dict[int, float]:
     """Speedup by T; workloads of one T count as their geometric mean."""
     found: dict[int, list[float]] = defaultdict(list)
     for row in rows:
-        if row.tokens is not None and name in row.cells and row.cells[name].passed:
+        worked = row.pairs != 0  # without a pair there is nothing to compute, and its speedup is of launches
+        if worked and row.tokens is not None and name in row.cells and row.cells[name].passed:
             found[row.tokens].append(row.cells[name].speedup)
     return {tokens: math.exp(sum(map(math.log, values)) / len(values)) for tokens, values in found.items()}
 

@@ -1,4 +1,4 @@
-"""The report's tables and sentences, built once from the model; Markdown, HTML and CSV only lay them out."""
+"""The report's tables, built once from the model; Markdown and HTML only lay them out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from blockmoe.bench.stats import MARGIN
+from blockmoe.bench.stats import MARGIN, word_for
 from blockmoe.report.load import Record
-from blockmoe.report.model import Cliff, Contender, Pair, Row, Scenario, Section, Spread
+from blockmoe.report.model import Contender, Pair, Row, Section, Spread
 from blockmoe.report.regimes import ALL, Regime
 
 DASH = "–"
@@ -83,7 +83,8 @@ def workload_table(section: Section) -> Table:
     worded = any(row.duel for row in section.rows)
     several = len(section.names) > 1
     columns = ["workload", "T", "offset"] + ["pairs", "active experts"] * sized + section.names
-    columns += ["margin"] * several + ["verdict"] * worded
+    alone = section.names[0] if len(section.names) == 1 and section.has_intervals else None
+    columns += ["margin"] * several + ["verdict"] * worded + ["95 % interval", "against the reference"] * bool(alone)
     table = Table("speedups", "Speedup over the reference", columns, [], _cut(section))
     for row in section.rows[:MOST_ROWS]:
         cells = [Cell(short(row.workload), row.workload, hover=row.workload), _whole(row.tokens), _whole(row.offset)]
@@ -91,12 +92,14 @@ def workload_table(section: Section) -> Table:
         cells += [_speedup_cell(row, name) for name in section.names]
         cells += [_margin_cell(row)] if several else []
         cells += [_word_cell(row)] if worded else []
+        cells += interval_cells(row.cells.get(alone)) if alone else []
         table.rows.append(cells)
     if several:
         table.notes.append("Margin: the winner's speedup over the runner-up's.")
-    if worded:
+    if worded or alone:
+        pair = "winner against runner-up, " if worded else ""
         table.notes.append(
-            f"Verdict, winner against runner-up, from paired samples: FASTER where the 95 % interval of their ratio lies "
+            f"Verdict, {pair}from paired samples: FASTER where the 95 % interval of their ratio lies "
             f"above 1 and the ratio above {1 + MARGIN}; SAME where the interval lies within ±{MARGIN:.1%}; else UNCLEAR."
         )
     return table
@@ -142,7 +145,8 @@ def average_table(section: Section) -> Table:
     line("max", lambda c: c.overall.high, factor)
     line("standard deviation", lambda c: c.overall.deviation, lambda v: DASH if v is None else f"{v:.2f}", None)
     line("coefficient of variation", lambda c: c.overall.variation, percent, min)
-    line("wins", lambda c: c.wins, str)
+    if len(contenders) > 1:
+        line("wins", lambda c: c.wins, str)
     if any(contender.ties for contender in contenders):
         line("tied for best", lambda c: c.ties, str, None)
     if any(row.duel for row in section.rows):
@@ -259,64 +263,6 @@ def contender_table(section: Section) -> Table | None:
     return table
 
 
-def cliff_sentences(section: Section) -> list[str]:
-    """One sentence for each step between sizes where any solution loses more than half of its speedup."""
-    steps: dict[tuple[int, int], list[Cliff]] = {}
-    for cliff in section.cliffs:
-        steps.setdefault((cliff.tokens, cliff.next_tokens), []).append(cliff)
-    return [_step_sentence(cliffs) for _, cliffs in sorted(steps.items())]
-
-
-def _step_sentence(cliffs: list[Cliff]) -> str:
-    first = cliffs[0]
-    falls = ", ".join(
-        f"{cliff.solution} from {factor(cliff.before)} to {factor(cliff.after)} ({cliff.kept:.0%} is left)" for cliff in cliffs
-    )
-    sentence = f"From T = {first.tokens:,} to T = {first.next_tokens:,} the speedup falls by more than half: {falls}."
-    spared = {name: kept for name, kept in first.others.items() if name not in {cliff.solution for cliff in cliffs}}
-    if spared:
-        kept = ", ".join(f"{name} keeps {share:.0%}" for name, share in spared.items())
-        sentence += f" {kept}."
-    elif first.others:
-        sentence += " Every solution loses more than half there, so part of it is the reference's own cost."
-    for cliff in cliffs:
-        if cliff.against:
-            sentence += f" {cliff.solution} falls by more than half against {', '.join(cliff.against)} too: a cliff of its own."
-    return sentence
-
-
-def scenario_sentence(scenario: Scenario, unit: str) -> str:
-    """The choice for one kind of traffic, its cost, its lead, and who was not considered."""
-    if scenario.choice is None:
-        return f"**{scenario.name}**: no choice ({scenario.why})."
-    cost = scenario.costs[scenario.choice]
-    shown = f"{milliseconds(cost)} ms a call" if unit == "ms" else f"mean 1/speedup {cost:.4f}"
-    left_out = "; ".join(f"{name} {why}" for name, why in scenario.excluded.items())
-    tail = f" Not considered: {left_out}." if left_out else ""
-    return f"**{scenario.name}**: {scenario.marked} ({shown}, {scenario.why}; {scenario.workloads} workloads).{tail}"
-
-
-def dispatcher_sentence(section: Section) -> str:
-    dispatcher = section.conclusion.dispatcher
-    if dispatcher is None:
-        return ""
-    bound = f"choosing anew for every workload would gain {dispatcher.bound - 1:.1%}"
-    if not dispatcher.below or not dispatcher.above or dispatcher.below == dispatcher.above:
-        return f"**dispatcher**: no cut between two solutions gains anything; {bound}."
-    if dispatcher.gain < 1 + MARGIN:
-        return f"**dispatcher**: not worth it: the best cut between two solutions gains {dispatcher.gain - 1:.1%}; {bound}."
-    return (
-        f"**dispatcher**: `{dispatcher.below}` up to T = {dispatcher.last_below:,} and `{dispatcher.above}` from T = "
-        f"{dispatcher.first_above:,} gains {dispatcher.gain - 1:.1%} over the best single solution; {bound}."
-    )
-
-
-def leader_sentence(section: Section) -> str:
-    """Who leads each regime, by geometric mean."""
-    labels = {regime.name: regime.label for regime in (ALL, *section.regimes)}
-    return "; ".join(f"{labels[name]}: {leader}" for name, leader in section.leaders.items())
-
-
 def word_of(row: Row) -> str:
     """The verdict on the winner; where its own samples say slower, the two figures disagree and nothing is clear."""
     if not row.duel:
@@ -354,13 +300,27 @@ def _cut(section: Section) -> list[str]:
     return [f"The first {MOST_ROWS} of {len(section.rows)} workloads; all are in report.csv."] if left_out > 0 else []
 
 
+def won(row: Row, name: str) -> bool:
+    """Whether a solution is the best of several."""
+    return name in row.winners and len(row.cells) > 1
+
+
 def _speedup_cell(row: Row, name: str) -> Cell:
     cell = row.cells.get(name)
     if cell is None:
         return Cell(DASH, None, hover="not evaluated")
     if not cell.passed:
         return Cell(cell.failure or cell.status, None, hover=hover_text(cell), bad=True)
-    return Cell(factor(cell.speedup), cell.speedup, bold=name in row.winners, hover=hover_text(cell))
+    return Cell(factor(cell.speedup), cell.speedup, bold=won(row, name), hover=hover_text(cell))
+
+
+def interval_cells(cell: Record | None) -> list[Cell]:
+    """For the only solution: how sure its speedup over the reference is."""
+    if cell is None or not cell.interval or not cell.speedup:
+        return [Cell(DASH, None), Cell(DASH, None)]
+    low, high = cell.interval
+    word = word_for(cell.speedup, low, high)
+    return [Cell(f"{low:.3g}–{high:.3g}", low), Cell(word, word)]
 
 
 def _latency_cell(row: Row, name: str) -> Cell:
@@ -368,7 +328,7 @@ def _latency_cell(row: Row, name: str) -> Cell:
     if cell is None or not cell.passed or cell.latency is None:
         return Cell(DASH, None)
     share = f" ({cell.floor_fraction:.0%})" if cell.floor_fraction else ""
-    return Cell(milliseconds(cell.latency) + share, cell.latency, bold=name in row.winners, hover=hover_text(cell))
+    return Cell(milliseconds(cell.latency) + share, cell.latency, bold=won(row, name), hover=hover_text(cell))
 
 
 def _margin_cell(row: Row) -> Cell:

@@ -11,16 +11,16 @@ from rich.text import Text
 
 from blockmoe.report.load import Record
 from blockmoe.report.model import Contender, Report, Row, Section
+from blockmoe.report.sentences import cliff_sentences, dispatcher_sentence, scenario_sentence
 from blockmoe.report.tables import (
     DASH,
     Table,
-    cliff_sentences,
-    dispatcher_sentence,
     factor,
     hover_text,
+    interval_cells,
     milliseconds,
     percent,
-    scenario_sentence,
+    won,
     word_of,
 )
 
@@ -88,7 +88,10 @@ def _workloads(section: Section, letters: dict[str, str]) -> RichTable:
         table.add_column("reference", justify="right", no_wrap=True)
     for name in section.names:
         table.add_column(letters[name] if len(section.names) > 1 else name, justify="right", overflow="fold")
-    if worded:
+    alone = section.names[0] if len(section.names) == 1 and section.has_intervals else None
+    if alone:
+        table.add_column("95 % interval", justify="right", no_wrap=True)
+    if worded or alone:
         table.add_column("verdict", no_wrap=True)
     for row in section.rows[:MOST_ROWS]:
         cells: list[str | Text] = [DASH if row.tokens is None else str(row.tokens)]
@@ -97,6 +100,7 @@ def _workloads(section: Section, letters: dict[str, str]) -> RichTable:
         cells += [_ms(row.reference_latency)] if section.has_times else []
         cells += [_cell(row, name, timed) for name in section.names]
         cells += [f"{letters.get(row.winners[0], '') if row.winners else ''} {word_of(row)}".strip()] if worded else []
+        cells += [cell.text for cell in interval_cells(row.cells.get(alone))] if alone else []
         table.add_row(*cells)
     return table
 
@@ -108,8 +112,9 @@ def _cell(row: Row, name: str, timed: bool) -> Text:
     if not cell.passed:
         return Text(cell.failure or cell.status, style="red")
     text = f"{_ms(cell.latency)} {factor(cell.speedup)}" if timed and cell.latency else factor(cell.speedup)
-    won = name in row.winners and len(row.cells) > 1
-    return Text(text + ("*" if won else " "), style="bold green" if won else "")
+    best = won(row, name)
+    mark = "*" if best else " " * (len(row.cells) > 1)
+    return Text(text + mark, style="bold green" if best else "")
 
 
 def _failures(section: Section) -> Iterator[RenderableType]:
