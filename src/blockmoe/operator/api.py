@@ -248,8 +248,8 @@ def _check_workspace(workspace: Any, needed: int, device: torch.device) -> None:
         raise ValueError(f"workspace: expected contiguous uint8 on {device}, got {workspace.dtype} on {workspace.device}")
     if workspace.numel() < needed:
         raise ValueError(f"workspace: expected at least {needed} bytes, got {workspace.numel()}")
-    if workspace.data_ptr() % 256:
-        raise ValueError("workspace: expected 256-byte alignment, got less")
+    if workspace.data_ptr() % 16:
+        raise ValueError(f"workspace: expected 16-byte alignment, got address {workspace.data_ptr():#x}")
 
 
 _ARGUMENTS = (

@@ -1,0 +1,88 @@
+"""Compile what a plan launches, without a GPU, and read the result's registers and spills."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from blockmoe.geometry import BLOCK, MoEGeometry
+from blockmoe.operator.launch import Buffer, Launch, recorded
+from blockmoe.operator.pipeline import run
+from blockmoe.operator.plan import Plan
+from blockmoe.operator.workspace import layout
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TYPES = {
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Usage:
+    kernel: str
+    registers: int
+    stack: int  # bytes: spills, or arrays in local memory
+    shared: int
+    sass: str
+
+
+def launches(geometry: MoEGeometry, tokens: int, plan: Plan) -> list[Launch]:
+    """What a call would launch, by a dry run over tensors without memory."""
+    g = geometry
+    experts, hidden, middle = g.num_local_experts, g.hidden_size, g.intermediate_size
+    e4m3 = torch.float8_e4m3fn
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    inputs = (
+        empty(tokens, g.num_experts),
+        empty(g.num_experts, dtype=torch.bfloat16) if g.routing == "deepseek_v3" else None,
+        empty(tokens, hidden, dtype=e4m3),
+        empty(hidden // BLOCK, tokens),
+        empty(experts, 2 * middle, hidden, dtype=e4m3),
+        empty(experts, 2 * middle // BLOCK, hidden // BLOCK),
+        empty(experts, hidden, middle, dtype=e4m3),
+        empty(experts, hidden // BLOCK, middle // BLOCK),
+    )
+    out = empty(tokens, hidden, dtype=torch.bfloat16)
+    workspace = empty(layout(g, tokens, plan)[1], dtype=torch.uint8)
+    with recorded() as found:
+        run(inputs, 0, 1.0, g, [plan], 132, out, workspace)
+    return found
+
+
+def compiled(launch: Launch, capability: int) -> Usage:
+    """Triton's cubin of one launch for sm_90a or sm_100a."""
+    kernel = launch.kernel
+    types = ["*i8"] * 0
+    for value in launch.arguments:
+        types.append(TYPES[value.dtype] if isinstance(value, Buffer) else "i32" if isinstance(value, int) else "fp32")
+    names = kernel.arg_names
+    assert len(names) == len(types) + len(launch.constants), f"{names} against {types} and {launch.constants}"
+    signature = dict(zip(names, types + ["constexpr"] * len(launch.constants), strict=True))
+    constants = dict(zip(names[len(types) :], launch.constants, strict=True))
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind.startswith("*")}
+    built = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", capability, 32),
+        options=dict(num_warps=launch.num_warps, launch_pdl=launch.pdl),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(built.asm["cubin"])
+        usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
+        sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
+    return Usage(kernel.__name__, int(found[1]), int(found[2]), built.metadata.shared, sass.stdout)

@@ -1,0 +1,105 @@
+"""The whole layer through every path, against the float32 reference and an oracle with the same rounding."""
+
+import layer
+import pytest
+import torch
+from layer import PLANS, RENORMALIZE, TINY, UNGROUPED
+
+from blockmoe.operator import pipeline, workspace
+from blockmoe.operator.workspace import layout
+from blockmoe.reference import moe_reference
+
+
+def check(inputs, g, offset, plan, factor=2.5, **memory) -> torch.Tensor:
+    tokens = len(inputs[0])
+    out = torch.full((tokens, g.hidden_size), float("nan"), dtype=torch.bfloat16)
+    poisoned = torch.full((layout(g, tokens, plan)[1],), 255, dtype=torch.uint8) if not memory else memory["workspace"]
+    assert layer.call(inputs, g, offset, factor, plan, out=out, workspace=poisoned) is out
+    reference = moe_reference(*inputs, offset, factor, geometry=g)
+    assert layer.relative(out, reference) < 0.03
+    # The last rounding to bf16 costs 1.1e-3; bf16 rows of a pair (sorted, wide) as much again; a code that falls on the
+    # other side of a rounding boundary the rest.
+    assert layer.relative(out, layer.oracle(inputs, g, offset, factor, plan.gate_up.block_i)) < 4e-3
+    assert not out[(reference == 0).all(1)].any()
+    return out
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("g", [TINY, UNGROUPED, RENORMALIZE], ids=["grouped", "ungrouped", "renormalize"])
+def test_layer(g, name):
+    tokens = {"dense 32": 13, "dense 128 split": 40}.get(name, 70)
+    offset = g.num_experts - g.num_local_experts
+    out = check(layer.make(g, tokens), g, offset, PLANS[name])
+    assert out.any()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_no_local_pair_gives_zeros(name):
+    inputs = layer.make(TINY, 9)
+    inputs[0][:, 8:16] = -50.0  # the second group's scores are all but zero
+    assert not check(inputs, TINY, 8, PLANS[name]).any()
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_all_tokens_on_one_expert(name):
+    tokens = 16 if name == "dense 32" else 60
+    inputs = layer.make(TINY, tokens)
+    inputs[0][:, 8:16] = -50.0
+    inputs[0][:, [9, 10]] = 20.0
+    inputs[1].zero_()
+    check(inputs, TINY, 8, PLANS[name])
+
+
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("kind", ["zero", "tiny", "negative", "huge"])
+def test_scales(name, kind):
+    inputs = layer.make(TINY, 12)
+    for i in (3, 5, 7):
+        inputs[i] = {
+            "zero": torch.where(torch.rand(inputs[i].shape) < 0.3, 0.0, inputs[i]),
+            "tiny": inputs[i] * 1e-8,
+            "negative": -inputs[i].abs(),
+            "huge": inputs[i] * 1e4,
+        }[kind]
+    check(inputs, TINY, 0, PLANS[name])
+
+
+def test_a_workspace_of_the_caller_and_repeated_calls():
+    inputs = layer.make(TINY, 21)
+    for plan in (PLANS["dense 128 split"], PLANS["sorted 64"]):
+        memory = torch.full((layout(TINY, 21, plan)[1] + 512,), 255, dtype=torch.uint8)
+        first = check(inputs, TINY, 0, plan, workspace=memory)
+        again = check(inputs, TINY, 0, plan, workspace=memory)
+        assert torch.equal(first.view(torch.int16), again.view(torch.int16))
+
+
+def test_columns_in_blocks(monkeypatch):
+    """Worst-case routing of many tokens bounds how many columns GEMM2 keeps at a time."""
+    monkeypatch.setattr(workspace, "ROW_BUFFER", 1)
+    workspace.sizes.cache_clear()
+    workspace.layout.cache_clear()
+    try:
+        for name in ("sorted 64", "sorted 128", "wide"):
+            assert workspace.sizes(TINY, 20, PLANS[name]).blocks == 1
+            check(layer.make(TINY, 20), TINY, 0, PLANS[name])
+    finally:
+        workspace.sizes.cache_clear()
+        workspace.layout.cache_clear()
+
+
+def test_rounds(monkeypatch):
+    """More tokens than one round holds."""
+    monkeypatch.setattr(workspace, "TOKEN_CHUNK", 16)
+    monkeypatch.setattr(pipeline, "TOKEN_CHUNK", 16)
+    check(layer.make(TINY, 37), TINY, 8, PLANS["sorted 64"])
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 33, 64, 65])
+def test_chosen_plans(tokens):
+    inputs = layer.make(TINY, tokens, seed=tokens)
+    out = layer.call(inputs, TINY, 16)
+    assert layer.relative(out, moe_reference(*inputs, 16, 2.5, geometry=TINY)) < 0.03
+
+
+def test_no_tokens():
+    assert layer.call(layer.make(TINY, 0), TINY).shape == (0, TINY.hidden_size)

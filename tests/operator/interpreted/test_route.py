@@ -1,0 +1,87 @@
+"""Routing: the same experts and weights as the reference, in lists that agree with each other."""
+
+import layer
+import pytest
+import torch
+
+from blockmoe.geometry import TINY, MoEGeometry
+from blockmoe.operator.pipeline import begin_round
+from blockmoe.operator.route import route
+from blockmoe.operator.workspace import layout
+from blockmoe.reference import route as reference_route
+
+
+def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], float]:
+    """(token, local expert) -> weight of every pair, read from the lists; checks the lists on the way."""
+    tokens = len(inputs[0])
+    memory = torch.full((layout(g, tokens, plan)[1],), 255, dtype=torch.uint8)
+    out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16)
+    pointers, this = begin_round((*inputs, out), g, plan, 132, memory)
+    route(pointers[0], pointers[1], offset, 2.5, this)
+    lists = {name: value.tolist() for name, value in this.memory.items() if value.dtype in (torch.int32, torch.float32)}
+    count = lists["tile_count"][0]
+    assert count <= this.sizes.tiles
+    pairs, row_of = {}, {}
+    tiles = list(zip(lists["tile_expert"], lists["tile_begin"], lists["tile_end"], strict=True))[:count]
+    assert [t[0] for t in tiles] == sorted(t[0] for t in tiles)
+    for expert, begin, end in tiles:
+        assert 0 < end - begin <= plan.gate_up.block_n and end <= this.sizes.rows
+        listed = lists["pair_token"][begin:end]
+        assert listed == sorted(listed)
+        for row, token in enumerate(listed, begin):
+            if lists["pair_weight"][row] != 0:
+                assert (token, expert) not in pairs
+                pairs[token, expert], row_of[row] = lists["pair_weight"][row], token
+    if plan.path != "dense":
+        rows = [(lists["token_pair"][token * g.top_k + n], token) for token in range(tokens) for n in range(lists["token_pairs"][token])]
+        assert dict(rows) == row_of and len(rows) == len(row_of)
+    return pairs
+
+
+def expected(inputs, g: MoEGeometry, offset: int) -> dict[tuple[int, int], float]:
+    experts, weights = reference_route(inputs[0], inputs[1], g, 2.5)
+    return {
+        (token, expert - offset): weight
+        for token, (row, shares) in enumerate(zip(experts.tolist(), weights.tolist(), strict=True))
+        for expert, weight in zip(row, shares, strict=True)
+        if 0 <= expert - offset < g.num_local_experts and weight != 0
+    }
+
+
+def agree(inputs, g, offset, plan) -> None:
+    got, want = routed(inputs, g, offset, plan), expected(inputs, g, offset)
+    assert got.keys() == want.keys()
+    assert all(got[pair] == pytest.approx(want[pair], rel=1e-5) for pair in want)
+
+
+@pytest.mark.parametrize("name", ["dense 128 split", "sorted 64", "sorted 128"])
+@pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])
+@pytest.mark.parametrize("tokens", [1, 5, 50])
+def test_as_the_reference(g, name, tokens):
+    agree(layer.make(g, tokens, seed=tokens), g, min(8, g.num_experts - g.num_local_experts), layer.PLANS[name])
+
+
+@pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])
+def test_ties_go_to_the_lower_index(g):
+    inputs = layer.make(g, 6)
+    inputs[0] = torch.randint(0, 2, inputs[0].shape).float() * torch.tensor([0.0, -0.0, 1.0, 0.0, 2.0, 1.0])[:, None]
+    if inputs[1] is not None:
+        inputs[1].zero_()
+    for name in ("dense 32", "sorted 64"):
+        agree(inputs, g, 0, layer.PLANS[name])
+
+
+@pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])
+def test_nan_and_infinite_logits(g):
+    inputs = layer.make(g, 4)
+    inputs[0][0, ::2], inputs[0][1, ::3], inputs[0][2, 5] = float("nan"), float("-inf"), float("inf")
+    inputs[0][3, :] = float("nan")
+    for name in ("dense 32", "sorted 64"):
+        agree(inputs, g, 0, layer.PLANS[name])
+
+
+def test_bfloat16_logits():
+    inputs = layer.make(TINY, 9)
+    inputs[0] = inputs[0].bfloat16()
+    for name in ("dense 32", "sorted 64"):
+        agree(inputs, TINY, 16, layer.PLANS[name])

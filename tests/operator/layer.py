@@ -1,0 +1,82 @@
+"""Inputs and expectations for tests of the operator."""
+
+from __future__ import annotations
+
+import torch
+
+from blockmoe.geometry import BLOCK, TINY, MoEGeometry
+from blockmoe.operator.api import fused_moe
+from blockmoe.operator.plan import DownTile, GateUpTile, Plan, RouteTile
+from blockmoe.reference import moe_reference, route
+
+UNGROUPED = MoEGeometry(24, 8, 3, 256, 256)
+RENORMALIZE = MoEGeometry(24, 24, 3, 256, 128, "renormalize")
+GEOMETRIES = [TINY, UNGROUPED, RENORMALIZE]
+
+PLANS = {
+    "dense 32": Plan("dense", RouteTile(16, 4), GateUpTile(32, 16, 2, 4), DownTile(64, 16, 2, 4)),
+    "dense 128 split": Plan("dense", RouteTile(64, 16), GateUpTile(128, 64, 2, 8), DownTile(64, 64, 2, 4, split=3)),
+    "sorted 64": Plan("sorted", RouteTile(4, 4), GateUpTile(64, 16, 2, 4), DownTile(64, 16, 2, 4)),
+    "sorted 128": Plan("sorted", RouteTile(16, 4), GateUpTile(128, 32, 2, 8), DownTile(128, 32, 2, 4)),
+    "wide": Plan("wide", RouteTile(16, 4), GateUpTile(128, 128, 2, 8), DownTile(128, 128, 2, 8)),
+}
+
+
+def make(g: MoEGeometry, tokens: int, seed: int = 0) -> list[torch.Tensor | None]:
+    """Signed scales, as the trace format draws them; routing near uniform."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def codes(*shape: int) -> torch.Tensor:
+        return normal(*shape).clamp(-2, 2).to(torch.float8_e4m3fn)
+
+    experts, hidden, middle = g.num_local_experts, g.hidden_size, g.intermediate_size
+    return [
+        normal(tokens, g.num_experts),
+        (0.1 * normal(g.num_experts)).bfloat16() if g.routing == "deepseek_v3" else None,
+        codes(tokens, hidden),
+        normal(hidden // BLOCK, tokens),
+        codes(experts, 2 * middle, hidden),
+        normal(experts, 2 * middle // BLOCK, hidden // BLOCK),
+        codes(experts, hidden, middle),
+        normal(experts, hidden // BLOCK, middle // BLOCK),
+    ]
+
+
+def call(inputs, g: MoEGeometry, offset: int = 0, factor: float = 2.5, plan: Plan | None = None, **memory):
+    return fused_moe(
+        *inputs, local_expert_offset=offset, routed_scaling_factor=factor, routing=g.routing, top_k=g.top_k,
+        n_group=g.n_group, topk_group=g.topk_group, plan=plan, **memory,
+    )  # fmt: skip
+
+
+def oracle(inputs, g: MoEGeometry, offset: int, factor: float, group: int) -> torch.Tensor:
+    """The layer with the one rounding that matters: the intermediate to e4m3 once a pair and `group` columns."""
+    logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale = inputs
+    experts, weights = route(logits, bias, g, factor)
+    hidden = x.float() * x_scale.t().repeat_interleave(BLOCK, 1)
+    out = torch.zeros(hidden.shape)
+    for expert in range(g.num_local_experts):
+        tokens, slots = (experts == offset + expert).nonzero(as_tuple=True)
+        up, gate = (hidden[tokens] @ _full(w1[expert], w1_scale[expert]).t()).chunk(2, dim=1)
+        parts = (torch.nn.functional.silu(gate) * up).unflatten(1, (-1, group))
+        scale = parts.abs().amax(2, keepdim=True).clamp(min=1e-34) / 448
+        rounded = ((parts / scale).to(torch.float8_e4m3fn).float() * scale).flatten(1)
+        out.index_add_(0, tokens, rounded @ _full(w2[expert], w2_scale[expert]).t() * weights[tokens, slots, None])
+    return out
+
+
+def _full(weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return weights.float() * scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+
+
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """||result - expected|| / ||expected||; both all zeros count as equal."""
+    difference = (result.double() - expected.double()).norm().item()
+    norm = expected.double().norm().item()
+    return difference / norm if norm else difference
+
+
+__all__ = ["GEOMETRIES", "PLANS", "RENORMALIZE", "TINY", "UNGROUPED", "call", "make", "moe_reference", "oracle", "relative"]

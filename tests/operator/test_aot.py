@@ -1,0 +1,45 @@
+"""Every kernel of every plan compiles for Hopper and Blackwell without a GPU; on Hopper with wgmma and without spills."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+import aot  # noqa: E402
+
+from blockmoe.geometry import HEADLINE, MoEGeometry  # noqa: E402
+from blockmoe.operator.plan import choose_plan, plans  # noqa: E402
+
+SHARED_LIMIT = 232_448  # bytes a program may have on an H100
+SPILLS = {"route_dense_kernel": 64}  # 64 tokens by 16 warps: 128 registers a thread, once a call
+RENORMALIZE = MoEGeometry(512, 128, 10, 2048, 512, "renormalize")
+
+
+def launches(g: MoEGeometry, found) -> dict:
+    """By name and constants, so that each compiles once."""
+    tokens = {"dense": 1, "sorted": 65, "wide": 4096}
+    result = {}
+    for plan in found:
+        count = min(tokens[plan.path], plan.gate_up.block_n) if plan.path == "dense" else tokens[plan.path]
+        for launch in aot.launches(g, count, plan):
+            result[launch.kernel.__name__, launch.constants, launch.num_warps] = launch
+    return result
+
+
+HOPPER = launches(HEADLINE, plans(HEADLINE)) | launches(RENORMALIZE, [choose_plan(RENORMALIZE, t) for t in (1, 100)])
+BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, capability=100) for t in (1, 80, 8192)])
+
+
+@pytest.mark.parametrize("key", HOPPER, ids=lambda key: f"{key[0]}-{'x'.join(str(c) for c in key[1])}")
+def test_hopper(key):
+    usage = aot.compiled(HOPPER[key], 90)
+    assert usage.stack <= SPILLS.get(usage.kernel, 0)
+    assert usage.registers <= 255 and usage.shared <= SHARED_LIMIT
+    if usage.kernel.startswith(("gate_up", "down")):
+        assert "QGMMA" in usage.sass and "HMMA" not in usage.sass.replace("QGMMA", "")
+
+
+@pytest.mark.parametrize("key", BLACKWELL, ids=lambda key: f"{key[0]}-{'x'.join(str(c) for c in key[1])}")
+def test_blackwell(key):
+    usage = aot.compiled(BLACKWELL[key], 100)
+    if usage.kernel.startswith(("gate_up", "down")):
+        assert "UTC" in usage.sass  # tcgen05

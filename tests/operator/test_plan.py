@@ -1,0 +1,38 @@
+"""The plan: legal and bounded for every T, and the workspace it needs."""
+
+import pytest
+
+from blockmoe.geometry import GEOMETRIES, HEADLINE
+from blockmoe.operator.plan import choose_plan, plans
+
+pytest.importorskip("triton")
+from blockmoe.operator.workspace import layout, sizes, workspace_size  # noqa: E402
+
+
+@pytest.mark.parametrize("g", GEOMETRIES.values(), ids=lambda g: g.definition_name[20:])
+def test_every_token_count_has_one_of_few_plans(g):
+    known = set(plans(g))
+    assert len(known) <= 12
+    for tokens in [*range(1, 300), 901, 4096, 11948, 14107, 16384]:
+        plan = choose_plan(g, tokens)
+        assert plan in known
+        assert plan.path != "dense" or tokens <= plan.gate_up.block_n
+
+
+def test_row_bounds_hold_for_the_worst_routing():
+    for tokens in (65, 901, 14107):
+        plan = choose_plan(HEADLINE, tokens)
+        bound = sizes(HEADLINE, tokens, plan)
+        assert bound.rows >= tokens * HEADLINE.top_k and bound.chunks * bound.chunk_tokens >= tokens
+        even = -(-tokens * HEADLINE.top_k // HEADLINE.num_local_experts // plan.gate_up.block_n)
+        assert bound.tiles >= even * HEADLINE.num_local_experts
+
+
+def test_workspace():
+    assert workspace_size(HEADLINE, 0) == 0
+    assert workspace_size(HEADLINE, 14107) <= 400e6
+    assert workspace_size(HEADLINE, 1_000_000) == workspace_size(HEADLINE, 16384)
+    placed, total = layout(HEADLINE, 901, choose_plan(HEADLINE, 901))
+    spans = sorted((offset, offset + count * dtype.itemsize) for offset, count, dtype in placed.values())
+    assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)) and spans[-1][1] <= total
+    assert all(offset % 256 == 0 for offset, _, _ in placed.values())
