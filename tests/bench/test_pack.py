@@ -1,0 +1,142 @@
+"""Solution folders: manifest, packed form, and what `blockmoe pack` leaves in a tree."""
+
+import json
+
+import pytest
+
+from blockmoe.bench.bundled import definition_of
+from blockmoe.bench.dataset import Dataset, DatasetError, bundled_root, bundled_solutions
+from blockmoe.bench.pack import add_folders, pack, read_manifest, solution_folders, write_packed
+from blockmoe.bench.schema import Solution
+from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY
+
+MANIFEST = """
+name = "mine"
+definitions = ["moe_fp8_*"]
+author = "tests"
+description = "nothing"
+geometry_line = true
+[spec]
+language = "python"
+target_hardware = ["cpu"]
+entry_point = "main.py::run"
+"""
+MAIN = "import torch\nGEOMETRY = None\n\ndef run(*args):\n    pass\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "solutions" / "mine"
+    (folder / "parts").mkdir(parents=True)
+    (folder / "solution.toml").write_text(MANIFEST)
+    (folder / "main.py").write_text(MAIN)
+    (folder / "parts" / "__init__.py").write_text("")
+    (folder / "parts" / "kernel.cu").write_text("// é\n", encoding="utf-8")
+    (folder / "notes.md").write_text("not a source")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "old.py").write_text("not a source either")
+    return folder
+
+
+def bundled():
+    """The bundled definitions alone."""
+    return Dataset(definitions={name: definition_of(geometry) for name, geometry in GEOMETRIES.items()})
+
+
+def test_packed_sources_and_round_trip(folder):
+    packed = pack(folder, TINY.definition_name)
+    assert {source.path: source.content for source in packed.sources} == {
+        "main.py": packed.sources[0].content, "parts/__init__.py": "\n", "parts/kernel.cu": "// é\n",
+    }  # fmt: skip
+    assert packed.name == "mine" and packed.definition == TINY.definition_name and packed.spec.destination_passing_style is True
+    assert Solution.model_validate_json(packed.to_json()) == packed
+
+
+@pytest.mark.parametrize("geometry", [HEADLINE, TINY], ids=["headline", "tiny"])
+def test_geometry_line_holds_the_definitions_sizes(folder, geometry):
+    namespace = {}
+    content = pack(folder, geometry.definition_name).sources[0].content
+    exec(content.replace("import torch\n", ""), namespace)
+    assert type(geometry)(**namespace["GEOMETRY"]) == geometry
+    assert content.count("\n") == MAIN.count("\n")  # line numbers of errors stay true
+
+
+def test_digest_follows_the_sources(folder):
+    before = pack(folder, TINY.definition_name).digest
+    assert pack(folder, TINY.definition_name).digest == before
+    (folder / "parts" / "kernel.cu").write_text("// other\n")
+    assert pack(folder, TINY.definition_name).digest != before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "expected"),
+    [
+        ('name = "mine"', "name = mine", "Invalid value"),
+        ('name = "mine"', "", "name: Field required"),
+        ('author = "tests"', 'author = "tests"\nauthors = 1', "authors: Extra inputs are not permitted"),
+        ('language = "python"', 'language = "python"\ndependancies = ["torch"]', "spec.dependancies: unknown field; known: language, "),
+        ('language = "python"', 'language = "basic"', "spec.language: "),
+        ("main.py::run", "main.py", "spec.entry_point: expected FILE::FUNCTION"),
+        ("main.py::run", "other.py::run", "spec.entry_point: file 'other.py' is not among the sources"),
+        ('["moe_fp8_*"]', '["moe_fp9_*"]', "definitions: unknown definition 'moe_fp9_*'"),
+    ],
+)
+def test_manifest_faults_name_file_and_field(folder, old, new, expected):
+    path = folder / "solution.toml"
+    path.write_text(MANIFEST.replace(old, new))
+    with pytest.raises(DatasetError) as caught:
+        add_folders(bundled(), folder.parent)
+    assert str(caught.value).startswith(f"{path}: ") and expected in str(caught.value)
+
+
+def test_source_faults_name_the_file(folder):
+    (folder / "main.py").write_text("def run(): pass\n")
+    with pytest.raises(DatasetError, match="main.py: geometry_line: expected a line that begins with `GEOMETRY = `"):
+        pack(folder, TINY.definition_name)
+    (folder / "main.py").write_text(MAIN)
+    with pytest.raises(DatasetError, match="main.py: geometry_line: the sizes of definition other are not known"):
+        pack(folder, "other")
+    (folder / "parts" / "latin.py").write_bytes(b"# \xe9\n")
+    with pytest.raises(DatasetError, match="latin.py: expected UTF-8 text, got byte 0xe9 at 2"):
+        pack(folder, TINY.definition_name)
+
+
+def test_missing_manifest(tmp_path):
+    with pytest.raises(DatasetError, match="solution.toml: No such file or directory"):
+        read_manifest(tmp_path)
+
+
+def test_two_folders_of_one_name(folder):
+    copy = folder.parent / "copy"
+    copy.mkdir()
+    for name in ("solution.toml", "main.py"):
+        (copy / name).write_text((folder / name).read_text())
+    with pytest.raises(DatasetError, match="name: solution 'mine' exists already"):
+        add_folders(bundled(), folder.parent)
+
+
+def test_packed_tree_keeps_the_formats_rules_and_stands_beside_the_folders(folder):
+    """Loads by itself; a name occurs once in the tree; and where the folders are read too, the copies don't count twice."""
+    dataset, tree = bundled(), folder.parents[1] / "tree"
+    for path in sorted((bundled_root() / "definitions").rglob("*.json")):
+        target = tree / path.relative_to(bundled_root())
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(path.read_text())
+    for root in (folder.parent, bundled_solutions()):
+        add_folders(dataset, root)
+    for name, definition in dataset.definitions.items():
+        for solution in dataset.solutions_of(name):
+            write_packed(solution, definition.op_type, tree)
+
+    packed = Dataset.load([tree])
+    names = [json.loads(path.read_text())["name"] for path in (tree / "solutions").rglob("*.json")]
+    assert len(names) == len(set(names)) == len(dataset.solutions)
+    for path in (tree / "solutions").rglob("*.json"):
+        content = json.loads(path.read_text())
+        assert path.stem == content["name"] and path.parent.name == content["definition"]
+        assert None not in content.values() and all(source["content"] for source in content["sources"])
+    assert {name for _, name in packed.solutions if "__" not in name} == {name for _, name in dataset.solutions}
+
+    add_folders(packed, bundled_solutions())
+    own = {read_manifest(path).name for path in solution_folders(bundled_solutions())}
+    assert {name for _, name in packed.solutions} == own | {name for name in names if name.startswith("mine")}
