@@ -1,5 +1,7 @@
 """Two runs joined: what moved, what changed around it, and the threshold for CI."""
 
+import json
+
 import pytest
 from make import failed, folder, plain, run, trace
 from typer import Typer
@@ -108,6 +110,8 @@ def test_commands(runs, tmp_path):
     result = invoke("report", new, "--against", old, "--format", "md,csv,json", "--output", tmp_path / "out")
     assert result.exit_code == 0 and len(result.output.split()) == 3
     text = (tmp_path / "out" / "report.md").read_text()
+    document = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["verdict"] for row in document["against"][1]["rows"]] == ["SLOWER"] * 6
     assert "What moved" in text and "Kendall's tau" in text
     assert "alpha" in invoke("best", old).output
     assert "block 12" in invoke("show", old, "--workload", "1", "--solution", "alpha").output

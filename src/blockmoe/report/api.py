@@ -57,7 +57,7 @@ def write(
             "md": lambda: markdown.render(report, pictures, earlier),
             "html": lambda: _html(report, earlier),
             "csv": lambda: export.to_csv(report),
-            "json": lambda: export.to_json(report),
+            "json": lambda: export.to_json(report, earlier),
         }
         texts = [_save(folder / f"report.{name}", draw()) for name, draw in renderers.items() if name in formats]
     except OSError as error:

@@ -6,12 +6,13 @@ import csv
 import io
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
 from blockmoe.report.load import Record
 from blockmoe.report.model import Report, Section
-from blockmoe.report.tables import word_of
+from blockmoe.report.tables import Cell, Table, word_of
 
 _LONG = {"blocks", "reference_blocks", "when"}  # samples stay in the traces
 _COLUMNS = (
@@ -51,10 +52,18 @@ def to_csv(report: Report) -> str:
     return text.getvalue()
 
 
-def to_json(report: Report) -> str:
+def to_json(report: Report, against: Sequence[Table] = ()) -> str:
+    """Every statistic by its name in `model.py`; `against` are the tables of a comparison with an earlier run."""
     document = {"format": "blockmoe report 1", "notes": report.notes, "runs": report.runs}
     document["sections"] = [_section(section) for section in report.sections]
+    document["against"] = [
+        {"title": table.title, "notes": table.notes, "rows": [_named(table, row) for row in table.rows]} for table in against
+    ]
     return json.dumps(document, default=str, allow_nan=False) + "\n"
+
+
+def _named(table: Table, row: list[Cell]) -> dict[str, Any]:
+    return {column: cell.text if cell.value is None else cell.value for column, cell in zip(table.columns, row, strict=True)}
 
 
 def _section(section: Section) -> dict[str, Any]:
