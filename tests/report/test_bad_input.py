@@ -68,16 +68,16 @@ def test_definitions_and_gpus_mixed(tmp_path):
 
 
 def test_missing_workloads(tmp_path):
-    traces = run({"alpha": 1.0}) + [trace("beta", 1, 0.5), trace("beta", 16, 0.5)]
-    report = api.read([folder(tmp_path, traces)])
-    alpha, beta = sorted(report.sections[0].contenders, key=lambda c: c.name)
-    assert (alpha.overall.count, beta.overall.count) == (6, 2)
-    assert beta.rank == 1 and report.sections[0].shared == 2
-    assert "beta passed 2 of 6 workloads" in rendered(tmp_path)
+    traces = run({"alpha": 1.0}) + [trace("beta", tokens, 0.5) for tokens in (1, 16, 80)] + [trace("gamma", 1, 0.1)]
+    found = api.read([folder(tmp_path, traces)]).sections[0]
+    assert {c.name: (c.overall.count, c.rank) for c in found.contenders} == {"alpha": (6, 2), "beta": (3, 1), "gamma": (1, None)}
+    assert found.shared == 3
+    text = rendered(tmp_path)
+    assert "beta passed 3 of 6 workloads" in text and "gamma passed 1 of 6 workloads: its averages are over these; it is not" in text
 
 
 def test_no_workload_in_common(tmp_path):
-    assert "alpha" in rendered(folder(tmp_path, [trace("alpha", 1), trace("beta", 16)]))
+    assert "nothing is ranked" in rendered(folder(tmp_path, [trace("alpha", 1), trace("beta", 16)]))
 
 
 def test_trace_from_the_future(tmp_path):

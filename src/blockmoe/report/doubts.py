@@ -60,10 +60,8 @@ def _coverage(rows: Sequence[Row], contenders: Sequence[Contender]) -> Iterable[
         yield "No solution passed any workload."
     partial = [contender for contender in contenders if 0 < contender.overall.count < len(rows)]
     for contender in partial:
-        yield (
-            f"{contender.name} passed {contender.overall.count} of {len(rows)} workloads: its averages are over these, and "
-            "the ranking is over the workloads that all ranked solutions passed."
-        )
+        ranking = "the ranking is over those that all ranked solutions passed" if contender.rank else "it is not ranked"
+        yield f"{contender.name} passed {contender.overall.count} of {len(rows)} workloads: its averages are over these; {ranking}."
 
 
 def _words(rows: Sequence[Row]) -> Iterable[str]:

@@ -73,7 +73,8 @@ def _headline(section: Section) -> str:
     """The one sentence to remember, from the ranking."""
     ranked = [contender for contender in section.contenders if contender.rank]
     if not ranked:
-        return "Nothing passed."
+        passed = any(contender.overall.count for contender in section.contenders)
+        return "No workload was passed by all: nothing is ranked." if passed else "Nothing passed."
     best = ranked[0]
     size = f"{section.shared} workloads" if section.shared else f"{best.overall.count} workloads of its own"
     mean = factor(best.shared_geometric or best.overall.geometric)

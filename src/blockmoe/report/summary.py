@@ -167,16 +167,20 @@ def _contender(name: str, rows: list[Row], regimes: list[Regime], runs: list[dic
 
 
 def _rank(contenders: list[Contender], rows: list[Row]) -> int:
-    """Order contenders by geometric mean over the workloads that all of them passed; returns how many those are."""
-    able = [contender for contender in contenders if contender.overall.count]
-    shared = [row for row in rows if all(c.name in row.cells and row.cells[c.name].passed for c in able)]
-    for contender in able:
-        values = [(row.tokens, row.cells[contender.name].speedup) for row in shared]
-        contender.shared_geometric = spread(values).geometric
-    contenders.sort(key=lambda c: -(c.shared_geometric or c.overall.geometric or 0))
-    for place, contender in enumerate([c for c in contenders if c.overall.count], 1):
+    """Order contenders by geometric mean over the workloads that all ranked ones passed; returns how many those are.
+
+    Ranked are those that passed at least half as many as the most able one: a solution that passed one workload must
+    not reduce the ranking of all others to it.
+    """
+    most = max((contender.overall.count for contender in contenders), default=0)
+    able = [contender for contender in contenders if contender.overall.count and 2 * contender.overall.count >= most]
+    shared = [row for row in rows if all(c.name in row.cells and row.cells[c.name].passed for c in able)] if able else []
+    for contender in able if shared else []:
+        contender.shared_geometric = spread([(row.tokens, row.cells[contender.name].speedup) for row in shared]).geometric
+    contenders.sort(key=lambda c: (-(c.shared_geometric or 0), -(c.overall.geometric or 0)))
+    for place, contender in enumerate([c for c in contenders if c.shared_geometric], 1):
         contender.rank = place
-    return len(shared) if able else 0
+    return len(shared)
 
 
 def _leaders(contenders: list[Contender], regimes: list[Regime], rows: list[Row]) -> dict[str, str]:
