@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from blockmoe.report.model import Row, Section
 from blockmoe.report.tables import milliseconds, short
@@ -190,19 +190,21 @@ def roofline(section: Section) -> tuple[Figure, str] | None:
         return None
     figure, axes = _canvas(8.2, 4.8)
     lowest, highest = np.inf, 0.0
+    slow = max(cell.flops / cell.latency for _, _, cells in known for cell in cells) < 1e9
+    unit, name_of_unit = (1e6, "GFLOP/s") if slow else (1e9, "TFLOP/s")  # FLOPs a millisecond
     for place, name, cells in known:
         intensity = [cell.flops / cell.bytes for cell in cells]
         lowest, highest = min(lowest, *intensity), max(highest, *intensity)
-        rate = [cell.flops / cell.latency / 1e9 for cell in cells]
+        rate = [cell.flops / cell.latency / unit for cell in cells]
         axes.plot(intensity, rate, label=name, **{**_look(place), "linestyle": "none"})
     stream, compute = _rates(section)
     span = np.geomspace(lowest / 1.5, highest * 1.5, 200)
     if stream:
-        slope = span * stream / 1e9
-        roof = np.minimum(slope, compute / 1e9) if compute else slope
-        label = f"roof: {stream / 1e9:.2f} TB/s" + (f", {compute / 1e9:,.0f} TFLOP/s" if compute else "")
+        slope = span * stream / unit
+        roof = np.minimum(slope, compute / unit) if compute else slope
+        label = f"roof: {stream / 1e6:,.0f} GB/s" + (f", {compute / unit:,.0f} {name_of_unit}" if compute else "")
         axes.plot(span, roof, color=INK, linewidth=1.4, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be read", ylabel="TFLOP/s")
+    axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be read", ylabel=name_of_unit)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
         axis.set_minor_formatter(NullFormatter())
@@ -308,9 +310,14 @@ def _timed(section: Section, name: str) -> list[Row]:
 
 
 def _tokens_axis(axes: Axes, section: Section) -> None:
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    """Ticks at sizes that were measured, as many as there is room for."""
     sizes = sorted({row.tokens for row in section.rows if row.tokens})
+    ticks = sizes[-1:]
+    for size in reversed(sizes):
+        if size * max(1.05, (sizes[-1] / sizes[0]) ** 0.06) <= ticks[-1]:
+            ticks.append(size)
+    axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
     if len(sizes) > 1:
         axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
 
