@@ -20,9 +20,9 @@ from blockmoe.geometry import BLOCK, MoEGeometry
 
 Path = Literal["dense", "sorted", "wide"]
 
-DENSE_TOKENS = 64  # above it, one program's routing and 64-column tiles cost more than a sort (not measured yet)
+DENSE_TOKENS = 7  # T = 16, 12 active experts: sorted 203 us, the best dense 209; T = 32: 247 and 271; T = 55: 352 and 444
 DENSE_ROUTE_ELEMENTS = 64 * 256  # one program holds all tokens' scores in registers
-WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win (not measured yet)
+WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28 (T = 901) sorted 574 us, wide 1018
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 CHUNK_PROGRAMS = 132  # programs that sort; each counts its own run of tokens
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
@@ -106,7 +106,8 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
     # Few tokens a program while that leaves programs idle; then more, each walking its run of tokens in fewer steps.
     route = RouteTile(4, 4) if tokens <= 8 * CHUNK_PROGRAMS else RouteTile(max(1, 16 * 256 // experts), 8)
     if rows >= WIDE_ROWS:
-        return Plan("wide", route, GateUpTile(128, 128, 3, 8), DownTile(128, 128, 4, 8), pdl)
+        # T = 14107: gate_up 1578 us with 3 stages, 1381 with 4; the whole call 2655 with (4, 3), 2780 with (3, 4)
+        return Plan("wide", route, GateUpTile(128, 128, 4, 8), DownTile(128, 128, 3, 8), pdl)
     block_n = 16 if rows <= 6 else 32 if rows <= 14 else 64
     if block_n == 64:
         return Plan("sorted", route, GateUpTile(128, 64, 4, 8), DownTile(128, 64, 4, 4), pdl)
@@ -116,8 +117,9 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
 def _dense(geometry: MoEGeometry, tokens: int, sm_count: int, pdl: bool) -> Plan:
     block_t = max(16, power_of_two_at_least(tokens))
     route = RouteTile(4, 4) if tokens <= 4 else RouteTile(block_t, 16)
-    # 32 intermediate columns a program give 64 programs an expert: three active experts already fill 132 SMs.
-    gate_up = GateUpTile(32 if block_t == 16 else 64, block_t, 4 if block_t == 64 else 5, 4)
+    # T = 7, 10 active experts: whole call 187 us with 128 columns, 188 with 64, 206 with 32: GEMM2's accumulator then holds
+    # 1, 2 or 4 columns a token. 64 leaves 96 programs for three active experts; 128 would leave 48.
+    gate_up = GateUpTile(64, block_t, 4, 4)
     # A program a row block where those nearly fill the SMs (112 of 132 at H = 7168); else several share one.
     row_blocks = geometry.hidden_size // 64
     split = 1 if row_blocks >= 0.75 * sm_count else min(8, max(1, round(2 * sm_count / row_blocks)))
