@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +147,7 @@ class Group:
             with self._or_out(contender):
                 answer = self._judge(contender, calls)
                 contender.findings.correctness = answer["correctness"]
+                self._require_fresh(contender)
                 if answer["status"] != Status.PASSED.value:
                     raise Failed(Status(answer["status"]), answer["message"])
         self.reference.ask("forget")
@@ -166,7 +168,7 @@ class Group:
         for length in self.settings.blocks():
             blocks.append(list(range(start, start + length)))
             start += length
-        keep = first + self._order.randrange(self.settings.iterations)
+        keep = first + secrets.randbelow(self.settings.iterations)  # not from the seed, which a solution can know
         names = ", ".join(contender.name for contender in self._running)
         self.stage(f"trial {trial + 1} of {self.settings.num_trials}: {names}")
         rounds = [[block] for block in blocks] if self.residency.together else [blocks]
@@ -182,16 +184,17 @@ class Group:
             self._recheck(keep)
 
     def _block(self, contender: Contender, calls: list[int], keep: int) -> None:
-        kept = keep if keep in calls else None
-        path = None if contender.is_reference else str(self._folder(contender) / f"{keep}.safetensors")
         lead_in = LEAD_IN + calls[0] if self.settings.on_cuda and self.settings.warmup_runs else None
-        answer = contender.ask("block", calls=calls, keep=kept, path=path, lead_in=lead_in)
+        answer = contender.ask("block", calls=calls, lead_in=lead_in)
         findings = contender.findings
         findings.samples.append([sample["ms"] for sample in answer["samples"]])
         findings.events.append([sample["events_ms"] for sample in answer["samples"] if sample["events_ms"] is not None])
         findings.block_inputs.append(answer["inputs"])
         findings.outputs |= _by_call(answer)
         findings.timer = answer["timer"]
+        if keep in calls:  # said only now: a call that knew it would be looked at could be the only honest one
+            path = None if contender.is_reference else str(self._folder(contender) / f"{keep}.safetensors")
+            contender.ask("keep", call=keep, path=path)
 
     def _recheck(self, keep: int) -> None:
         """Judge the kept output, and compare digests of all inputs and outputs with the reference's."""
@@ -205,11 +208,10 @@ class Group:
                     raise _tripped(Verdict.INPUT_MUTATED, "after a timed block the inputs are not what they should be")
                 answer = self._judge(contender, [keep])
                 findings.rechecked += 1
-                if pair := _repeated(findings.outputs, expected.outputs):
-                    findings.correctness = answer["correctness"] or findings.correctness
-                    raise _tripped(Verdict.OUTPUT_CACHED, f"calls {pair[0]} and {pair[1]} had other inputs and gave the same output")
                 if answer["status"] != Status.PASSED.value:
                     findings.correctness = answer["correctness"] or findings.correctness
+                self._require_fresh(contender)
+                if answer["status"] != Status.PASSED.value:
                     raise _tripped(Verdict.TIMED_OUTPUT_WRONG, f"passed while checked, but a timed call's output: {answer['message']}")
         self.reference.ask("forget")
 
@@ -248,15 +250,24 @@ class Group:
         self._seat(self.reference)
         self.reference.findings.outputs |= _by_call(self.reference.ask("remember", calls=calls))
 
+    def _require_fresh(self, contender: Contender) -> None:
+        if pair := _repeated(contender.findings.outputs, self.reference.findings.outputs):
+            raise _tripped(Verdict.OUTPUT_CACHED, f"calls {pair[0]} and {pair[1]} had other inputs and gave the same output")
+
     def _judge(self, contender: Contender, calls: list[int]) -> dict[str, Any]:
         files = {call: self._folder(contender) / f"{call}.safetensors" for call in calls}
-        settings = self.settings
+        settings, told = self.settings, contender.findings.outputs
         tolerance = {"rtol": settings.rtol, "atol": settings.atol, "required_matched_ratio": settings.required_matched_ratio}
         try:
-            return self.reference.ask("judge", files={call: str(path) for call, path in files.items()}, tolerance=tolerance)
+            paths = {call: str(path) for call, path in files.items()}
+            answer = self.reference.ask("judge", files=paths, key=contender.environment["key"], tolerance=tolerance)
         finally:
             for path in files.values():
                 path.unlink(missing_ok=True)
+        for call, judged in _by_call(answer).items():
+            if told.get(call, judged) != judged:
+                raise _tripped(Verdict.BENCH_TAMPERED, f"the output of call {call} is not the one that was there when it returned")
+        return answer
 
     def _folder(self, contender: Contender) -> Path:
         folder = self.folder / f"{self.everyone.index(contender)}"

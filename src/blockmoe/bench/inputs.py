@@ -93,15 +93,17 @@ class Inputs:
             if name in self._files:
                 if name == "routing_logits" and call != 0:
                     order = torch.randperm(len(value), generator=self._generator("tokens", call, "cpu"))
-                    torch.index_select(self._files[name], 0, order.to(self.device), out=value)
+                    if self.device.type == "cuda":
+                        order = order.pin_memory().to(self.device, non_blocking=True)  # else the host would wait for the device
+                    torch.index_select(self._files[name], 0, order, out=value)
                 else:
                     value.copy_(self._files[name])
             else:
                 _draw_into(value, self._generator(name, call))
 
-    def digest(self) -> str:
-        """Hex digest of all inputs as they stand in the buffers."""
-        return digest_tensors(self.values)
+    def digest(self, weights: bool = True) -> str:
+        """Hex digest of the inputs as they stand in the buffers; without the weights, 1.4 GB at the headline sizes, if so asked."""
+        return digest_tensors({name: value for name, value in self.values.items() if weights or name not in self._weights})
 
     # how each kind of contents is made
 

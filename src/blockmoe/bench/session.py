@@ -11,19 +11,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 
-from blockmoe.bench import guards
+from blockmoe.bench import correctness, guards, inputs, sealed, timing
 from blockmoe.bench.correctness import Judgement, Tolerance, judge, worse
-from blockmoe.bench.guards import TimerWatch, Tripped
+from blockmoe.bench.guards import Tripped
 from blockmoe.bench.inputs import Inputs, digest_tensors
-from blockmoe.bench.schema import Definition, Solution, Workload
+from blockmoe.bench.schema import Definition, Solution, Status, Workload, digest
 from blockmoe.bench.timing import DeviceTimer, make_timer
 from blockmoe.bench.verdicts import Verdict
+from blockmoe.bench.watch import Watch
 
 SETTLE_SECONDS = 0.2  # how long a CPU output is watched for late writes while it is checked
 
@@ -42,13 +44,18 @@ class Session:
             self.device = torch.device("cuda", self.device.index or 0)  # tensors say cuda:0, never cuda
             torch.cuda.set_device(self.device)
         self.timer = make_timer(self.device, use_cupti)
-        self.watch = TimerWatch()
         self._sleep = time.sleep
         self.inputs = Inputs(definition, root, self.device, mode, seed)
         self.solution: Solution | None = None
-        self.function: Callable[..., Any] | None = None
         self.outputs: list[torch.Tensor] = []
+        self.key = sealed.new_key()
+        self._arguments: list[Any] = []  # objects of their own on the memory of inputs and outputs, and what must stay so
+        self._stamps: list[tuple] = []
+        self._timed: dict[int, dict[str, torch.Tensor]] = {}  # the last block's outputs by call
         self._known: dict[int, dict[str, torch.Tensor]] = {}  # the reference's outputs by call, for judging
+        modules = [sys.modules[__name__], correctness, guards, inputs, sealed, timing]
+        self.watch = Watch(modules, [self, self.inputs, self.timer])
+        self.function: Callable[..., Any] | None = None
 
     # building and opening
 
@@ -81,12 +88,15 @@ class Session:
 
     def open(self, workload: Workload) -> str:
         """Make a workload's inputs and outputs; returns the digest of the inputs of call 0."""
-        self.outputs, self._known = [], {}
+        self.outputs, self._timed, self._known = [], {}, {}
         self.inputs.open(workload)
         if self.solution.spec.destination_passing_style:
             for name, spec in self.definition.outputs.items():
                 shape = self.definition.shape(name, workload.axes)
                 self.outputs.append(torch.empty(shape or (), dtype=getattr(torch, spec.dtype), device=self.device))
+        live = [*self.inputs.values.values(), *self.outputs]
+        self._arguments = [value.detach() if isinstance(value, torch.Tensor) else value for value in live]
+        self._stamps = [guards.stamp(argument) for argument in self._arguments]
         return self.inputs.digest()
 
     # calling
@@ -96,15 +106,24 @@ class Session:
         self.inputs.load(number)
         for output in self.outputs:
             guards.poison(output)
+        if not self.solution.spec.destination_passing_style:
+            guards.poison_freed_memory(self.outputs)
 
     def _invoke(self) -> Any:
         with torch.no_grad():
-            if self.solution.spec.destination_passing_style:
-                return self.function(*self.inputs.values.values(), *self.outputs)
-            return self.function(*self.inputs.values.values())
+            return self.function(*self._arguments)
+
+    def _require_arguments(self) -> None:
+        """Trips where an argument was pointed at other memory: its values are read from the old."""
+        names = [*self.definition.inputs, *self.definition.outputs]
+        for name, argument, before in zip(names, self._arguments, self._stamps, strict=False):
+            if guards.stamp(argument) != before:
+                verdict = Verdict.INPUT_MUTATED if name in self.definition.inputs else Verdict.OUTPUT_REPLACED
+                raise Tripped(verdict, f"{name} was given another type, shape or memory")
 
     def _accept(self, result: Any) -> list[torch.Tensor]:
         """The outputs of a call as plain tensors; trips a guard where they are not, or lie in somebody else's memory."""
+        self._require_arguments()
         names = list(self.definition.outputs)
         if self.solution.spec.destination_passing_style:
             return self.outputs
@@ -123,23 +142,27 @@ class Session:
         self.outputs = results  # kept until the next call's outputs are accepted, so that their memory is not handed out again
         return results
 
-    def _settled(self, result: Any, watch_seconds: float) -> list[torch.Tensor]:
-        """Outputs as they stood when the call's own stream was done, if nothing writes to them afterwards."""
+    def _settled(self, result: Any, watch_seconds: float) -> tuple[dict[str, torch.Tensor], str]:
+        """Outputs as they stood when the call's own stream was done, if nothing writes to them afterwards; and their digest."""
         outputs = self._accept(result)
         at_return = [output.clone() for output in outputs]
         self.timer.synchronize()
         if watch_seconds:
             self._sleep(watch_seconds)
-        names = self.definition.outputs
         unwritten = sum(guards.poisoned(output) for output in at_return)
         if unwritten and self.device.type == "cpu":
             self._sleep(SETTLE_SECONDS)
-        if digest_tensors(dict(zip(names, at_return, strict=True))) != digest_tensors(dict(zip(names, outputs, strict=True))):
+        named = self._named(at_return)
+        found = digest_tensors(named)
+        if found != digest_tensors(self._named(outputs)):
             raise Tripped(Verdict.WORK_LEFT_BEHIND, "the output changed after the call had returned and its stream was done")
         if unwritten:
             total = sum(output.numel() for output in outputs)
             raise Tripped(Verdict.UNWRITTEN_OUTPUT, f"{unwritten} of {total} elements were not written")
-        return at_return
+        return named, found
+
+    def _named(self, outputs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        return dict(zip(self.definition.outputs, outputs, strict=True))
 
     # what the parent asks for
 
@@ -150,12 +173,11 @@ class Session:
             self._prepare(number)
             before = self.inputs.digest()
             self.timer.synchronize()
-            outputs = self._settled(self._invoke(), SETTLE_SECONDS if self.device.type == "cpu" else 0.0)
+            self.timer.hold()  # so that work on another stream can't be done before the outputs are read on this one
+            outputs, digests[number] = self._settled(self._invoke(), SETTLE_SECONDS if self.device.type == "cpu" else 0.0)
             if self.inputs.digest() != before:
                 raise Tripped(Verdict.INPUT_MUTATED, "the inputs are not what they were before the call")
-            named = dict(zip(self.definition.outputs, outputs, strict=True))
-            digests[number] = digest_tensors(named)
-            self._save(named, Path(folder) / f"{number}.safetensors")
+            sealed.write(outputs, Path(folder) / f"{number}.safetensors", self.key)
         self.watch.require_untouched()
         return {"outputs": digests}
 
@@ -167,32 +189,40 @@ class Session:
         self.timer.synchronize()
         host_us = None
         if isinstance(self.timer, DeviceTimer):
-            numbers = iter(range(-10**6, 0))
+            numbers = iter(range(-(10**6), 0))
             host_us = self.timer.host_us(lambda: self._prepare(next(numbers)), self._invoke)
         return {"host_us": host_us}
 
-    def block(self, calls: list[int], keep: int | None, path: str | None, lead_in: int | None) -> dict[str, Any]:
-        """Time calls one by one; the output of call `keep` is left at `path`, or remembered here where there is none.
+    def block(self, calls: list[int], lead_in: int | None) -> dict[str, Any]:
+        """Time calls one by one, after an untimed call `lead_in`; their outputs are held for `keep` until the next block.
 
-        `lead_in` is an untimed call ahead of them.
+        Which output is looked at is not known here before all are made.
         """
+        self._timed = {}
         if lead_in is not None:
             self._prepare(lead_in)
             self._accept(self._invoke())
-        digests = {}
+        outputs, found = {}, []
         for number in calls:
+            self.timer.hold()
             self._prepare(number)
             self.timer.flush()
             result = self.timer.timed(number, self._invoke)
-            outputs = dict(zip(self.definition.outputs, self._settled(result, 0.0), strict=True))
-            digests[number] = digest_tensors(outputs)
-            if number == keep and path:
-                self._save(outputs, Path(path))
-            elif number == keep:
-                self._known[number] = outputs
+            self._timed[number], outputs[number] = self._settled(result, 0.0)
+            found.append(self.inputs.digest(weights=False))  # the weights' contents pass from call to call: hashed at the end
         samples = [vars(sample) for sample in self.timer.collect()]
+        found.append(self.inputs.digest())
         self.watch.require_untouched()
-        return {"samples": samples, "outputs": digests, "inputs": self.inputs.digest(), "timer": self.timer.name}
+        return {"samples": samples, "outputs": outputs, "inputs": digest(found), "timer": self.timer.name}
+
+    def keep(self, call: int, path: str | None) -> None:
+        """Leave the output of a call of the last block at `path`, or remember it here where there is none."""
+        if path:
+            sealed.write(self._timed[call], Path(path), self.key)
+        else:
+            self._known[call] = self._timed[call]
+        self._timed = {}
+        self.watch.require_untouched()
 
     def graph(self, calls: list[int], path: str) -> dict[str, Any]:
         """Capture a call in a CUDA graph and time its replays; the last call's output is left at `path`."""
@@ -212,14 +242,8 @@ class Session:
             raise
         except Exception as error:
             return {"graph_error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-        self._save(dict(zip(self.definition.outputs, outputs, strict=True)), Path(path))
+        sealed.write(self._named(outputs), Path(path), self.key)
         return {"graph_ms": ms}
-
-    @staticmethod
-    def _save(outputs: dict[str, torch.Tensor], path: Path) -> None:
-        partial = path.with_suffix(".partial")
-        save_file({name: output.detach().cpu() for name, output in outputs.items()}, partial)
-        partial.rename(path)
 
     # the reference's session only
 
@@ -231,19 +255,36 @@ class Session:
                 self._prepare(number)
                 outputs = self._accept(self._invoke())
                 self.outputs = []
-                self._known[number] = dict(zip(self.definition.outputs, outputs, strict=True))
+                self._known[number] = self._named(outputs)
             digests[number] = digest_tensors(self._known[number])
         return {"outputs": digests}
 
     def forget(self) -> None:
         self._known = {}
 
-    def judge(self, files: dict[int, str], tolerance: Tolerance) -> Judgement:
-        """Compare each call's output file with the remembered reference output; the worst of all calls and outputs."""
+    def judge(self, files: dict[int, str], key: int, tolerance: Tolerance) -> tuple[Judgement, dict[int, str]]:
+        """Compare each call's output file with the remembered reference output; the worst of all calls and outputs.
+
+        The digests of what was judged are the solution's own only if nothing changed its outputs on their way here.
+        """
         verdict: Judgement | None = None
+        digests: dict[int, str] = {}
         for number, path in files.items():
-            found = load_file(path)
+            try:
+                outputs = sealed.read(Path(path), key)
+                found = {name: outputs[name] for name in self._known[number]}
+            except (OSError, SafetensorError, KeyError) as error:
+                return Judgement(Status.RUNTIME_ERROR, f"the output of call {number} is not to be read: {error!r}"), digests
+            digests[number] = digest_tensors(found)
             for name, reference in self._known[number].items():
-                verdict = worse(verdict, judge(found[name], reference, tolerance))
+                verdict = worse(verdict, self._told(number, judge(found[name], reference, tolerance), verdict))
         assert verdict is not None
-        return verdict
+        return verdict, digests
+
+    @staticmethod
+    def _told(number: int, judgement: Judgement, earlier: Judgement | None) -> Judgement:
+        """With the call's number in its message, and a hint where the calls before it passed."""
+        if judgement.passed:
+            return judgement
+        hint = "; the calls before it passed: is anything of an earlier call kept?" if earlier and earlier.passed else ""
+        return replace(judgement, message=f"call {number}: {judgement.message}{hint}")

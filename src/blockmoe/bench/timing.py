@@ -3,7 +3,8 @@
 On CUDA a spin kernel goes ahead of every timed call, so that the host has enqueued the call's launches before the device
 reaches them (a backlog): the span then holds the device's work and no launch gaps of the host. The L2 is flushed before
 each call, outside the span, by writing a buffer of twice its size and then reading another (a write alone leaves dirty
-lines behind). Eager host time is measured apart.
+lines behind). A longer spin (`hold`) goes ahead of the inputs' loading: a call that starts work on a stream of its own, not
+ordered behind the current one, has the inputs of the call before, and no head start. Eager host time is measured apart.
 
 Every function that timing needs is bound when this module's classes are made, before a solution is imported.
 """
@@ -19,6 +20,7 @@ import torch
 
 SPIN_CYCLES_PER_US = 1980  # the H100's top SM clock in MHz: at lower clocks the backlog only grows
 LEAST_BACKLOG_US, MOST_BACKLOG_US = 30.0, 3000.0
+FIRST_HOLD_US, MOST_HOLD_US = 1000.0, 20000.0
 MARK = "nextafter"  # the kernel that brackets each timed call in CUPTI's records: nothing else launches it
 
 
@@ -48,6 +50,9 @@ class HostTimer:
         self._pending.append(Sample(number, (self._clock() - start) * 1e3))
         return result
 
+    def hold(self) -> None:
+        """Nothing: a CPU has no queue."""
+
     def flush(self) -> None:
         """Nothing: a CPU call reads weights of many times the cache."""
 
@@ -66,7 +71,7 @@ class DeviceTimer:
     def __init__(self, device: torch.device, use_cupti: bool = True) -> None:
         self._clock, self._event, self._spin = time.perf_counter, torch.cuda.Event, torch.cuda._sleep
         self._synchronize, self._stream, self._mark = torch.cuda.synchronize, torch.cuda.current_stream, torch.nextafter
-        self._record, self._elapsed = torch.cuda.Event.record, torch.cuda.Event.elapsed_time
+        self._record, self._elapsed, self._query = torch.cuda.Event.record, torch.cuda.Event.elapsed_time, torch.cuda.Event.query
         self.device = device
         self.flush_bytes = 2 * torch.cuda.get_device_properties(device).L2_cache_size
         words = self.flush_bytes // 8
@@ -74,7 +79,8 @@ class DeviceTimer:
         self._clean = torch.ones(words, dtype=torch.int64, device=device)
         self._one = torch.ones(1, device=device)
         self._out = torch.empty(1, device=device)
-        self._backlog_us = LEAST_BACKLOG_US
+        self._backlog_us, self._hold_us = LEAST_BACKLOG_US, FIRST_HOLD_US
+        self._held: torch.cuda.Event | None = None  # recorded behind the last hold's spin
         self._pending: list[tuple[int, torch.cuda.Event, torch.cuda.Event]] = []
         self._cupti = _Cupti.start() if use_cupti else None
         self.name = "cupti" if self._cupti else "cuda_events"
@@ -83,16 +89,24 @@ class DeviceTimer:
     def synchronize(self) -> None:
         self._synchronize(self.device)
 
+    def hold(self) -> None:
+        """Keep the device from all that is enqueued from here on until the next timed call is enqueued too."""
+        self._held = self._event()
+        self._spin(int(self._hold_us * SPIN_CYCLES_PER_US))
+        self._record(self._held, self._stream(self.device))
+
     def flush(self) -> None:
         """Leave nothing of the caller's in L2, and no dirty lines."""
         self._dirty.add_(1)
         self._clean.sum()
 
     def host_us(self, prepare: Callable[[], None], call: Callable[[], object], repeats: int = 5) -> float:
-        """Median time until an eager call returns to the host, launched on an idle device; sets the backlog from it."""
-        times = []
+        """Median time until an eager call returns to the host, launched on an idle device; sets backlog and hold."""
+        times, preparing = [], []
         for _ in range(repeats):
+            start = self._clock()
             prepare()
+            preparing.append((self._clock() - start) * 1e6)
             self.synchronize()
             start = self._clock()
             call()
@@ -100,6 +114,7 @@ class DeviceTimer:
             self.synchronize()
         host = statistics.median(times)
         self._backlog_us = min(max(LEAST_BACKLOG_US, 1.5 * host), MOST_BACKLOG_US)
+        self._hold_us = min(max(FIRST_HOLD_US, 2 * statistics.median(preparing)), MOST_HOLD_US)
         return host
 
     def timed(self, number: int, call: Callable[[], object]) -> object:
@@ -109,6 +124,9 @@ class DeviceTimer:
         self._spin(int(self._backlog_us * SPIN_CYCLES_PER_US))
         self._mark(self._one, self._one, out=self._out)
         self._record(begin, stream)
+        if self._held is not None and self._query(self._held):  # the device was faster than the host
+            self._hold_us = min(2 * self._hold_us, MOST_HOLD_US)
+        self._held = None
         result = call()
         self._record(end, stream)
         self._mark(self._one, self._one, out=self._out)
@@ -176,7 +194,7 @@ class _Cupti:
             self._records.append((activity.start, activity.end, MARK in (getattr(activity, "name", "") or "")))
 
     def spans(self) -> list[float]:
-        """Milliseconds from first start to last end between each pair of marks since the last call."""
+        """Milliseconds from first start to last end between each pair of marks since the last call; a mark too many is a span too."""
         self._cupti.activity_flush_all(1)
         records, self._records = sorted(self._records), []
         spans, inside = [], None
@@ -188,7 +206,7 @@ class _Cupti:
                 inside = None
             elif inside is not None:
                 inside.append((start, end))
-        return spans
+        return spans if inside is None else [*spans, 0.0]
 
 
 def make_timer(device: torch.device, use_cupti: bool = True) -> HostTimer | DeviceTimer:

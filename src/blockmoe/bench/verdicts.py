@@ -16,12 +16,14 @@ class Verdict(str, Enum):
     NOT_A_PLAIN_TENSOR = "NOT_A_PLAIN_TENSOR"  # a subclass, another layout or device, strided, or no tensor at all
     OUTPUT_ALIASES_INPUT = "OUTPUT_ALIASES_INPUT"
     OUTPUT_ALIASES_EARLIER_OUTPUT = "OUTPUT_ALIASES_EARLIER_OUTPUT"
+    OUTPUT_REPLACED = "OUTPUT_REPLACED"  # the destination tensor was given another type, shape or memory
     UNWRITTEN_OUTPUT = "UNWRITTEN_OUTPUT"  # poison is still there
     OUTPUT_CACHED = "OUTPUT_CACHED"  # an earlier call's output for other inputs
     TIMED_OUTPUT_WRONG = "TIMED_OUTPUT_WRONG"  # passed while checked, wrong while timed
     INPUT_MUTATED = "INPUT_MUTATED"
     WORK_LEFT_BEHIND = "WORK_LEFT_BEHIND"  # on another stream or thread when the call returned
     TIMER_TAMPERED = "TIMER_TAMPERED"
+    BENCH_TAMPERED = "BENCH_TAMPERED"  # functions that judge were replaced, or an output was changed on its way to the judge
     INPUTS_DIFFER = "INPUTS_DIFFER"  # between processes: a defect of the bench or the machine, not of the solution
     REFERENCE_FAILED = "REFERENCE_FAILED"
     IMPOSSIBLE = "IMPOSSIBLE"  # faster than the floor

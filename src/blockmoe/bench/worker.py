@@ -56,7 +56,8 @@ class Handler:
 
         task = Definition.model_validate_json(definition)
         self.session = Session(task, Path(root), device, mode, seed, use_cupti)
-        return worker_environment(self.session.device)
+        self.session.watch.add([sys.modules[__name__]], [])
+        return worker_environment(self.session.device) | {"key": self.session.key}
 
     def do_build(self, solution: str) -> None:
         from blockmoe.bench.schema import Solution
@@ -74,8 +75,11 @@ class Handler:
     def do_warm(self, calls: list[int]) -> dict[str, Any]:
         return self.session.warm(calls)
 
-    def do_block(self, calls: list[int], keep: int | None, path: str | None, lead_in: int | None) -> dict[str, Any]:
-        return self.session.block(calls, keep, path, lead_in)
+    def do_block(self, calls: list[int], lead_in: int | None) -> dict[str, Any]:
+        return self.session.block(calls, lead_in)
+
+    def do_keep(self, call: int, path: str | None) -> None:
+        self.session.keep(call, path)
 
     def do_graph(self, calls: list[int], path: str) -> dict[str, Any]:
         return self.session.graph(calls, path)
@@ -86,14 +90,15 @@ class Handler:
     def do_forget(self) -> None:
         self.session.forget()
 
-    def do_judge(self, files: dict[str, str], tolerance: dict[str, float]) -> dict[str, Any]:
+    def do_judge(self, files: dict[str, str], key: int, tolerance: dict[str, float]) -> dict[str, Any]:
         from blockmoe.bench.correctness import Tolerance
 
-        judgement = self.session.judge({int(call): path for call, path in files.items()}, Tolerance(**tolerance))
+        judgement, outputs = self.session.judge({int(call): path for call, path in files.items()}, key, Tolerance(**tolerance))
         correctness = judgement.correctness()
         return {
             "status": judgement.status.value,
             "message": judgement.message,
+            "outputs": outputs,
             "correctness": json.loads(correctness.to_json()) if correctness else None,
         }
 
