@@ -1,0 +1,5 @@
+"""Returns without writing."""
+
+
+def run_into(x, weight, scale, y):
+    pass
