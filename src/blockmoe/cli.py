@@ -13,10 +13,11 @@ from blockmoe.report import commands as report_commands
 # flashinfer-bench takes several values after these; click takes one, so that each value gets its flag
 _MANY = ("--local", "--definitions", "--solutions", "--workloads")
 
+_ParserError = typer.BadParameter.__mro__[2]  # click's ClickException, of which newer typers carry their own copy
+
 app = typer.Typer(
     name="blockmoe",
     help="FP8 block-scale mixture-of-experts: run solutions against a reference, and report who wins where.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -57,5 +58,13 @@ def expand(arguments: list[str]) -> list[str]:
 
 
 def main() -> None:
-    """Entry point of the console script and of `python -m blockmoe`."""
-    app(args=expand(sys.argv[1:]), prog_name="blockmoe")
+    """Entry point of the console script and of `python -m blockmoe`. What the parser refuses is one line, and exit code 2."""
+    try:
+        code = app(args=expand(sys.argv[1:]) or ["--help"], prog_name="blockmoe", standalone_mode=False)
+    except _ParserError as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "blockmoe"
+        message = " ".join(error.format_message().replace("Value error, ", "").split())
+        print(f"blockmoe: {message} (see {command} --help)", file=sys.stderr)
+        code = error.exit_code
+    sys.exit(code if isinstance(code, int) else 0)

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import toy_tree as toy
 import torch
+import toy_tree as toy
 
 from blockmoe.bench.bundled import definition_of, workloads_of
 from blockmoe.bench.inputs import Inputs, digest_tensors

@@ -211,6 +211,7 @@ class Run:
         }  # fmt: skip
         partial = self.plan.output / "run.json.partial"
         try:
+            self.plan.output.mkdir(parents=True, exist_ok=True)
             partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             partial.rename(self.plan.output / "run.json")
         except OSError as error:

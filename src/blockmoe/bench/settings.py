@@ -31,10 +31,12 @@ class Settings:
     cupti: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol", "timeout"):
+        if not (math.isfinite(self.timeout) and self.timeout > 0):
+            raise ValueError(f"--timeout: expected a number above 0, got {self.timeout:g}")
+        for name in ("rtol", "atol"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"--{name}: expected a number above 0, got {value:g}")
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"--{name}: expected a number of at least 0, got {value:g}")
         if not 0 < self.required_matched_ratio <= 1:
             raise ValueError(f"--required-matched-ratio: expected a number in (0, 1], got {self.required_matched_ratio:g}")
         for name, least in (("warmup_runs", 0), ("iterations", 1), ("num_trials", 1), ("seed", 0)):

@@ -1,0 +1,276 @@
+"""Whole runs with real worker processes, on y = 2x: one clear line and the right status for everything a solution can do."""
+
+import json
+import os
+import time
+
+import pytest
+import toy_tree as toy
+
+from blockmoe.bench import runner
+from blockmoe.bench.commands import load_dataset
+from blockmoe.bench.dataset import Dataset
+from blockmoe.bench.runner import Plan, Run
+from blockmoe.bench.schema import Status
+from blockmoe.bench.settings import Settings
+from blockmoe.geometry import TINY
+
+QUICK = Settings(warmup_runs=1, iterations=3, num_trials=2, timeout=3.0)
+
+
+class Watcher:
+    """An observer that remembers."""
+
+    def __init__(self):
+        self.notes, self.stages, self.lines, self.evaluations = [], [], [], 0
+
+    def begin(self, evaluations):
+        self.evaluations = evaluations
+
+    def workload(self, definition, workload, number, total):
+        self.stages.append(f"{workload.uuid} {number}/{total}")
+
+    def stage(self, text):
+        self.stages.append(text)
+
+    def note(self, text):
+        self.notes.append(text)
+
+    def finished(self, trace):
+        self.lines.append((trace.solution, trace.evaluation.status))
+
+
+def plan_of(tree, output=None, settings=QUICK, **more):
+    dataset = Dataset.load([tree])
+    solutions = {name: dataset.solutions_of(name) for name in dataset.definitions}
+    return Plan(dataset, dict(dataset.workloads), solutions, settings, output, **more)
+
+
+def execute(plan, watcher=None):
+    """Outcome of a run that leaves no process and no folder behind."""
+    outcome = Run(plan, watcher or Watcher()).execute()
+    assert toy.workers_of(os.getpid()) == []
+    return outcome
+
+
+def by_name(outcome):
+    return {trace.solution: trace.evaluation for trace in outcome.traces}
+
+
+# --- one solution after another ---------------------------------------------------------------------------------------
+
+PASSING = {
+    "value": toy.GOOD,
+    "prints": "done = []\ndef run(x):\n    done or print('x' * 50_000_000)\n    done.append(1)\n    return x * 2\n",
+    "closes_its_streams": "import os\nos.close(1); os.close(2)\ndef run(x):\n    return x * 2\n",
+}
+# name: (source, status, what the message says)
+FAILING = {
+    "segfaults": ("import ctypes\ndef run(x):\n    ctypes.string_at(0)\n", "RUNTIME_ERROR", "the process died of SIGSEGV"),
+    "exits": ("import sys\ndef run(x):\n    sys.exit(3)\n", "RUNTIME_ERROR", "the solution called sys.exit(3)"),
+    "leaves": ("import os\ndef run(x):\n    os._exit(0)\n", "RUNTIME_ERROR", "the process exited with code 0"),
+    "stops": ("class Stop(BaseException): pass\ndef run(x):\n    raise Stop('now')\n", "RUNTIME_ERROR", "the process exited with code 1"),
+    "leaves_a_child": (
+        "import os, time\ndef run(x):\n    if os.fork() == 0:\n        time.sleep(60)\n    os._exit(7)\n",
+        "RUNTIME_ERROR", "the process exited with code 7",
+    ),
+    "raises": ("def run(x):\n    raise ValueError('first line ' * 60 + '\\nsecond line')\n", "RUNTIME_ERROR", "ValueError: first line"),
+    "talks_to_the_bench": (
+        "import os, sys\ndef run(x):\n    os.write(int(sys.argv[1]), b'[1]\\n')\n", "RUNTIME_ERROR", "the bench's own socket"
+    ),
+    "wrong_shape": ("def run(x):\n    return (x * 2)[:, :63].contiguous()\n", "INCORRECT_SHAPE", "expected shape [8, 64], got [8, 63]"),
+    "wrong_dtype": ("def run(x):\n    return (x * 2).double()\n", "INCORRECT_DTYPE", "expected torch.float32, got torch.float64"),
+    "wrong_values": ("def run(x):\n    return x * 3\n", "INCORRECT_NUMERICAL", "matched ratio 0.0"),
+    "syntax": ("def run(x:\n", "COMPILE_ERROR", "SyntaxError: "),
+    "imports": ("import no_such_package\ndef run(x):\n    return x * 2\n", "COMPILE_ERROR", "No module named 'no_such_package'"),
+    "exits_at_import": ("raise SystemExit(5)\n", "COMPILE_ERROR", "SystemExit: 5"),
+    "no_function": ("def walk(x):\n    return x * 2\n", "COMPILE_ERROR", "has no attribute 'run'"),
+    "arity": ("def run(x, y):\n    return x * 2\n", "COMPILE_ERROR", "main.py::run: expected a function of 1 positional arguments"),
+    "hangs": ("import time\ndef run(x):\n    time.sleep(1000)\n", "TIMEOUT", "no result within the timeout of 3 s"),
+    "hangs_at_import": ("import time\ntime.sleep(1000)\n", "TIMEOUT", "no result within the timeout of 3 s"),
+    "hangs_and_is_deaf": (
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\ndef run(x):\n    while True: time.sleep(1)\n",
+        "TIMEOUT", "no result within the timeout of 3 s",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def parade(tmp_path_factory):
+    """Everybody in one run, in two waves so that all fit into memory together."""
+    root, waves = tmp_path_factory.mktemp("parade"), []
+    failing = {name: case[0] for name, case in FAILING.items()}
+    for number in range(2):
+        tree = root / f"tree{number}"
+        sources = dict(list({**PASSING, **failing}.items())[number::2])
+        toy.make_tree(tree, sources)
+        in_place = "import torch\ndef run(x, y):\n    torch.mul(x, 2, out=y)\n"
+        extra = {
+            "into": toy.solution("into", in_place, destination_passing_style=True),
+            "into_short": toy.solution("into_short", toy.GOOD, destination_passing_style=True),
+            "lacking": toy.solution("lacking", dependencies=["torch>=2.0", "no-such-package==1.0"]),
+            "elsewhere": toy.solution("elsewhere", target_hardware=["NVIDIA_B200"]),
+            "compiled": toy.solution("compiled", language="cuda"),
+        }
+        for name, content in extra.items() if number == 0 else ():
+            toy.write(toy.solution_path(tree, name), content)
+        watcher = Watcher()
+        waves.append((execute(plan_of(tree, root / f"out{number}"), watcher), watcher))
+    return root, waves
+
+
+@pytest.fixture(scope="module")
+def evaluations(parade):
+    return {name: evaluation for outcome, _ in parade[1] for name, evaluation in by_name(outcome).items()}
+
+
+@pytest.mark.parametrize("name", [*PASSING, "into", "reference"])
+def test_passes(evaluations, name):
+    evaluation = evaluations[name]
+    assert evaluation.status is Status.PASSED, evaluation.extra["message"]
+    assert evaluation.log == "" and evaluation.extra["message"] == "" and evaluation.verdict == "PASSED"
+    performance = evaluation.performance
+    assert [len(block) for block in performance.extra["samples_ms"]] == [3, 3] and performance.extra["block_trial"] == [0, 1]
+    assert performance.latency_ms > 0 and performance.speedup_factor > 0 and performance.extra["timer"] == "host_clock"
+
+
+@pytest.mark.parametrize("name", FAILING)
+def test_fails_with_one_clear_line(evaluations, name):
+    _, status, message = FAILING[name]
+    evaluation = evaluations[name]
+    assert evaluation.status.value == status and message in evaluation.extra["message"], evaluation.extra["message"]
+    assert "\n" not in evaluation.extra["message"] and len(evaluation.extra["message"]) <= 500
+    assert len(evaluation.log) <= 4000 and evaluation.performance is None
+
+
+def test_log_of_a_failure_holds_the_traceback(evaluations):
+    assert "Traceback" in evaluations["raises"].log and "second line" in evaluations["raises"].log
+
+
+def test_function_without_room_for_its_output(evaluations):
+    assert evaluations["into_short"].status is Status.COMPILE_ERROR
+    assert "expected a function of 2 positional arguments" in evaluations["into_short"].extra["message"]
+
+
+def test_skipped_with_the_reason(parade):
+    root, [(outcome, watcher), _] = parade
+    reasons = {skipped["solution"]: skipped["reason"] for skipped in outcome.skipped}
+    assert reasons["lacking"] == "needs the package no-such-package==1.0, which is not installed"
+    assert reasons["elsewhere"].startswith("runs on NVIDIA_B200; this is ")
+    assert reasons["compiled"] == "written in cuda; this bench runs python and triton"
+    assert sorted(watcher.notes) == sorted(f"SKIPPED {name}: {reason}" for name, reason in reasons.items())
+    assert json.loads((root / "out0" / "run.json").read_text())["skipped"] == outcome.skipped
+
+
+def test_what_is_on_disk_is_what_came_out(parade):
+    root, waves = parade
+    for number, (outcome, watcher) in enumerate(waves):
+        lines = toy.read_lines(toy.traces_path(root / f"out{number}"))
+        assert [line["solution"] for line in lines] == [trace.solution for trace in outcome.traces]
+        assert [line["evaluation"]["status"] for line in lines] == [trace.evaluation.status.value for trace in outcome.traces]
+        assert {line["evaluation"]["extra"]["interleaved"] for line in lines} == {True}
+        assert not outcome.complete(named=False) and len(watcher.lines) == len(outcome.traces) - 1  # all but the reference
+        manifest = json.loads((root / f"out{number}" / "run.json").read_text())
+        assert manifest["finished"] and manifest["error"] == "" and not manifest["interrupted"]
+
+
+# --- what counts as done ----------------------------------------------------------------------------------------------
+
+
+def test_everything_skipped_is_not_done_and_a_named_skip_neither(tmp_path):
+    tree = toy.make_tree(tmp_path / "tree", {})
+    toy.write(toy.solution_path(tree, "elsewhere"), toy.solution("elsewhere", target_hardware=["cuda"]))
+    outcome = execute(plan_of(tree))
+    assert outcome.traces == [] and not outcome.complete(named=False)
+
+    toy.write(toy.solution_path(tree, "good"), toy.solution("good"))
+    outcome = execute(plan_of(tree))
+    assert outcome.complete(named=False) and not outcome.complete(named=True)
+    assert [trace.solution for trace in outcome.traces] == ["reference", "good"]
+
+
+# --- the reference fails ----------------------------------------------------------------------------------------------
+
+
+def test_a_reference_that_fails_is_not_blamed_on_solutions_and_the_next_workload_goes_on(tmp_path):
+    """The first workload's tensor is missing; then a definition's reference dies at its sixth call, and a third can't be imported."""
+    tree = toy.make_tree(tmp_path / "tree", {"good": toy.GOOD, "raises": "def run(x):\n    raise ValueError\n"}, ())
+    blob = {"x": {"type": "safetensors", "path": "x.safetensors", "tensor_key": "x"}}
+    toy.write(toy.workloads_path(tree), toy.workload(8, "aaaa", inputs=blob), toy.workload(4, "bbbb"))
+    mortal = "import os\ncalls = []\ndef run(x):\n    calls.append(x)\n    if len(calls) == 6: os.kill(os.getpid(), 9)\n    return x * 2\n"
+    for name, source in (("mortal", mortal), ("broken", "import no_such_package\ndef run(x): return x\n")):
+        toy.write(toy.definition_path(tree).with_name(f"{name}.json"), toy.definition(name=name, reference=source))
+        toy.write(toy.workloads_path(tree).with_name(f"{name}.jsonl"), toy.workload(4, "cccc") | {"definition": name})
+        toy.write(toy.solution_path(tree, name), toy.solution(f"good_{name}") | {"definition": name})
+    outcome = execute(plan_of(tree, tmp_path / "out"))
+    found = {(trace.workload.uuid, trace.solution): trace.evaluation for trace in outcome.traces}
+    said = {key: (evaluation.verdict, evaluation.extra["message"]) for key, evaluation in found.items()}
+
+    missing = f"DatasetError: {tree / 'x.safetensors'}: missing, and workload aaaa has no recipe to make it from"
+    assert said["aaaa", "reference"] == ("RUNTIME_ERROR", missing)
+    assert said["aaaa", "good"] == ("REFERENCE_FAILED", f"the reference failed: {missing}")
+    assert found["bbbb", "good"].status is Status.PASSED, said["bbbb", "good"]
+    assert said["bbbb", "raises"] == ("RUNTIME_ERROR", "ValueError:")
+    assert said["cccc", "good_mortal"] == ("REFERENCE_FAILED", "the reference failed: the process died of SIGKILL (out of memory?)")
+    assert said["cccc", "good_broken"][1] == "the reference failed: ModuleNotFoundError: No module named 'no_such_package'"
+
+
+# --- several workloads ------------------------------------------------------------------------------------------------
+
+
+def test_a_solution_that_cannot_be_imported_is_tried_once_and_a_crash_costs_one_workload(tmp_path):
+    log = tmp_path / "imports"
+    sources = {
+        "import_fails": f"open({str(log)!r}, 'a').write('import ')\nraise RuntimeError('no')\n",
+        "crashes_once": "import os\ndef run(x):\n    if len(x) == 8: os.abort()\n    return x * 2\n",
+        "good": toy.GOOD,
+    }
+    tree = toy.make_tree(tmp_path / "tree", sources, [(8, "aaaa"), (9, "bbbb"), (10, "cccc")])
+    outcome = execute(plan_of(tree))
+    assert log.read_text() == "import "
+    found = {(trace.workload.uuid, trace.solution): trace.evaluation for trace in outcome.traces}
+    assert [found[uuid, "import_fails"].status.value for uuid in ("aaaa", "bbbb", "cccc")] == ["COMPILE_ERROR"] * 3
+    assert all("RuntimeError: no" in found[uuid, "import_fails"].log for uuid in ("aaaa", "cccc"))
+    assert [found[uuid, "crashes_once"].status.value for uuid in ("aaaa", "bbbb", "cccc")] == ["RUNTIME_ERROR", "PASSED", "PASSED"]
+    assert all(found[uuid, "good"].status is Status.PASSED for uuid in ("aaaa", "bbbb", "cccc"))
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def test_rounds_where_contenders_do_not_fit_together(tmp_path, monkeypatch):
+    """The small definition of this project with room for one process at a time; each is warmed again before it is timed."""
+    log = tmp_path / "calls"
+    dataset = load_dataset(None)
+    name = TINY.definition_name
+    solution = dataset.solutions[name, "torch_grouped"]
+    source = solution.sources[0]
+    counted = source.content + f"\n_run = run\ndef run(*args):\n    open({str(log)!r}, 'a').write('.')\n    return _run(*args)\n"
+    solution = solution.model_copy(update={"sources": [source.model_copy(update={"content": counted})]})
+    monkeypatch.setattr(runner.Run, "_capacity", lambda *_: 1 << 30)
+    settings = Settings(warmup_runs=3, iterations=6, num_trials=1)
+    watcher = Watcher()
+    outcome = execute(Plan(dataset, {name: dataset.workloads[name][:1]}, {name: [solution]}, settings, tmp_path / "out"), watcher)
+    assert [trace.evaluation.status for trace in outcome.traces] == [Status.PASSED] * 2, by_name(outcome)["torch_grouped"].extra["message"]
+    assert all(trace.evaluation.extra["interleaved"] is False for trace in outcome.traces)
+    assert any("measured in rounds, one process at a time, not interleaved" in note for note in watcher.notes)
+    assert [len(block) for block in by_name(outcome)["torch_grouped"].performance.extra["samples_ms"]] == [5, 1]
+    assert len(log.read_text()) == 1 + 3 + 6  # checked once, warmed once (in the process that is timed), timed
+    assert by_name(outcome)["torch_grouped"].extra["pairs"] == dataset.workloads[name][0].recipe["pairs"]
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_child_that_left_its_group_does_not_hold_the_run_up(tmp_path):
+    """It can't be killed with its group; the run ends all the same, and in time."""
+    pid = tmp_path / "pid"
+    source = (
+        "import subprocess\n"
+        f"open({str(pid)!r}, 'w').write(str(subprocess.Popen(['sleep', '30'], start_new_session=True).pid))\n" + toy.GOOD
+    )
+    tree = toy.make_tree(tmp_path / "tree", {"daemon": source})
+    start = time.monotonic()
+    outcome = execute(plan_of(tree))
+    assert outcome.complete(named=True) and time.monotonic() - start < 25
+    os.kill(int(pid.read_text()), 9)
