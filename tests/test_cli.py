@@ -218,11 +218,12 @@ def test_run_from_a_pipe_is_plain(tree, tmp_path):
 
 def test_list_says_what_runs_here(tree, blockmoe):
     toy.write(toy.solution_path(tree, "lacking"), toy.solution("lacking", dependencies=["no_such_package"]))
+    toy.write(toy.solution_path(tree, "better"), toy.solution("bet[/red]ter"))
     toy.write(toy.workloads_path(tree), toy.workload(8, "aaaa-first", recipe="by hand"))
     code, out, _ = blockmoe("list", "--local", tree)
     assert code == 0 and re.search(r"scale_w64 +toy +1 +3", out) and re.search(r"aaaa-fir +n=8", out)
     assert re.search(r"lacking +python +needs the package no_such_package, which is not installed +1", out)
-    assert re.search(r"good +python +runs +1", out)
+    assert re.search(r"good +python +runs +1", out) and "bet[/red]ter" in out
 
 
 def test_list_of_the_bundled_dataset_is_fit_for_grep(blockmoe, monkeypatch):

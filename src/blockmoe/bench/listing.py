@@ -27,19 +27,19 @@ def definitions_table(dataset: Dataset, names: Iterable[str]) -> Table:
     table = _table("definition", "type", "workloads", "solutions")
     for name in names:
         counts = len(dataset.workloads.get(name, [])), len(dataset.solutions_of(name))
-        table.add_row(name, dataset.definitions[name].op_type, *map(str, counts))
+        _add(table, name, dataset.definitions[name].op_type, *map(str, counts))
     return table
 
 
 def workloads_table(dataset: Dataset, definition: str) -> Table:
     table = _table("workload", "axes", "scalars", "pairs", "active experts")
-    table.title, table.title_justify, table.title_style = definition, "left", ""
+    table.title, table.title_justify, table.title_style = Text(definition), "left", ""
     for workload in dataset.workloads.get(definition, []):
         scalars = " ".join(f"{name}={spec.value:g}" for name, spec in workload.inputs.items() if spec.type == "scalar")
         axes = " ".join(f"{name}={value}" for name, value in workload.axes.items())
         recipe = (workload.model_extra or {}).get("recipe")
         counted = (str(recipe.get(name, "")) for name in ("pairs", "active_experts")) if isinstance(recipe, dict) else ("", "")
-        table.add_row(workload.uuid[:8], axes, scalars, *counted)
+        _add(table, workload.uuid[:8], axes, scalars, *counted)
     return table
 
 
@@ -48,7 +48,7 @@ def solutions_table(dataset: Dataset, definitions: Iterable[str]) -> Table:
     table = _table("solution", "language", "here", "definitions")
     for name in dict.fromkeys(name for definition, name in dataset.solutions if definition in wanted):
         packed = [solution for (definition, other), solution in dataset.solutions.items() if other == name and definition in wanted]
-        table.add_row(name, packed[0].spec.language, hardware.lacks(packed[0]) or "runs", str(len(packed)))
+        _add(table, name, packed[0].spec.language, hardware.lacks(packed[0]) or "runs", str(len(packed)))
     return table
 
 
@@ -56,7 +56,7 @@ def checks_table(checks: Iterable[Check]) -> Table:
     table = _table("", "what", "found", "what to do")
     for check in checks:
         mark = {"ok": Text("ok", "green"), "missing": Text("--", "yellow"), "broken": Text("!!", "red")}[check.state]
-        table.add_row(mark, Text(check.what), Text(check.found), Text(check.remedy))
+        _add(table, mark, check.what, check.found, check.remedy)
     return table
 
 
@@ -65,3 +65,8 @@ def _table(*columns: str) -> Table:
     for column in columns:
         table.add_column(column, overflow="fold")
     return table
+
+
+def _add(table: Table, *cells: str | Text) -> None:
+    """A row as it stands: names of a tree are no markup."""
+    table.add_row(*(cell if isinstance(cell, Text) else Text(cell) for cell in cells))

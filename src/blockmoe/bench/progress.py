@@ -34,7 +34,7 @@ class TerminalObserver:
 
     def begin(self, evaluations: int) -> None:
         if self.console.is_terminal and self._level <= 1:
-            columns = (SpinnerColumn(), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+            columns = (SpinnerColumn(), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
             self._progress = Progress(*columns, console=self.console, transient=True)
             self._task = self._progress.add_task("starting", total=evaluations)
             self._progress.start()
