@@ -87,7 +87,7 @@ def test_lines_by_level():
     failed = "aaaa-fir T=8      mine[0]: RUNTIME_ERROR  ValueError: [bold]no"
     assert lines["ERROR"] == [failed] and lines["WARNING"] == ["a note [/red]", failed]
     assert lines["INFO"] == ["2 evaluations", "a note [/red]", "aaaa-fir T=8      mine[0]: PASSED  1.25 ms, 3.00x", failed]
-    assert "aaaa-fir T=8 (1/1) checking mine[0]" in lines["DEBUG"] and len(lines["DEBUG"]) == 6
+    assert "aaaa-fir T=8 (1/1) checking mine[0] [/red]" in lines["DEBUG"] and len(lines["DEBUG"]) == 6
 
 
 def test_live_line_on_a_terminal():

@@ -34,8 +34,9 @@ class TerminalObserver:
 
     def begin(self, evaluations: int) -> None:
         if self.console.is_terminal and self._level <= 1:
-            columns = (SpinnerColumn(), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
-            self._progress = Progress(*columns, console=self.console, transient=True)
+            where = TextColumn("{task.description}", markup=False)
+            columns = (SpinnerColumn(), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), where)
+            self._progress = Progress(*columns, console=self.console, transient=True, refresh_per_second=4)
             self._task = self._progress.add_task("starting", total=evaluations)
             self._progress.start()
         elif self._level <= 1:
