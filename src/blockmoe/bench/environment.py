@@ -147,7 +147,9 @@ def _number(text: str) -> float | int | str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with `+` where it has uncommitted changes; None outside a checkout."""
+    """The checkout's commit, with `+` where it has uncommitted changes; BLOCKMOE_COMMIT, or None, where there is no checkout."""
+    if named := os.environ.get("BLOCKMOE_COMMIT"):
+        return named  # an exported tree on a machine without git
     if not (Path(__file__).parents[3] / ".git").exists():
         return None  # installed, maybe inside somebody else's repository
     try:

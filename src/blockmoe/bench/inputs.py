@@ -126,8 +126,8 @@ class Inputs:
         wanted = torch.zeros(len(weight), dtype=torch.bool)
         if call != 0:
             wanted = torch.rand(len(weight), generator=self._generator("signs " + name, call, "cpu", shared=True)) < 0.5
-        for index in torch.nonzero(wanted != self._flipped[name]).flatten().tolist():
-            weight[index].view(torch.uint8).bitwise_xor_(0x80)
+        sign = torch.where(wanted != self._flipped[name], 0x80, 0).to(torch.uint8).to(weight.device)
+        weight.view(torch.uint8).bitwise_xor_(sign.view(-1, *[1] * (weight.dim() - 1)))  # one launch, not one an expert
         self._flipped[name] = wanted
 
     def _realistic(self, call: int) -> set[str]:
