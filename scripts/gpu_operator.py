@@ -1,10 +1,10 @@
 """Check and time the operator on a GPU: python scripts/gpu_operator.py [--tokens 1,16,901] [--skip check,geometries,time]
 
 Check: relative L2 against the float32 reference on the same GPU, outputs poisoned, fresh inputs, two calls compared bit
-for bit, CUDA-graph replay with other routing. Time: medians of event pairs behind a device-side backlog, L2 flushed
-(written, then read) before every call; whole call, graph replay, stage by stage; candidates for each T beside the plain
-read of the same bytes. Every line is flushed; a variant that fails is noted and passed over. JSONL goes to $OUT (default
-results/tmp); the summary table is printed last.
+for bit, CUDA-graph replay with other routing. Time, with the routing of the bundled workload of each T: medians of event
+pairs behind a device-side backlog, L2 flushed (written, then read) before every call; whole call, graph replay, stage by
+stage; candidates for each T beside the plain read of the same bytes; host time a call. Every line is flushed; a variant
+that fails is noted and passed over. JSONL goes to $OUT (default results/tmp); the summary table is printed last.
 """
 
 from __future__ import annotations
@@ -22,16 +22,12 @@ import torch
 import triton
 import triton.language as tl
 
+from blockmoe.bench.routing_logits import routing_inputs
 from blockmoe.geometry import BLOCK, GEOMETRIES, HEADLINE, MoEGeometry
-from blockmoe.operator import plan as plans
 from blockmoe.operator.api import fused_moe
-from blockmoe.operator.combine import combine
-from blockmoe.operator.down import down
-from blockmoe.operator.gate_up import gate_up
-from blockmoe.operator.launch import _compiled
-from blockmoe.operator.pipeline import begin_round
-from blockmoe.operator.plan import DownTile, GateUpTile, Plan, RouteTile, choose_plan, with_tiles
-from blockmoe.operator.route import route
+from blockmoe.operator.launch import Prepared, _compiled
+from blockmoe.operator.pipeline import stages
+from blockmoe.operator.plan import DownTile, GateUpTile, Plan, RouteTile, choose_plan, route_tile, with_tiles
 from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_reference
 from blockmoe.reference import route as reference_route
@@ -83,6 +79,19 @@ def activations(g: MoEGeometry, tokens: int, spread: float = 1.0) -> tuple:
     logits = torch.randn(tokens, g.num_experts, device=DEVICE) * spread
     bias = (0.01 * torch.randn(g.num_experts, device=DEVICE)).bfloat16() if g.routing == "deepseek_v3" else None
     return logits, bias, codes(tokens, g.hidden_size), torch.randn(g.hidden_size // BLOCK, tokens, device=DEVICE)
+
+
+def workload(g: MoEGeometry, tokens: int) -> tuple[tuple, int]:
+    """Activations with the routing of the bundled workload of `tokens` tokens, and its offset; uniform where there is none."""
+    path = Path(__file__).parents[1] / "dataset/workloads/moe" / f"{g.definition_name}.jsonl"
+    for line in path.read_text().splitlines():
+        entry = json.loads(line)["workload"]
+        if entry["axes"]["seq_len"] == tokens:
+            offset, recipe = entry["inputs"]["local_expert_offset"]["value"], entry["recipe"]
+            logits, bias = routing_inputs(g, tokens, offset, recipe["pairs"], recipe["active_experts"], recipe["seed"])
+            _, _, x, x_scale = activations(g, tokens)
+            return (torch.from_numpy(logits).to(DEVICE), torch.from_numpy(bias).bfloat16().to(DEVICE), x, x_scale), offset
+    return activations(g, tokens), 32
 
 
 def call(inputs, g: MoEGeometry, offset: int, plan: Plan | None = None, **memory):
@@ -154,8 +163,10 @@ class Timer:
 
 
 def host_us(work) -> float:
+    for _ in range(20):
+        work()
     samples = []
-    for _ in range(40):
+    for _ in range(60):
         torch.cuda.synchronize()
         begin = time.perf_counter()
         work()
@@ -176,63 +187,83 @@ def graph_of(work):
 
 
 def stage_times(timer: Timer, inputs, g: MoEGeometry, offset: int, plan: Plan, tokens: int) -> dict[str, float]:
+    """Each stage alone, over what the whole call left in the workspace; without PDL, whose waits a lone stage does not need."""
     out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16, device=DEVICE)
     memory = torch.empty(layout(g, tokens, plan)[1], dtype=torch.uint8, device=DEVICE)
+    tensors = [*(t if t is not None else inputs[0] for t in inputs), out, memory]
+    addresses = [t.data_ptr() for t in tensors]
     sm_count = torch.cuda.get_device_properties(0).multi_processor_count
-    pointers, this = begin_round((*inputs, out), g, plan, sm_count, memory)
-    logits, bias, x, xs, w1, w1s, w2, w2s, to = pointers
-    stages = {
-        "route": lambda: route(logits, bias, offset, 2.5, this),
-        "gate_up": lambda: gate_up(x, xs, w1, w1s, this),
-        "down": lambda: down(w2, w2s, to, 0, this),
-        "combine": lambda: combine(to, 0, this),
-    }
-    for stage in stages.values():
-        stage()
-    return {name: timer.median_us(stage) for name, stage in stages.items()}
+    bias_dtype = None if inputs[1] is None else inputs[1].dtype
+    found = stages(g, tokens, plan, offset, 2.5, sm_count=sm_count, bias_dtype=bias_dtype)
+    ready = {name: Prepared(launches, 0) for name, launches in found.items()}
+    for stage in ready.values():
+        stage.run(addresses)
+    result = {name: timer.median_us(lambda s=stage: s.run(addresses)) for name, stage in ready.items()}
+    if len(found["route"]) == 2:
+        for name, launch in zip(("choose", "place"), found["route"], strict=True):
+            one = Prepared([launch], 0)
+            result[name] = timer.median_us(lambda s=one: s.run(addresses))
+    return result
 
 
 def candidates(tokens: int) -> dict[str, Plan]:
     """The default plan first, then what might beat it."""
     base = choose_plan(HEADLINE, tokens)
-    found = {"default": base, "no pdl": with_tiles(base, pdl=False)}
-    few = RouteTile(4, 4) if tokens <= 4 else RouteTile(max(16, plans.power_of_two_at_least(tokens)), 16)
-    if tokens <= 64:
-        n = max(16, plans.power_of_two_at_least(tokens))
-        for i, stages in ((32, 4), (32, 6), (32, 8), (64, 4), (64, 6), (128, 4)):
-            if n * BLOCK // i <= 128:  # columns of GEMM2's accumulator: more spill
-                warps = 8 if i == 128 else 4
-                found[f"dense gate_up {i}/{stages}s"] = with_tiles(base, gate_up=dict(block_i=i, stages=stages, num_warps=warps))
-        for ahead in (1, 2):
-            found[f"dense down prefetch {ahead}"] = with_tiles(base, down=dict(prefetch=ahead))
-        found["dense down 5s prefetch 2"] = with_tiles(base, down=dict(prefetch=2, stages=5))
-        for stages, split in ((5, 1), (10, 1), (4, 2), (6, 2), (4, 3)):
-            found[f"dense down {stages}s split {split}"] = with_tiles(base, down=dict(stages=stages, split=split))
-        found["dense 64, route 8 warps"] = replace(base, route=replace(few, num_warps=8))
-    if 16 <= tokens <= 100:
-        for n in (16, 32):
-            for i, stages in ((32, 5), (64, 4), (64, 5), (128, 4)):
-                found[f"sorted {n} gate_up {i}/{stages}s"] = Plan(
-                    "sorted", RouteTile(4, 4), GateUpTile(i, n, stages, 8 if i == 128 else 4), DownTile(64, n, 5, 4)
-                )
-        found["sorted 16 down 128"] = Plan("sorted", RouteTile(4, 4), GateUpTile(64, 16, 4, 4), DownTile(128, 16, 4, 4))
-    if 200 <= tokens <= 4000:
-        for n, i, stages, warps in ((32, 64, 4, 4), (32, 128, 4, 8), (64, 64, 4, 4), (64, 128, 3, 8), (64, 128, 5, 8)):
-            for m, down_stages in ((64, 5), (128, 4)) if i == 128 else ((64, 5),):  # 128 x 128 spills
-                found[f"sorted {n} gate_up {i}/{stages}s down {m}/{down_stages}s"] = Plan(
-                    "sorted", RouteTile(4, 4), GateUpTile(i, n, stages, warps), DownTile(m, n, down_stages, 4)
-                )
-    if tokens >= 800:
-        for stages, down_stages in ((3, 4), (4, 3), (3, 3)):
-            found[f"wide {stages}s {down_stages}s"] = Plan(
-                "wide", base.route, GateUpTile(128, 128, stages, 8), DownTile(128, 128, down_stages, 8)
+    found = {"default": base}
+    one = route_tile(HEADLINE, 16)
+    two = RouteTile(16, 16, 16, False)
+    few = Plan("sorted", route_tile(HEADLINE, min(tokens, 64)), GateUpTile(64, 16, 4, 4), DownTile(64, 16, 5, 4))
+    if tokens <= 7:
+        dense = Plan("dense", route_tile(HEADLINE, tokens), GateUpTile(64, 16, 4, 4), DownTile(64, 16, 8, 4))
+        found |= {
+            "dense 64/4s": dense,
+            "dense 64/6s": with_tiles(dense, gate_up=dict(stages=6)),
+            "dense 32/6s": with_tiles(dense, gate_up=dict(block_i=32, stages=6)),
+            "dense 128/4s": with_tiles(dense, gate_up=dict(block_i=128, num_warps=8)),
+            "dense 64/4s split 2": with_tiles(dense, down=dict(split=2, stages=6)),
+            "sorted 64/4s": few,
+            "sorted 64/6s": with_tiles(few, gate_up=dict(stages=6)),
+            "sorted 32/5s": with_tiles(few, gate_up=dict(block_i=32, stages=5)),
+            "sorted 32/8s": with_tiles(few, gate_up=dict(block_i=32, stages=8)),
+            "sorted 64/4s, W2 asked early": with_tiles(few, down=dict(prefetch=1)),
+            "sorted, down 8s": with_tiles(few, down=dict(stages=8)),
+        }
+        if tokens == 1:
+            found["route 16 warps"] = replace(few, route=one)
+    elif tokens <= 100:
+        for guess in (2, 4, 8) if tokens >= 32 else ():
+            found[f"guess {guess}"] = with_tiles(base, gate_up=dict(guess=guess))
+        found["W2 asked early"] = with_tiles(base, down=dict(prefetch=1))
+        found["guess 4, W2 asked early"] = with_tiles(base, gate_up=dict(guess=4), down=dict(prefetch=1))
+        found["route in the other number of launches"] = replace(base, route=RouteTile(32, 64, 32, True) if tokens > 64 else two)
+        if 16 < tokens <= 64:
+            found["route in one, 16 warps"] = replace(base, route=RouteTile(16, 64, 16, True))
+        found["gate_up 3s"] = with_tiles(base, gate_up=dict(stages=3))
+        found["gate_up 128, down 128"] = with_tiles(base, gate_up=dict(block_i=128, num_warps=8), down=dict(block_m=128, stages=4))
+    elif tokens <= 5000:
+        wide = Plan("wide", base.route, GateUpTile(128, 128, 4, 8), DownTile(128, 128, 3, 8))
+        medium = Plan("sorted", base.route, GateUpTile(128, 64, 4, 8), DownTile(128, 64, 4, 4))
+        small = Plan("sorted", base.route, GateUpTile(128, 32, 4, 8), DownTile(128, 32, 4, 4))
+        found |= {"wide": wide, "sorted 64": medium} if tokens > 1500 else {"sorted 32": small}
+        for guess in (2, 4):
+            found[f"guess {guess}"] = with_tiles(medium, gate_up=dict(guess=guess))
+        found["W2 asked early"] = with_tiles(medium, down=dict(prefetch=1))
+        found["guess 4, W2 asked early"] = with_tiles(medium, gate_up=dict(guess=4), down=dict(prefetch=1))
+    else:
+        for n, down_stages in ((4, 4), (3, 3)):
+            found[f"wide {n}s {down_stages}s"] = Plan(
+                "wide", base.route, GateUpTile(128, 128, n, 8), DownTile(128, 128, down_stages, 8)
             )
-    return found
+        found["choose 16 warps"] = replace(base, route=replace(base.route, block_t=16, num_warps=16))
+        found["sorted 64"] = Plan("sorted", base.route, GateUpTile(128, 64, 4, 8), DownTile(128, 64, 4, 4))
+    found["no pdl"] = with_tiles(base, pdl=False)
+    return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 
 
 def measure(timer: Timer, w: tuple, tokens: int, floor_data: torch.Tensor, rows: list) -> None:
-    g, offset = HEADLINE, 32
-    inputs = (*activations(g, tokens), *w)
+    g = HEADLINE
+    inputs, offset = workload(g, tokens)
+    inputs = (*inputs, *w)
     pairs, active = counts(inputs, g, offset)
     floor_bytes = active * g.expert_bytes
     words = floor_bytes // 4 // 4096 * 4096
@@ -258,14 +289,14 @@ def measure(timer: Timer, w: tuple, tokens: int, floor_data: torch.Tensor, rows:
 
         result = attempt(f"T={tokens} {label}", one)
         if label == "default" and result:
-            stages = attempt("stages", lambda plan=plan: stage_times(timer, inputs, g, offset, plan, tokens)) or {}
-            host = host_us(lambda plan=plan: call(inputs, g, offset, plan, out=out))
-            say("stages", tokens=tokens, host_us=host, **stages)
-            default = (*result, stages, host)
+            parts = attempt("stages", lambda plan=plan: stage_times(timer, inputs, g, offset, plan, tokens)) or {}
+            host = host_us(lambda: call(inputs, g, offset))
+            say("stages", tokens=tokens, host_us=host, **parts)
+            default = (*result, parts, host)
     if best:
         if best[0] != "default":
-            stages = attempt("stages", lambda: stage_times(timer, inputs, g, offset, best[2], tokens)) or {}
-            say("best stages", tokens=tokens, label=best[0], **stages)
+            parts = attempt("stages", lambda: stage_times(timer, inputs, g, offset, best[2], tokens)) or {}
+            say("best stages", tokens=tokens, label=best[0], **parts)
             attempt("check best", lambda: check(g, w, tokens, best[2]))
         rows.append((tokens, pairs, active, floor, compute, *default, best[0], best[1]))
 
@@ -298,8 +329,11 @@ def main() -> None:
     w = weights(HEADLINE)
     rows: list = []
     if "check" not in arguments.skip:
-        for tokens in (1, 2, 7, 15, 16, 17, 32, 55, 64, 65, 80, 200, 901, 2049, 11948, 14107):
+        for tokens in (1, 2, 7, 8, 16, 17, 55, 64, 65, 80, 200, 901, 2049, 4096, 14107, 20000):
             attempt(f"check {tokens}", lambda tokens=tokens: check(HEADLINE, w, tokens))
+        for label, plan in {**candidates(55), **candidates(1)}.items():
+            if "guess" in label or "early" in label or label == "sorted 64/4s":
+                attempt(f"check {label}", lambda plan=plan: check(HEADLINE, w, 1 if plan.route.block_t == 1 else 55, plan))
         attempt("check 0", lambda: call((*activations(HEADLINE, 0), *w), HEADLINE, 0))
         attempt("skew", lambda: check(HEADLINE, w, 300, spread=0.0))
         attempt("graph", lambda: graph_with_other_routing(w))
@@ -313,31 +347,32 @@ def main() -> None:
         del w
         torch.cuda.empty_cache()
         for g in GEOMETRIES.values():
-            if g != HEADLINE and time.time() - START < arguments.seconds + 60:
+            if g != HEADLINE and time.time() - START < arguments.seconds + 25:
 
                 def one(g=g):
                     w = weights(g)
-                    for tokens in (1, 16, 50, 100):
+                    for tokens in (1, 16, 100):
                         attempt(f"{g.definition_name} {tokens}", lambda tokens=tokens: check(g, w, tokens))
 
                 attempt(g.definition_name, one)
                 torch.cuda.empty_cache()
     attempt("resources", resources)
-    print("T pairs active | floor compute | eager graph (x floor) | route gate_up down combine | host | best", flush=True)
-    for tokens, pairs, active, floor, compute, eager, graph, stages, host, label, fastest in rows:
-        parts = " ".join(f"{stages.get(s, 0):.1f}" for s in ("route", "gate_up", "down", "combine"))
+    print("T pairs active | floor compute | eager graph (x floor) | route (choose place) gate_up down combine | host | best", flush=True)
+    for tokens, pairs, active, floor, compute, eager, graph, parts, host, label, fastest in rows:
+        split = f" ({parts['choose']:.1f} {parts['place']:.1f})" if "choose" in parts else ""
+        each = f"{parts.get('route', 0):.1f}{split} " + " ".join(f"{parts.get(s, 0):.1f}" for s in ("gate_up", "down", "combine"))
         print(
             f"{tokens} {pairs} {active} | {floor:.1f} {compute:.1f} | {eager:.1f} {graph:.1f} "
-            f"({min(eager, graph) / max(floor, compute):.2f}) | {parts} | {host:.1f} | {label} {fastest:.1f} "
+            f"({min(eager, graph) / max(floor, compute):.2f}) | {each} | {host:.1f} | {label} {fastest:.1f} "
             f"({fastest / max(floor, compute):.2f})", flush=True,
         )  # fmt: skip
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=[1, 7, 16, 32, 55, 80, 901, 14107])
+    parser.add_argument("--tokens", type=lambda s: [int(t) for t in s.split(",")], default=[1, 7, 16, 32, 55, 80, 901, 4096, 14107])
     parser.add_argument("--skip", type=lambda s: s.split(","), default=[])
-    parser.add_argument("--seconds", type=float, default=200.0, help="begin no candidate after this")
+    parser.add_argument("--seconds", type=float, default=110.0, help="begin no candidate after this")
     parser.add_argument("--seed", type=int)
     arguments = parser.parse_args()
     main()

@@ -13,11 +13,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from blockmoe.geometry import BLOCK, MoEGeometry
-from blockmoe.operator.launch import Buffer, Launch, recorded
-from blockmoe.operator.pipeline import run
+from blockmoe.geometry import MoEGeometry
+from blockmoe.operator import pipeline
+from blockmoe.operator.launch import Launch
 from blockmoe.operator.plan import Plan
-from blockmoe.operator.workspace import layout
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 TYPES = {
@@ -38,37 +37,14 @@ class Usage:
 
 
 def launches(geometry: MoEGeometry, tokens: int, plan: Plan) -> list[Launch]:
-    """What a call would launch, by a dry run over tensors without memory."""
-    g = geometry
-    experts, hidden, middle = g.num_local_experts, g.hidden_size, g.intermediate_size
-    e4m3 = torch.float8_e4m3fn
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    inputs = (
-        empty(tokens, g.num_experts),
-        empty(g.num_experts, dtype=torch.bfloat16) if g.routing == "deepseek_v3" else None,
-        empty(tokens, hidden, dtype=e4m3),
-        empty(hidden // BLOCK, tokens),
-        empty(experts, 2 * middle, hidden, dtype=e4m3),
-        empty(experts, 2 * middle // BLOCK, hidden // BLOCK),
-        empty(experts, hidden, middle, dtype=e4m3),
-        empty(experts, hidden // BLOCK, middle // BLOCK),
-    )
-    out = empty(tokens, hidden, dtype=torch.bfloat16)
-    workspace = empty(layout(g, tokens, plan)[1], dtype=torch.uint8)
-    with recorded() as found:
-        run(inputs, 0, 1.0, g, [plan], 132, out, workspace)
-    return found
+    bias = torch.bfloat16 if geometry.routing == "deepseek_v3" else None
+    return pipeline.launches(geometry, tokens, plan, 0, 1.0, bias_dtype=bias)
 
 
 def compiled(launch: Launch, capability: int) -> Usage:
     """Triton's cubin of one launch for sm_90a or sm_100a."""
     kernel = launch.kernel
-    types = ["*i8"] * 0
-    for value in launch.arguments:
-        types.append(TYPES[value.dtype] if isinstance(value, Buffer) else "i32" if isinstance(value, int) else "fp32")
+    types = [TYPES[slot.dtype] for slot in launch.slots] + ["i32" if isinstance(n, int) else "fp32" for n in launch.numbers]
     names = kernel.arg_names
     assert len(names) == len(types) + len(launch.constants), f"{names} against {types} and {launch.constants}"
     signature = dict(zip(names, types + ["constexpr"] * len(launch.constants), strict=True))

@@ -7,25 +7,21 @@ pytest.importorskip("triton")
 import aot  # noqa: E402
 
 from blockmoe.geometry import HEADLINE, MoEGeometry  # noqa: E402
-from blockmoe.operator.plan import choose_plan, plans  # noqa: E402
+from blockmoe.operator.plan import choose_plan, plans, with_tiles  # noqa: E402
 
 SHARED_LIMIT = 232_448  # bytes a program may have on an H100
-SPILLS = {"route_dense_kernel": 64}  # 64 tokens by 16 warps: 128 registers a thread, once a call
+SPILLS = {"route_kernel": 32, "choose_kernel": 32}  # 32 warps have 64 registers a thread
 RENORMALIZE = MoEGeometry(512, 128, 10, 2048, 512, "renormalize")
 
 
 def launches(g: MoEGeometry, found) -> dict:
     """By name and constants, so that each compiles once."""
-    tokens = {"dense": 1, "sorted": 65, "wide": 4096}
-    result = {}
-    for plan in found:
-        count = min(tokens[plan.path], plan.gate_up.block_n) if plan.path == "dense" else tokens[plan.path]
-        for launch in aot.launches(g, count, plan):
-            result[launch.kernel.__name__, launch.constants, launch.num_warps] = launch
-    return result
+    each = [launch for plan in found for launch in aot.launches(g, 1, plan)]
+    return {(launch.kernel.__name__, launch.constants, launch.num_warps): launch for launch in each}
 
 
-HOPPER = launches(HEADLINE, plans(HEADLINE)) | launches(RENORMALIZE, [choose_plan(RENORMALIZE, t) for t in (1, 100)])
+EARLY = [with_tiles(choose_plan(HEADLINE, t), gate_up=dict(guess=4), down=dict(prefetch=1)) for t in (80, 901)]
+HOPPER = launches(HEADLINE, [*plans(HEADLINE), *EARLY]) | launches(RENORMALIZE, [choose_plan(RENORMALIZE, t) for t in (1, 100)])
 BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, capability=100) for t in (1, 80, 8192)])
 
 

@@ -7,7 +7,9 @@ being traced and skips otherwise (the dispatcher costs host time).
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,7 +19,11 @@ from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least
 from blockmoe.operator.workspace import layout, rounds
 
 E4M3 = torch.float8_e4m3fn
-_explained: set[tuple] = set()
+_signature = attrgetter("shape", "dtype", "device")
+_is_contiguous = torch.Tensor.is_contiguous
+_address = torch.Tensor.data_ptr
+_calls: dict[tuple, _Call] = {}  # by everything that validation looks at
+MOST_CALLS = 1024
 
 
 def fused_moe(
@@ -64,44 +70,47 @@ def fused_moe(
         torch.ops.blockmoe.fused_moe_out(*arguments, out)
         return out
 
-    geometry = _validate(
-        routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
-        gemm2_weights, gemm2_weights_scale, local_expert_offset, routed_scaling_factor, routing, top_k, n_group,
-        topk_group, out,
-    )  # fmt: skip
-    tokens = hidden_states.shape[0]
-    device = hidden_states.device
-    offset, factor = int(local_expert_offset), float(routed_scaling_factor)
-    if out is None:
-        out = torch.empty(hidden_states.shape, dtype=torch.bfloat16, device=device)
-    if tokens == 0:
-        return out
     inputs = (
-        routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
-        gemm2_weights, gemm2_weights_scale,
+        routing_logits, hidden_states if routing_bias is None else routing_bias, hidden_states, hidden_states_scale,
+        gemm1_weights, gemm1_weights_scale, gemm2_weights, gemm2_weights_scale,
     )  # fmt: skip
-    if device.type == "cpu" and not _interpreted():
+    try:
+        key = (
+            *map(_signature, inputs), routing_bias is None, local_expert_offset, routed_scaling_factor, routing, top_k, n_group,
+            topk_group, plan,
+        )  # fmt: skip
+        call = _calls[key] if all(map(_is_contiguous, inputs)) else None
+    except (KeyError, AttributeError, TypeError):
+        call = None
+    if call is None:
+        call = _prepare(
+            routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
+            gemm2_weights, gemm2_weights_scale, local_expert_offset, routed_scaling_factor, routing, top_k, n_group,
+            topk_group, plan,
+        )  # fmt: skip
+        if len(_calls) >= MOST_CALLS:
+            _calls.clear()
+        _calls[key] = call
+    if out is None:
+        out = torch.empty_like(hidden_states, dtype=torch.bfloat16)
+    elif _signature(out) != call.out or not _is_contiguous(out):
+        _check("out", out, call.out[0], (torch.bfloat16,), call.device)
+    if workspace is None:
+        workspace = torch.empty(call.workspace, dtype=torch.uint8, device=call.device)
+    else:
+        _check_workspace(workspace, call.workspace, call.device)
+    if call.rounds is None:
         from blockmoe.reference import moe_reference
 
-        return out.copy_(moe_reference(*inputs, offset, factor, geometry=geometry))
-
-    sm_count, capability = _device(device.index) if device.type == "cuda" else (132, 90)
-    plans, needed = _planned(geometry, tokens, sm_count, capability, plan)
-    if workspace is None:
-        workspace = torch.empty(needed, dtype=torch.uint8, device=device)
+        return out.copy_(moe_reference(routing_logits, routing_bias, *inputs[2:], *call.scalars, geometry=call.geometry))
+    if call.device.type == "cpu":
+        call.interpret(inputs, out, workspace)
+    elif len(call.rounds) == 1 and call.device.index == torch.cuda.current_device():
+        call.rounds[0].run((*map(_address, inputs), out.data_ptr(), workspace.data_ptr()))
     else:
-        _check_workspace(workspace, needed, device)
-    if "BLOCKMOE_EXPLAIN" in os.environ and (geometry, tokens) not in _explained:
-        _explained.add((geometry, tokens))
-        print(f"blockmoe: {geometry.definition_name} T={tokens}: {plans[0]}; workspace {needed / 1e6:.1f} MB")
-
-    from blockmoe.operator.pipeline import run  # imports triton
-
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            run(inputs, offset, factor, geometry, plans, sm_count, out, workspace)
-    else:
-        run(inputs, offset, factor, geometry, plans, sm_count, out, workspace)
+        with torch.cuda.device(call.device):
+            for part, one in call.parts(inputs, out):
+                one.run((*map(_address, part), workspace.data_ptr()))
     return out
 
 
@@ -162,12 +171,59 @@ def _geometry(*values: Any) -> MoEGeometry:
     return geometry
 
 
-@lru_cache(maxsize=512)
-def _planned(geometry: MoEGeometry, tokens: int, sm_count: int, capability: int, given: Plan | None) -> tuple:
-    """A plan for each round of the call, and the bytes of workspace for all."""
+class _Call:
+    """What calls with tensors of the same sizes, types and device share; `rounds` is None where there is no kernel."""
+
+    def __init__(self, geometry: MoEGeometry, device: torch.device, tokens: int, offset: int, factor: float) -> None:
+        self.geometry = geometry
+        self.device = device
+        self.scalars = (offset, factor)
+        self.out = (torch.Size((tokens, geometry.hidden_size)), torch.bfloat16, device)
+        self.workspace = 0
+        self.rounds: list | None = None
+
+    def parts(self, inputs: Sequence[torch.Tensor], out: torch.Tensor):
+        """The nine tensors of each round, and its launches."""
+        logits, bias, x, x_scale, *weights = inputs
+        begin = 0
+        for tokens, one in zip(rounds(len(out)), self.rounds or (), strict=True):
+            part = slice(begin, begin + tokens)
+            begin += tokens
+            yield (logits[part], bias, x[part], x_scale[:, part].contiguous(), *weights, out[part]), one
+
+    def interpret(self, inputs: Sequence[torch.Tensor], out: torch.Tensor, workspace: torch.Tensor) -> None:
+        from blockmoe.operator.launch import interpret
+
+        for part, launches in self.parts(inputs, out):
+            interpret(launches, (*part, workspace))
+
+
+def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, factor, routing, top_k, n_group, topk_group, plan) -> _Call:
+    geometry = _validate(
+        logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, factor, routing, top_k, n_group, topk_group
+    )  # fmt: skip
+    tokens, device = len(x), x.device
+    offset, factor = int(offset), float(factor)
+    call = _Call(geometry, device, tokens, offset, factor)
+    if device.type == "cpu" and not _interpreted():
+        return call
+    sm_count, capability = _device(device.index) if device.type == "cuda" else (132, 90)
     counts = rounds(tokens)
-    plans = [given or choose_plan(geometry, t, sm_count=sm_count, capability=capability) for t in counts]
-    return plans, max(layout(geometry, t, plan)[1] for t, plan in zip(counts, plans, strict=True))
+    plans = [plan or choose_plan(geometry, t, sm_count=sm_count, capability=capability) for t in counts]
+    call.workspace = max((layout(geometry, t, p)[1] for t, p in zip(counts, plans, strict=True)), default=0)
+    if "BLOCKMOE_EXPLAIN" in os.environ and plans:
+        print(f"blockmoe: {geometry.definition_name} T={tokens}: {plans[0]}; workspace {call.workspace / 1e6:.1f} MB")
+
+    from blockmoe.operator.launch import Prepared  # imports triton
+    from blockmoe.operator.pipeline import launches
+
+    bias_dtype = None if bias is None else bias.dtype
+    found = [
+        launches(geometry, t, p, offset, factor, sm_count=sm_count, logits_dtype=logits.dtype, bias_dtype=bias_dtype)
+        for t, p in zip(counts, plans, strict=True)
+    ]
+    call.rounds = found if device.type == "cpu" else [Prepared(one, device.index) for one in found]
+    return call
 
 
 @lru_cache(maxsize=16)
@@ -200,7 +256,7 @@ _FLOATS = (torch.float32, torch.bfloat16)
 
 
 def _validate(
-    logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, factor, routing, top_k, n_group, topk_group, out
+    logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, factor, routing, top_k, n_group, topk_group
 ) -> MoEGeometry:  # fmt: skip
     for name, tensor, dims in (
         ("routing_logits", logits, 2), ("hidden_states", x, 2), ("gemm1_weights", w1, 3), ("gemm2_weights", w2, 3),
@@ -229,8 +285,6 @@ def _validate(
         _check("routing_bias", bias, (experts,), _FLOATS, device)
     elif bias is not None:
         raise ValueError("routing_bias: expected None for renormalize, got a tensor")
-    if out is not None:
-        _check("out", out, (tokens, hidden), (torch.bfloat16,), device)
     for name, value, kinds in (
         ("local_expert_offset", offset, int), ("routed_scaling_factor", factor, (int, float)),
     ):  # fmt: skip

@@ -19,6 +19,7 @@ import triton.language as tl
 
 from blockmoe.geometry import BLOCK
 from blockmoe.operator.kernel_parts import after_previous_kernel, prefetch_into_l2
+from blockmoe.operator.launch import Launch, Slot
 from blockmoe.operator.workspace import Round
 
 
@@ -30,8 +31,8 @@ def down_dense_kernel(
 ):  # fmt: skip
     K: tl.constexpr = 128
     PARTS: tl.constexpr = K // GROUP
-    m = tl.program_id(0) * BLOCK_M
-    split = tl.program_id(1)
+    m = (tl.program_id(0) // SPLIT) * BLOCK_M
+    split = tl.program_id(0) % SPLIT
     if PDL and PREFETCH > 0:
         # The tile list is there: every program of GEMM1 waited for the routing before it let this kernel begin.
         for tile in range(split, tl.minimum(tl.load(tile_count), PREFETCH * SPLIT), SPLIT):
@@ -72,13 +73,18 @@ def down_dense_kernel(
 def down_sorted_kernel(
     middle, middle_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_block, blocks,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    after_previous_kernel(PDL)
     K: tl.constexpr = 128
     PARTS: tl.constexpr = K // GROUP
     columns = blocks * K
     first_column = first_block * K
+    if PDL and PREFETCH > 0:  # the tile list is there, as above
+        tiles = tl.load(tile_count)
+        if tl.program_id(0) < tiles * (columns // BLOCK_M):
+            first = tl.load(tile_expert + tl.program_id(0) % tiles).to(tl.int64) * (HIDDEN * INTER)
+            prefetch_into_l2(w + first + (first_column + (tl.program_id(0) // tiles) * BLOCK_M) * INTER, BLOCK_M * INTER)
+    after_previous_kernel(PDL)
     tiles = tl.load(tile_count)
     for unit in range(tl.program_id(0), tiles * (columns // BLOCK_M), tl.num_programs(0)):
         tile = unit % tiles  # tiles of one expert side by side: they share the weights in L2
@@ -146,8 +152,8 @@ def down_wide_kernel(
         tl.store(at, sums.to(rows.dtype.element_ty), mask=(pair < end)[:, None])
 
 
-def down(w, w_scale, out, first_block: int, round: Round) -> None:
-    """Launch GEMM2 over 128-column blocks first_block ... of the output; the dense path knows only all of them."""
+def down(w: Slot, w_scale: Slot, out: Slot, first_block: int, round: Round) -> list[Launch]:
+    """GEMM2 over 128-column blocks first_block ... of the output; the dense path knows only all of them."""
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile = plan.down
     shape = (g.hidden_size, g.intermediate_size)
@@ -156,13 +162,12 @@ def down(w, w_scale, out, first_block: int, round: Round) -> None:
     if plan.path == "dense":
         arguments += (b["rows"] if tile.split > 1 else out, sizes.tokens)
         constants = (*shape, group, tile.block_m, tile.block_n, tile.split, 2 * tile.stages, tile.prefetch, plan.pdl)
-        round.launch(down_dense_kernel, (g.hidden_size // tile.block_m, tile.split), arguments, constants, tile.num_warps)
-        return
+        programs = g.hidden_size // tile.block_m * tile.split
+        return [round.launch(down_dense_kernel, programs, arguments, constants, tile.num_warps)]
     arguments += (b["tile_begin"], b["tile_end"], b["rows"], first_block, sizes.blocks)
-    grid = (min(sizes.tiles * (sizes.blocks * BLOCK // tile.block_m), round.programs), 1)
+    programs = min(sizes.tiles * (sizes.blocks * BLOCK // tile.block_m), round.programs)
     if plan.path == "wide":
         constants = (*shape, tile.block_n, tile.stages, plan.pdl)
-        round.launch(down_wide_kernel, grid, arguments, constants, tile.num_warps)
-        return
-    constants = (*shape, group, tile.block_m, tile.block_n, tile.stages, plan.pdl)
-    round.launch(down_sorted_kernel, grid, arguments, constants, tile.num_warps)
+        return [round.launch(down_wide_kernel, programs, arguments, constants, tile.num_warps)]
+    constants = (*shape, group, tile.block_m, tile.block_n, tile.stages, tile.prefetch, plan.pdl)
+    return [round.launch(down_sorted_kernel, programs, arguments, constants, tile.num_warps)]

@@ -15,7 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blockmoe.operator.kernel_parts import after_previous_kernel, quantise, silu
+from blockmoe.operator.kernel_parts import after_previous_kernel, prefetch_each_into_l2, quantise, silu
+from blockmoe.operator.launch import Launch, Slot
 from blockmoe.operator.workspace import Round
 
 
@@ -24,11 +25,18 @@ def gate_up_kernel(
     x, x_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, middle,
     middle_scale, tokens,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, TILE_FIRST: tl.constexpr,
+    PDL: tl.constexpr, TILE_FIRST: tl.constexpr, LOCAL: tl.constexpr, GUESS: tl.constexpr,
 ):  # fmt: skip
-    after_previous_kernel(PDL)
     K: tl.constexpr = 128
     BLOCKS_I: tl.constexpr = INTER // BLOCK_I
+    row = tl.arange(0, 2 * BLOCK_I)
+    is_gate = (row // 8) % 2
+    row_i = (row // 16) * 8 + row % 8
+    if PDL and GUESS > 0 and tl.program_id(0) < LOCAL * min(8, BLOCKS_I):
+        # Routing still runs. Where all but a few experts are active, this program's weights are known to within those.
+        guess = (tl.program_id(0) % LOCAL).to(tl.int64) * (2 * INTER) + (tl.program_id(0) // LOCAL) * BLOCK_I
+        prefetch_each_into_l2(w + (guess + is_gate * INTER + row_i) * HIDDEN, GUESS * K)
+    after_previous_kernel(PDL)
     tiles = tl.load(tile_count)
     for unit in range(tl.program_id(0), tiles * BLOCKS_I, tl.num_programs(0)):
         if TILE_FIRST:  # tiles of one expert side by side: they share the weights in L2
@@ -44,9 +52,7 @@ def gate_up_kernel(
         token = tl.load(pair_token + pair, mask=pair < end, other=0)
         chosen = weight != 0.0  # a dense tile lists every token: the others are neither read nor multiplied
 
-        row = tl.arange(0, 2 * BLOCK_I)
-        is_gate = (row // 8) % 2
-        i = i_block * BLOCK_I + (row // 16) * 8 + row % 8
+        i = i_block * BLOCK_I + row_i
         k = tl.arange(0, K)
         w_at = w + expert.to(tl.int64) * (2 * INTER * HIDDEN) + (is_gate * INTER + i)[:, None] * HIDDEN + k[None, :]
         x_at = x + token.to(tl.int64)[None, :] * HIDDEN + k[:, None]
@@ -110,8 +116,8 @@ def gate_up_wide_kernel(
         tl.store(middle_scale + pair.to(tl.int64) * BLOCKS_I + i_block, scale * weight, mask=pair < end)
 
 
-def gate_up(x, x_scale, w, w_scale, round: Round) -> None:
-    """Launch GEMM1."""
+def gate_up(x: Slot, x_scale: Slot, w: Slot, w_scale: Slot, round: Round) -> list[Launch]:
+    """GEMM1."""
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile = plan.gate_up
     arguments = (
@@ -122,9 +128,8 @@ def gate_up(x, x_scale, w, w_scale, round: Round) -> None:
     shape = (g.hidden_size, g.intermediate_size)
     if plan.path == "wide":
         constants = (*shape, tile.block_n, tile.stages, plan.pdl)
-        round.launch(gate_up_wide_kernel, (min(units, round.programs), 1), arguments, constants, tile.num_warps)
-        return
+        return [round.launch(gate_up_wide_kernel, min(units, round.programs), arguments, constants, tile.num_warps)]
     dense = plan.path == "dense"
-    constants = (*shape, tile.block_i, tile.block_n, tile.stages, plan.pdl, not dense)
-    grid = (units if dense else min(units, round.programs), 1)
-    round.launch(gate_up_kernel, grid, arguments, constants, tile.num_warps)
+    constants = (*shape, tile.block_i, tile.block_n, tile.stages, plan.pdl, not dense, g.num_local_experts, tile.guess)
+    programs = units if dense else min(units, round.programs)
+    return [round.launch(gate_up_kernel, programs, arguments, constants, tile.num_warps)]

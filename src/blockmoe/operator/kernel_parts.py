@@ -11,12 +11,20 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 def after_previous_kernel(PDL: tl.constexpr):
     """Wait for the kernel before, then let the next one take free multiprocessors; nothing where PDL is off.
 
-    Every program of every kernel does this before its first dependent read and its first write. So a kernel that has
-    begun knows that all but the one before it are complete.
+    Every program of every kernel does this, or `before_next_kernel`, before its first dependent read and its first
+    write. A kernel that waits first lets the next one know that everything up to the kernel before it is complete.
     """
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def before_next_kernel(PDL: tl.constexpr):
+    """The same in the other order: the next kernel may begin at once, and know nothing until it has waited itself."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -41,6 +49,19 @@ def prefetch_into_l2(pointer, BYTES: tl.constexpr):
         " @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
         "=r,l,r",
         [pointer.to(tl.int64), BYTES],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def prefetch_each_into_l2(pointers, BYTES: tl.constexpr):
+    """The same at each of a tensor of pointers, by whichever thread holds it."""
+    tl.inline_asm_elementwise(
+        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pointers.to(tl.int64), BYTES],
         dtype=tl.int32,
         is_pure=False,
         pack=1,

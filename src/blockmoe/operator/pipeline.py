@@ -1,4 +1,4 @@
-"""The launches of one call, in order. More than TOKEN_CHUNK tokens run as rounds over runs of tokens."""
+"""The launches of one call, in order: a pure function of sizes."""
 
 from __future__ import annotations
 
@@ -10,48 +10,66 @@ from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.combine import combine
 from blockmoe.operator.down import down
 from blockmoe.operator.gate_up import gate_up
-from blockmoe.operator.launch import Buffer, interpreted
-from blockmoe.operator.plan import TOKEN_CHUNK, Plan
+from blockmoe.operator.launch import (
+    BIAS,
+    HIDDEN,
+    HIDDEN_SCALE,
+    LOGITS,
+    OUT,
+    W1,
+    W1_SCALE,
+    W2,
+    W2_SCALE,
+    Launch,
+    Slot,
+    interpreted,
+)  # fmt: skip
+from blockmoe.operator.plan import Plan
 from blockmoe.operator.route import route
-from blockmoe.operator.workspace import Round, buffers, sizes, views
+from blockmoe.operator.workspace import Round, sizes, slots
 
 PROGRAMS_PER_SM = 8  # bound on a grid: more tiles than that a multiprocessor are walked in a loop
+E4M3 = torch.float8_e4m3fn
 
 
-def run(inputs, offset: int, factor: float, geometry: MoEGeometry, plans: list[Plan], sm_count: int, out, workspace) -> None:
-    """Launch everything for validated `inputs` (the eight tensors of `fused_moe`, in its order); a plan a round."""
-    logits, bias, x, x_scale, *weights = inputs
-    if len(plans) == 1:
-        run_round((logits, bias, x, x_scale, *weights, out), offset, factor, geometry, plans[0], sm_count, workspace)
-        return
-    for i, plan in enumerate(plans):
-        part = slice(i * TOKEN_CHUNK, min((i + 1) * TOKEN_CHUNK, out.shape[0]))
-        tensors = (logits[part], bias, x[part], x_scale[:, part].contiguous(), *weights, out[part])
-        run_round(tensors, offset, factor, geometry, plan, sm_count, workspace)
+def stages(
+    geometry: MoEGeometry,
+    tokens: int,
+    plan: Plan,
+    offset: int,
+    factor: float,
+    *,
+    sm_count: int = 132,
+    logits_dtype: torch.dtype = torch.float32,
+    bias_dtype: torch.dtype | None = torch.bfloat16,
+) -> dict[str, list[Launch]]:
+    """The launches of a round of `tokens` tokens by stage; down and combine take turns where the columns come in blocks.
 
-
-def begin_round(tensors: tuple, geometry: MoEGeometry, plan: Plan, sm_count: int, workspace: torch.Tensor) -> tuple[tuple, Round]:
-    """The eight inputs and the output as launches want them, and what every stage knows."""
-    tokens, device = tensors[2].shape[0], workspace.device
-    bound = sizes(geometry, tokens, plan)
-    tensors = tuple(tensors[0] if t is None else t for t in tensors)  # renormalize reads no bias
-    programs = PROGRAMS_PER_SM * sm_count
+    `bias_dtype` is None where there is no bias.
+    """
     if interpreted():
         plan = replace(plan, pdl=False)  # which the interpreter does not know
-        return tensors, Round(geometry, plan, bound, views(workspace, geometry, tokens, plan), (), programs)
-    pointers = tuple(Buffer.of(t) for t in tensors)
-    aligned = all(p.address % 16 == 0 for p in pointers)
-    variant = (device.index, aligned, pointers[0].dtype, pointers[1].dtype)
-    return pointers, Round(geometry, plan, bound, buffers(workspace, geometry, tokens, plan), variant, programs)
+    bound = sizes(geometry, tokens, plan)
+    this = Round(geometry, plan, bound, slots(geometry, tokens, plan), PROGRAMS_PER_SM * sm_count)
+    logits = Slot(LOGITS, logits_dtype)
+    bias = logits if bias_dtype is None else Slot(BIAS, bias_dtype)  # renormalize reads no bias
+    x, x_scale, out = Slot(HIDDEN, E4M3), Slot(HIDDEN_SCALE, torch.float32), Slot(OUT, torch.bfloat16)
+    found = {
+        "route": route(logits, bias, offset, factor, this),
+        "gate_up": gate_up(x, x_scale, Slot(W1, E4M3), Slot(W1_SCALE, torch.float32), this),
+        "down": [],
+        "combine": [],
+    }
+    for first_block in range(0, geometry.hidden_blocks, bound.blocks):
+        found["down"] += down(Slot(W2, E4M3), Slot(W2_SCALE, torch.float32), out, first_block, this)
+        found["combine"] += combine(out, first_block, this)
+    return found
 
 
-def run_round(
-    tensors: tuple, offset: int, factor: float, geometry: MoEGeometry, plan: Plan, sm_count: int, workspace: torch.Tensor
-) -> None:
-    pointers, this = begin_round(tensors, geometry, plan, sm_count, workspace)
-    logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, out = pointers
-    route(logits, bias, offset, factor, this)
-    gate_up(x, x_scale, w1, w1_scale, this)
-    for first_block in range(0, geometry.hidden_blocks, this.sizes.blocks):
-        down(w2, w2_scale, out, first_block, this)
-        combine(out, first_block, this)
+def launches(*arguments, **options) -> list[Launch]:
+    """`stages` in the order of launching."""
+    found = stages(*arguments, **options)
+    first = found["route"] + found["gate_up"]
+    if not found["combine"]:
+        return first + found["down"]
+    return first + [launch for pair in zip(found["down"], found["combine"], strict=True) for launch in pair]

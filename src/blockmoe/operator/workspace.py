@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry
-from blockmoe.operator.launch import ALIGNMENT, Buffer, launch
-from blockmoe.operator.plan import CHUNK_PROGRAMS, ROW_BUFFER, TOKEN_CHUNK, Plan, choose_plan
+from blockmoe.operator.launch import ALIGNMENT, WORKSPACE, Launch, Slot
+from blockmoe.operator.plan import MOST_CHUNKS, ROW_BUFFER, TOKEN_CHUNK, Plan, choose_plan
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
         min(geometry.num_local_experts, pairs) + pairs // block_n,
         geometry.num_local_experts * -(-tokens // block_n),
     )
-    chunk_tokens = plan.route.block_t * -(-tokens // (plan.route.block_t * CHUNK_PROGRAMS))
+    block_t = plan.route.block_t
+    chunk_tokens = tokens if plan.route.one_launch else block_t * -(-tokens // (block_t * MOST_CHUNKS))
     every = geometry.hidden_blocks
     fitting = [b for b in range(1, every + 1) if every % b == 0 and 2 * pairs * b * BLOCK <= ROW_BUFFER]
     return Sizes(tokens, pairs, tiles, -(-tokens // chunk_tokens), chunk_tokens, max(fitting, default=1))
@@ -52,28 +53,25 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
 def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:
     """Offset, element count and type of every buffer, and the bytes of all."""
     bound = sizes(geometry, tokens, plan)
+    local, block_i = geometry.num_local_experts, plan.gate_up.block_i
     fields: dict[str, tuple[int, torch.dtype]] = {
+        "token_weight": (tokens * local, torch.float32),
+        "chunk_count": (bound.chunks * local, torch.int32),
         "tile_count": (1, torch.int32),
         "tile_expert": (bound.tiles, torch.int32),
         "tile_begin": (bound.tiles, torch.int32),
         "tile_end": (bound.tiles, torch.int32),
         "pair_token": (bound.rows, torch.int32),
         "pair_weight": (bound.rows, torch.float32),
+        "token_pair": (tokens * geometry.top_k, torch.int32),
+        "token_pairs": (tokens, torch.int32),
         "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
-        "middle_scale": (bound.rows * geometry.intermediate_size // plan.gate_up.block_i, torch.float32),
+        "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),
     }
-    if plan.path == "dense":
-        if plan.down.split > 1:
-            fields["rows"] = (plan.down.split * tokens * geometry.hidden_size, torch.float32)
-    else:
-        local = geometry.num_local_experts
-        fields |= {
-            "chunk_count": (bound.chunks * local, torch.int32),
-            "token_weight": (tokens * local, torch.float32),
-            "token_pair": (tokens * geometry.top_k, torch.int32),
-            "token_pairs": (tokens, torch.int32),
-            "rows": (bound.rows * bound.blocks * BLOCK, torch.bfloat16),
-        }
+    if plan.path != "dense":
+        fields["rows"] = (bound.rows * bound.blocks * BLOCK, torch.bfloat16)
+    elif plan.down.split > 1:
+        fields["rows"] = (plan.down.split * tokens * geometry.hidden_size, torch.float32)
     placed, offset = {}, 0
     for name, (count, dtype) in fields.items():
         placed[name] = (offset, count, dtype)
@@ -93,16 +91,11 @@ def workspace_size(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, c
     return max((layout(geometry, t, plan)[1] for t, plan in plans), default=0)
 
 
-def buffers(workspace: torch.Tensor, geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, Buffer]:
-    base = workspace.data_ptr()
+@lru_cache(maxsize=512)
+def slots(geometry: MoEGeometry, tokens: int, plan: Plan) -> Mapping[str, Slot]:
+    """The buffers as launches name them."""
     placed, _ = layout(geometry, tokens, plan)
-    return {name: Buffer(base + offset, dtype) for name, (offset, _, dtype) in placed.items()}
-
-
-def views(workspace: torch.Tensor, geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, torch.Tensor]:
-    """The same as tensors: for the interpreter, and for looking at a stage's result."""
-    placed, _ = layout(geometry, tokens, plan)
-    return {name: workspace[offset : offset + count * dtype.itemsize].view(dtype) for name, (offset, count, dtype) in placed.items()}
+    return {name: Slot(WORKSPACE, dtype, offset, count) for name, (offset, count, dtype) in placed.items()}
 
 
 @dataclass(frozen=True)
@@ -112,9 +105,10 @@ class Round:
     geometry: MoEGeometry
     plan: Plan
     sizes: Sizes
-    memory: Mapping[str, Buffer | torch.Tensor]
-    variant: tuple  # (device index, pointers aligned, element types): see `launch`
+    memory: Mapping[str, Slot]
     programs: int  # bound on the grids of the sorted and wide paths
 
-    def launch(self, kernel: Any, programs: tuple[int, int], arguments: tuple, constants: tuple, num_warps: int) -> None:
-        launch(kernel, programs, arguments, constants, num_warps=num_warps, pdl=self.plan.pdl, variant=self.variant)
+    def launch(self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int) -> Launch:
+        """`arguments` are slots, then numbers."""
+        count = sum(isinstance(a, Slot) for a in arguments)
+        return Launch(kernel, programs, arguments[:count], arguments[count:], constants, num_warps, self.plan.pdl)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from layer import PLANS, RENORMALIZE, TINY, UNGROUPED
 
-from blockmoe.operator import pipeline, workspace
+from blockmoe.operator import api, workspace
 from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_reference
 
@@ -73,25 +73,30 @@ def test_a_workspace_of_the_caller_and_repeated_calls():
         assert torch.equal(first.view(torch.int16), again.view(torch.int16))
 
 
+def forget() -> None:
+    for cached in (workspace.sizes, workspace.layout, workspace.slots):
+        cached.cache_clear()
+    api._calls.clear()
+
+
 def test_columns_in_blocks(monkeypatch):
     """Worst-case routing of many tokens bounds how many columns GEMM2 keeps at a time."""
     monkeypatch.setattr(workspace, "ROW_BUFFER", 1)
-    workspace.sizes.cache_clear()
-    workspace.layout.cache_clear()
+    forget()
     try:
         for name in ("sorted 64", "sorted 128", "wide"):
             assert workspace.sizes(TINY, 20, PLANS[name]).blocks == 1
             check(layer.make(TINY, 20), TINY, 0, PLANS[name])
     finally:
-        workspace.sizes.cache_clear()
-        workspace.layout.cache_clear()
+        forget()
 
 
 def test_rounds(monkeypatch):
     """More tokens than one round holds."""
     monkeypatch.setattr(workspace, "TOKEN_CHUNK", 16)
-    monkeypatch.setattr(pipeline, "TOKEN_CHUNK", 16)
+    forget()
     check(layer.make(TINY, 37), TINY, 8, PLANS["sorted 64"])
+    forget()
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 17, 33, 64, 65])

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from blockmoe.geometry import TINY, MoEGeometry
-from blockmoe.operator.pipeline import begin_round
-from blockmoe.operator.route import route
-from blockmoe.operator.workspace import layout
+from blockmoe.operator.launch import interpret
+from blockmoe.operator.pipeline import stages
+from blockmoe.operator.workspace import layout, sizes, slots
 from blockmoe.reference import route as reference_route
 
 
@@ -15,17 +15,19 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
     """(token, local expert) -> weight of every pair, read from the lists; checks the lists on the way."""
     tokens = len(inputs[0])
     memory = torch.full((layout(g, tokens, plan)[1],), 255, dtype=torch.uint8)
-    out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16)
-    pointers, this = begin_round((*inputs, out), g, plan, 132, memory)
-    route(pointers[0], pointers[1], offset, 2.5, this)
-    lists = {name: value.tolist() for name, value in this.memory.items() if value.dtype in (torch.int32, torch.float32)}
+    logits, bias = inputs[:2]
+    found = stages(g, tokens, plan, offset, 2.5, logits_dtype=logits.dtype, bias_dtype=None if bias is None else bias.dtype)
+    tensors = (logits, logits if bias is None else bias, *[None] * 7, memory)
+    interpret(found["route"], tensors)
+    lists = {name: slot.of(tensors).tolist() for name, slot in slots(g, tokens, plan).items() if slot.dtype.itemsize == 4}
+    bound = sizes(g, tokens, plan)
     count = lists["tile_count"][0]
-    assert count <= this.sizes.tiles
+    assert count <= bound.tiles
     pairs, row_of = {}, {}
     tiles = list(zip(lists["tile_expert"], lists["tile_begin"], lists["tile_end"], strict=True))[:count]
     assert [t[0] for t in tiles] == sorted(t[0] for t in tiles)
     for expert, begin, end in tiles:
-        assert 0 < end - begin <= plan.gate_up.block_n and end <= this.sizes.rows
+        assert 0 < end - begin <= plan.gate_up.block_n and end <= bound.rows
         listed = lists["pair_token"][begin:end]
         assert listed == sorted(listed)
         for row, token in enumerate(listed, begin):
