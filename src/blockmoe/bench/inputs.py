@@ -93,9 +93,7 @@ class Inputs:
             if name in self._files:
                 if name == "routing_logits" and call != 0:
                     order = torch.randperm(len(value), generator=self._generator("tokens", call, "cpu"))
-                    if self.device.type == "cuda":
-                        order = order.pin_memory().to(self.device, non_blocking=True)  # else the host would wait for the device
-                    torch.index_select(self._files[name], 0, order, out=value)
+                    torch.index_select(self._files[name], 0, self._moved(order), out=value)
                 else:
                     value.copy_(self._files[name])
             else:
@@ -126,9 +124,13 @@ class Inputs:
         wanted = torch.zeros(len(weight), dtype=torch.bool)
         if call != 0:
             wanted = torch.rand(len(weight), generator=self._generator("signs " + name, call, "cpu", shared=True)) < 0.5
-        sign = torch.where(wanted != self._flipped[name], 0x80, 0).to(torch.uint8).to(weight.device)
-        weight.view(torch.uint8).bitwise_xor_(sign.view(-1, *[1] * (weight.dim() - 1)))  # one launch, not one an expert
+        sign = torch.where(wanted != self._flipped[name], 0x80, 0).to(torch.uint8)
+        weight.view(torch.uint8).bitwise_xor_(self._moved(sign).view(-1, *[1] * (weight.dim() - 1)))  # one launch, not one an expert
         self._flipped[name] = wanted
+
+    def _moved(self, small: torch.Tensor) -> torch.Tensor:
+        """On the device, without the host's waiting for it: a timed call is enqueued before its inputs are there."""
+        return small.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else small
 
     def _realistic(self, call: int) -> set[str]:
         """Draw activations with their scales, and weight scales; returns the names drawn."""
