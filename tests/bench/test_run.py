@@ -1,8 +1,10 @@
 """Whole runs with real worker processes, on y = 2x: one clear line and the right status for everything a solution can do."""
 
+import dataclasses
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 import toy_tree as toy
@@ -11,11 +13,16 @@ from blockmoe.bench import runner
 from blockmoe.bench.commands import load_dataset
 from blockmoe.bench.dataset import Dataset
 from blockmoe.bench.runner import Plan, Run
-from blockmoe.bench.schema import Status
+from blockmoe.bench.schema import Definition, Solution, Status, Trace
+from blockmoe.bench.session import BuildError, Session
 from blockmoe.bench.settings import Settings
 from blockmoe.geometry import TINY
 
-QUICK = Settings(warmup_runs=1, iterations=3, num_trials=2, timeout=3.0)
+PASSED = toy.workload(8, "aaaa") | {
+    "solution": "good",
+    "evaluation": {"status": "PASSED", "environment": {"hardware": "cpu"}, "timestamp": "now", "correctness": {}, "performance": {}},
+}
+QUICK = Settings(warmup_runs=1, iterations=3, num_trials=2, timeout=60.0)
 
 
 class Watcher:
@@ -62,7 +69,6 @@ def by_name(outcome):
 PASSING = {
     "value": toy.GOOD,
     "prints": "done = []\ndef run(x):\n    done or print('x' * 50_000_000)\n    done.append(1)\n    return x * 2\n",
-    "closes_its_streams": "import os\nos.close(1); os.close(2)\ndef run(x):\n    return x * 2\n",
 }
 # name: (source, status, what the message says)
 FAILING = {
@@ -81,11 +87,7 @@ FAILING = {
     "wrong_shape": ("def run(x):\n    return (x * 2)[:, :63].contiguous()\n", "INCORRECT_SHAPE", "expected shape [8, 64], got [8, 63]"),
     "wrong_dtype": ("def run(x):\n    return (x * 2).double()\n", "INCORRECT_DTYPE", "expected torch.float32, got torch.float64"),
     "wrong_values": ("def run(x):\n    return x * 3\n", "INCORRECT_NUMERICAL", "matched ratio 0.0"),
-    "syntax": ("def run(x:\n", "COMPILE_ERROR", "SyntaxError: "),
     "imports": ("import no_such_package\ndef run(x):\n    return x * 2\n", "COMPILE_ERROR", "No module named 'no_such_package'"),
-    "exits_at_import": ("raise SystemExit(5)\n", "COMPILE_ERROR", "SystemExit: 5"),
-    "no_function": ("def walk(x):\n    return x * 2\n", "COMPILE_ERROR", "has no attribute 'run'"),
-    "arity": ("def run(x, y):\n    return x * 2\n", "COMPILE_ERROR", "main.py::run: expected a function of 1 positional arguments"),
     "hangs": ("import time\ndef run(x):\n    time.sleep(1000)\n", "TIMEOUT", "no result within the timeout of 3 s"),
     "hangs_at_import": ("import time\ntime.sleep(1000)\n", "TIMEOUT", "no result within the timeout of 3 s"),
     "hangs_and_is_deaf": (
@@ -97,17 +99,16 @@ FAILING = {
 
 @pytest.fixture(scope="module")
 def parade(tmp_path_factory):
-    """Everybody in one run, in two waves so that all fit into memory together."""
+    """Everybody, in waves that fit into memory together; those that hang in a wave of their own, with a short timeout."""
     root, waves = tmp_path_factory.mktemp("parade"), []
-    failing = {name: case[0] for name, case in FAILING.items()}
-    for number in range(2):
-        tree = root / f"tree{number}"
-        sources = dict(list({**PASSING, **failing}.items())[number::2])
-        toy.make_tree(tree, sources)
+    sources = PASSING | {name: case[0] for name, case in FAILING.items()}
+    hanging = [name for name in sources if name.startswith("hangs")]
+    others = [name for name in sources if name not in hanging]
+    for number, (names, timeout) in enumerate(((others[::2], 60.0), (others[1::2], 60.0), (hanging, 3.0))):
+        tree = toy.make_tree(root / f"tree{number}", {name: sources[name] for name in names})
         in_place = "import torch\ndef run(x, y):\n    torch.mul(x, 2, out=y)\n"
         extra = {
             "into": toy.solution("into", in_place, destination_passing_style=True),
-            "into_short": toy.solution("into_short", toy.GOOD, destination_passing_style=True),
             "lacking": toy.solution("lacking", dependencies=["torch>=2.0", "no-such-package==1.0"]),
             "elsewhere": toy.solution("elsewhere", target_hardware=["NVIDIA_B200"]),
             "compiled": toy.solution("compiled", language="cuda"),
@@ -115,7 +116,8 @@ def parade(tmp_path_factory):
         for name, content in extra.items() if number == 0 else ():
             toy.write(toy.solution_path(tree, name), content)
         watcher = Watcher()
-        waves.append((execute(plan_of(tree, root / f"out{number}"), watcher), watcher))
+        plan = plan_of(tree, root / f"out{number}", dataclasses.replace(QUICK, timeout=timeout))
+        waves.append((execute(plan, watcher), watcher))
     return root, waves
 
 
@@ -147,13 +149,27 @@ def test_log_of_a_failure_holds_the_traceback(evaluations):
     assert "Traceback" in evaluations["raises"].log and "second line" in evaluations["raises"].log
 
 
-def test_function_without_room_for_its_output(evaluations):
-    assert evaluations["into_short"].status is Status.COMPILE_ERROR
-    assert "expected a function of 2 positional arguments" in evaluations["into_short"].extra["message"]
+@pytest.mark.parametrize(
+    ("source", "into", "expected"),
+    [
+        ("def run(x:\n", False, "SyntaxError: '(' was never closed"),
+        ("raise SystemExit(5)\n", False, "SystemExit: 5"),
+        ("def walk(x):\n    return x * 2\n", False, "has no attribute 'run'"),
+        ("run = 7\n", False, "main.py::run: expected a function"),
+        ("def run(x, y):\n    return x * 2\n", False, "main.py::run: expected a function of 1 positional arguments"),
+        (toy.GOOD, True, "main.py::run: expected a function of 2 positional arguments"),
+    ],
+)
+def test_what_cannot_be_built(source, into, expected):
+    """In this process; that a BuildError is a COMPILE_ERROR, `imports` shows above."""
+    session = Session(Definition.model_validate(toy.definition()), Path("."), "cpu", "trace", 0)
+    with pytest.raises(BuildError) as caught:
+        session.build(Solution.model_validate(toy.solution("mine", source, destination_passing_style=into)))
+    assert expected in str(caught.value)
 
 
 def test_skipped_with_the_reason(parade):
-    root, [(outcome, watcher), _] = parade
+    root, [(outcome, watcher), *_] = parade
     reasons = {skipped["solution"]: skipped["reason"] for skipped in outcome.skipped}
     assert reasons["lacking"] == "needs the package no-such-package==1.0, which is not installed"
     assert reasons["elsewhere"].startswith("runs on NVIDIA_B200; this is ")
@@ -169,7 +185,8 @@ def test_what_is_on_disk_is_what_came_out(parade):
         assert [line["solution"] for line in lines] == [trace.solution for trace in outcome.traces]
         assert [line["evaluation"]["status"] for line in lines] == [trace.evaluation.status.value for trace in outcome.traces]
         assert {line["evaluation"]["extra"]["interleaved"] for line in lines} == {True}
-        assert not outcome.complete(named=False) and len(watcher.lines) == len(outcome.traces) - 1  # all but the reference
+        assert not outcome.complete(named=False)
+        assert {name for name, _ in watcher.lines} == {line["solution"] for line in lines} - {"reference"}
         manifest = json.loads((root / f"out{number}" / "run.json").read_text())
         assert manifest["finished"] and manifest["error"] == "" and not manifest["interrupted"]
 
@@ -177,16 +194,18 @@ def test_what_is_on_disk_is_what_came_out(parade):
 # --- what counts as done ----------------------------------------------------------------------------------------------
 
 
-def test_everything_skipped_is_not_done_and_a_named_skip_neither(tmp_path):
+def test_everything_skipped_is_not_done(tmp_path):
     tree = toy.make_tree(tmp_path / "tree", {})
     toy.write(toy.solution_path(tree, "elsewhere"), toy.solution("elsewhere", target_hardware=["cuda"]))
     outcome = execute(plan_of(tree))
     assert outcome.traces == [] and not outcome.complete(named=False)
 
-    toy.write(toy.solution_path(tree, "good"), toy.solution("good"))
-    outcome = execute(plan_of(tree))
+
+def test_a_skip_counts_where_it_was_named():
+    outcome = runner.Outcome(skipped=[{"solution": "elsewhere"}], traces=[Trace.model_validate(PASSED)])
     assert outcome.complete(named=False) and not outcome.complete(named=True)
-    assert [trace.solution for trace in outcome.traces] == ["reference", "good"]
+    assert not runner.Outcome(traces=outcome.traces, interrupted=True).complete(named=False)
+    assert not runner.Outcome(traces=outcome.traces, error="No space left").complete(named=False)
 
 
 # --- the reference fails ----------------------------------------------------------------------------------------------
