@@ -261,8 +261,8 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> None:
     for skipped in outcome.skipped:
         shown.print(Text(f"SKIPPED {skipped['solution']}: {skipped['reason']}"), soft_wrap=True)
     if outcome.error:
-        again = f" are kept. To go on: {_again(plan)}" if save_results else " are lost: --no-save-results"
-        print(f"blockmoe: {outcome.error}; finished evaluations{again}", file=sys.stderr)
+        kept = f"; finished evaluations are kept. To go on: {_again(plan)}" if save_results and outcome.traces else ""
+        print(f"blockmoe: {outcome.error}{kept}", file=sys.stderr)
     if outcome.interrupted:
         kept = f"{len(outcome.traces)} traces are kept. To go on: {_again(plan)}" if save_results else "nothing is kept"
         print(f"blockmoe: interrupted; {kept}", file=sys.stderr)
