@@ -16,6 +16,7 @@ import importlib.util
 import inspect
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -356,7 +357,8 @@ def run_children(arguments) -> None:
     builder = None
     if "deepgemm_moe" in arguments.peers:
         command = [sys.executable, __file__, "--build", *common]
-        builder = subprocess.Popen(["sh", "-c", '"$@"; touch "$0"', str(built), *command], stdout=log, stderr=log)
+        shell = ["sh", "-c", '"$@"; touch "$0"', str(built), *command]
+        builder = subprocess.Popen(shell, stdout=log, stderr=log, start_new_session=True)
     pending = [*arguments.peers, "extras"]
     while pending and time.time() < arguments.until:
         command = [sys.executable, __file__, "--peers", ",".join(pending), "--worker", *common]
@@ -377,7 +379,7 @@ def run_children(arguments) -> None:
             break
         pending = pending[len(started) :]
     if builder and builder.poll() is None:
-        builder.terminate()
+        os.killpg(builder.pid, signal.SIGTERM)
 
 
 def read() -> list[dict]:
