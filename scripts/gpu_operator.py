@@ -187,7 +187,7 @@ def graph_of(work):
 
 
 def stage_times(timer: Timer, inputs, g: MoEGeometry, offset: int, plan: Plan, tokens: int) -> dict[str, float]:
-    """Each stage alone, over what the whole call left in the workspace; without PDL, whose waits a lone stage does not need."""
+    """Each stage alone, over what a run of all of them left in the workspace; choose and place apart too."""
     out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16, device=DEVICE)
     memory = torch.empty(layout(g, tokens, plan)[1], dtype=torch.uint8, device=DEVICE)
     tensors = [*(t if t is not None else inputs[0] for t in inputs), out, memory]

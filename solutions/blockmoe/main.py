@@ -1,6 +1,11 @@
 """blockmoe.fused_moe under the definitions' argument order; the output tensor comes last."""
 
-from blockmoe import fused_moe
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))  # the packed form carries the operator's sources beside this file
+
+from blockmoe.operator.api import fused_moe  # noqa: E402
 
 GEOMETRY = {"num_experts": 256, "num_local_experts": 32, "top_k": 8, "hidden_size": 7168, "intermediate_size": 2048, "routing": "deepseek_v3", "n_group": 8, "topk_group": 4}  # fmt: skip # noqa: E501
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from blockmoe.geometry import BLOCK, MoEGeometry
 
 E4M3_MAX = 448.0
-AMAX_FLOOR = 1e-10  # a 1x128 block of C smaller than this is scaled as if it were this large; zeros stay zeros
+AMAX_FLOOR = 1e-34  # a group of C smaller than this is scaled as if it were this large: its scale stays a normal float32
 
 
 def route(logits: Tensor, bias: Tensor | None, geometry: MoEGeometry, routed_scaling_factor: float) -> tuple[Tensor, Tensor]:
@@ -106,12 +106,15 @@ def moe_oracle(
     *,
     geometry: MoEGeometry,
     intermediate: Literal["e4m3", "bf16"] = "e4m3",
+    group: int = BLOCK,
+    rows: Literal["float32", "bf16"] = "float32",
 ) -> Tensor:
     """The layer with the rounding of the kernels: bfloat16 [T, H].
 
     Products are summed over 128 of K in float32, multiplied by the product of both scales, and accumulated in float32.
-    C is rounded once: to e4m3 with a scale of max(amax, AMAX_FLOOR) / 448 for each 1x128, or to bfloat16. A token's
-    experts are summed in float32 in ascending order, and the output is rounded to bfloat16.
+    C is rounded once: to e4m3 with a scale of max(amax, AMAX_FLOOR) / 448 for each 1 x `group` (a divisor of 128), or to
+    bfloat16. A pair's row, times its weight, is rounded to bfloat16 where `rows` says so. A token's experts are summed in
+    float32 in ascending order, and the output is rounded to bfloat16. A chosen expert of weight 0 counts for nothing.
     """
     if intermediate not in ("e4m3", "bf16"):
         raise ValueError(f"intermediate: expected e4m3 or bf16, got {intermediate!r}")
@@ -123,30 +126,32 @@ def moe_oracle(
         up, gate = gemm1.chunk(2, dim=1)
         c = torch.nn.functional.silu(gate) * up  # [rows, I]
         if intermediate == "e4m3":
-            values, scale = quantise_rows(c)
+            values, scale = quantise_rows(c, group)
         else:
-            values, scale = c.bfloat16(), c.new_ones(len(c), c.shape[1] // BLOCK)
-        result = block_scaled_matmul(values.float(), scale, gemm2_weights[expert], gemm2_weights_scale[expert])
-        output.index_add_(0, tokens, result * weight)
+            values, scale = c.bfloat16(), c.new_ones(len(c), c.shape[1] // group)
+        result = block_scaled_matmul(values.float(), scale, gemm2_weights[expert], gemm2_weights_scale[expert]) * weight
+        result = torch.where(weight == 0, 0.0, result)
+        output.index_add_(0, tokens, result.bfloat16().float() if rows == "bf16" else result)
     return output.bfloat16()
 
 
-def quantise_rows(c: Tensor) -> tuple[Tensor, Tensor]:
-    """Each 1x128 of float32 [rows, K] as e4m3 [rows, K] and its scale, float32 [rows, K/128]; C is divided by the scale."""
-    blocks = c.unflatten(1, (-1, BLOCK))
+def quantise_rows(c: Tensor, group: int = BLOCK) -> tuple[Tensor, Tensor]:
+    """Each 1 x group of float32 [rows, K] as e4m3 [rows, K] and its scale, float32 [rows, K/group]; C is divided by the scale."""
+    blocks = c.unflatten(1, (-1, group))
     scale = blocks.abs().amax(2).clamp(min=AMAX_FLOOR) / E4M3_MAX
     return (blocks / scale.unsqueeze(2)).to(torch.float8_e4m3fn).flatten(1), scale
 
 
 def block_scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """a [M, K] float32 by b [N, K] e4m3, each 128 of K scaled apart and accumulated in float32: float32 [M, N].
+    """a [M, K] float32 by b [N, K] e4m3, each group of K scaled apart and accumulated in float32: float32 [M, N].
 
-    a_scale [M, K/128]; b_scale [N/128, K/128].
+    a_scale [M, K/group], where group divides 128; b_scale [N/128, K/128].
     """
     total = torch.zeros(len(a), len(b), dtype=torch.float32, device=a.device)
-    for block in range(a.shape[1] // BLOCK):
-        columns = slice(block * BLOCK, (block + 1) * BLOCK)
-        scale = a_scale[:, block, None] * b_scale[:, block].repeat_interleave(BLOCK)  # [M, N]
+    group = a.shape[1] // a_scale.shape[1]
+    for part in range(a_scale.shape[1]):
+        columns = slice(part * group, (part + 1) * group)
+        scale = a_scale[:, part, None] * b_scale[:, part * group // BLOCK].repeat_interleave(BLOCK)  # [M, N]
         total += (a[:, columns] @ b[:, columns].float().t()) * scale
     return total
 

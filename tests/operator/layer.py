@@ -7,7 +7,7 @@ import torch
 from blockmoe.geometry import BLOCK, TINY, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.plan import DownTile, GateUpTile, Plan, RouteTile
-from blockmoe.reference import moe_reference, route
+from blockmoe.reference import moe_oracle, moe_reference
 
 UNGROUPED = MoEGeometry(24, 8, 3, 256, 256)
 RENORMALIZE = MoEGeometry(24, 24, 3, 256, 128, "renormalize")
@@ -52,24 +52,10 @@ def call(inputs, g: MoEGeometry, offset: int = 0, factor: float = 2.5, plan: Pla
     )  # fmt: skip
 
 
-def oracle(inputs, g: MoEGeometry, offset: int, factor: float, group: int) -> torch.Tensor:
-    """The layer with the one rounding that matters: the intermediate to e4m3 once a pair and `group` columns."""
-    logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale = inputs
-    experts, weights = route(logits, bias, g, factor)
-    hidden = x.float() * x_scale.t().repeat_interleave(BLOCK, 1)
-    out = torch.zeros(hidden.shape)
-    for expert in range(g.num_local_experts):
-        tokens, slots = (experts == offset + expert).nonzero(as_tuple=True)
-        up, gate = (hidden[tokens] @ _full(w1[expert], w1_scale[expert]).t()).chunk(2, dim=1)
-        parts = (torch.nn.functional.silu(gate) * up).unflatten(1, (-1, group))
-        scale = parts.abs().amax(2, keepdim=True).clamp(min=1e-34) / 448
-        rounded = ((parts / scale).to(torch.float8_e4m3fn).float() * scale).flatten(1)
-        out.index_add_(0, tokens, rounded @ _full(w2[expert], w2_scale[expert]).t() * weights[tokens, slots, None])
-    return out
-
-
-def _full(weights: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    return weights.float() * scale.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
+def oracle(inputs, g: MoEGeometry, offset: int, factor: float, plan: Plan) -> torch.Tensor:
+    """The layer with the rounding of `plan`: only sums of a different order remain."""
+    rows = "float32" if plan.path == "dense" else "bf16"
+    return moe_oracle(*inputs, offset, factor, geometry=g, group=plan.gate_up.block_i, rows=rows)
 
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:

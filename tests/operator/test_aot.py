@@ -20,8 +20,8 @@ def launches(g: MoEGeometry, found) -> dict:
     return {(launch.kernel.__name__, launch.constants, launch.num_warps): launch for launch in each}
 
 
-EARLY = [with_tiles(choose_plan(HEADLINE, t), gate_up=dict(guess=4), down=dict(prefetch=1)) for t in (80, 901)]
-HOPPER = launches(HEADLINE, [*plans(HEADLINE), *EARLY]) | launches(RENORMALIZE, [choose_plan(RENORMALIZE, t) for t in (1, 100)])
+EARLY = [with_tiles(choose_plan(HEADLINE, t), gate_up=dict(guess=4), down=dict(prefetch=1)) for t in (80,)]
+HOPPER = launches(HEADLINE, [*plans(HEADLINE), *EARLY]) | launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
 BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, capability=100) for t in (1, 80, 8192)])
 
 

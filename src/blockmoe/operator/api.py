@@ -24,6 +24,7 @@ _is_contiguous = torch.Tensor.is_contiguous
 _address = torch.Tensor.data_ptr
 _calls: dict[tuple, _Call] = {}  # by everything that validation looks at
 MOST_CALLS = 1024
+NAMESPACE = __name__.split(".")[0]  # of the torch operator: another where a packed solution carries this package renamed
 
 
 def fused_moe(
@@ -66,8 +67,8 @@ def fused_moe(
             topk_group,
         )  # fmt: skip
         if out is None:
-            return torch.ops.blockmoe.fused_moe(*arguments)
-        torch.ops.blockmoe.fused_moe_out(*arguments, out)
+            return getattr(torch.ops, NAMESPACE).fused_moe(*arguments)
+        getattr(torch.ops, NAMESPACE).fused_moe_out(*arguments, out)
         return out
 
     inputs = (
@@ -311,7 +312,7 @@ _ARGUMENTS = (
     "Tensor gemm1_weights, Tensor gemm1_weights_scale, Tensor gemm2_weights, Tensor gemm2_weights_scale, "
     "int local_expert_offset, float routed_scaling_factor, str routing, int top_k, int n_group, int topk_group"
 )
-_library = torch.library.Library("blockmoe", "DEF")
+_library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(f"fused_moe({_ARGUMENTS}) -> Tensor")
 _library.define(f"fused_moe_out({_ARGUMENTS}, Tensor(a!) out) -> ()")
 
@@ -336,11 +337,11 @@ _library.impl("fused_moe", _fused_moe_op, "CompositeExplicitAutograd")
 _library.impl("fused_moe_out", _fused_moe_out_op, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("blockmoe::fused_moe", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::fused_moe", lib=_library)
 def _fused_moe_fake(logits, bias, hidden_states, *rest: Any) -> torch.Tensor:
     return hidden_states.new_empty(hidden_states.shape, dtype=torch.bfloat16)
 
 
-@torch.library.register_fake("blockmoe::fused_moe_out", lib=_library)
+@torch.library.register_fake(f"{NAMESPACE}::fused_moe_out", lib=_library)
 def _fused_moe_out_fake(*arguments: Any) -> None:
     return None

@@ -105,6 +105,14 @@ class Prepared:
         self._ready = ready
 
 
+def compile_only(launch: Launch) -> None:
+    """Compile a launch's kernel for the current device, as a first launch with aligned pointers would."""
+    pointers = [_Address(0, slot.dtype) for slot in launch.slots]
+    launch.kernel.warmup(
+        *pointers, *launch.numbers, *launch.constants, grid=(1,), num_warps=launch.num_warps, launch_pdl=launch.pdl
+    )
+
+
 def interpret(launches: Sequence[Launch], tensors: Sequence[torch.Tensor]) -> None:
     """Carry launches out in Triton's interpreter."""
     for launch in launches:

@@ -22,9 +22,10 @@ from blockmoe.operator.launch import (
     W2_SCALE,
     Launch,
     Slot,
+    compile_only,
     interpreted,
 )  # fmt: skip
-from blockmoe.operator.plan import Plan
+from blockmoe.operator.plan import Plan, plans
 from blockmoe.operator.route import route
 from blockmoe.operator.workspace import Round, sizes, slots
 
@@ -73,3 +74,22 @@ def launches(*arguments, **options) -> list[Launch]:
     if not found["combine"]:
         return first + found["down"]
     return first + [launch for pair in zip(found["down"], found["combine"], strict=True) for launch in pair]
+
+
+def compile_all(geometry: MoEGeometry, device: int | None, logits_dtype: torch.dtype | None) -> int:
+    """See `blockmoe.operator.warmup`."""
+    if not torch.cuda.is_available():
+        raise RuntimeError("warmup: expected a CUDA device, found none")
+    with torch.cuda.device(torch.cuda.current_device() if device is None else device):
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        sm_count, capability = properties.multi_processor_count, 10 * properties.major + properties.minor
+        found = {}
+        for plan in plans(geometry, sm_count=sm_count, capability=capability):
+            bias_dtype = torch.bfloat16 if geometry.routing == "deepseek_v3" else None
+            for launch in launches(
+                geometry, 1, plan, 0, 1.0, sm_count=sm_count, logits_dtype=logits_dtype or torch.float32, bias_dtype=bias_dtype
+            ):
+                found[launch.kernel.__name__, launch.constants, launch.num_warps] = launch
+        for launch in found.values():
+            compile_only(launch)
+    return len(found)
