@@ -160,11 +160,12 @@ def test_log_of_a_failure_holds_the_traceback(evaluations):
         (toy.GOOD, True, "main.py::run: expected a function of 2 positional arguments"),
     ],
 )
-def test_what_cannot_be_built(source, into, expected):
+def test_what_cannot_be_built(source, into, expected, tmp_path):
     """In this process; that a BuildError is a COMPILE_ERROR, `imports` shows above."""
     session = Session(Definition.model_validate(toy.definition()), Path("."), "cpu", "trace", 0)
     with pytest.raises(BuildError) as caught:
-        session.build(Solution.model_validate(toy.solution("mine", source, destination_passing_style=into)))
+        solution = toy.solution("mine", source, destination_passing_style=into)
+        session.build(Solution.model_validate(solution), tmp_path)
     assert expected in str(caught.value)
 
 

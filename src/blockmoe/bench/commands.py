@@ -252,7 +252,7 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> None:
     if any(plan.output.glob("traces/**/*.jsonl")):
         try:
             shown.print(report.terminal_table([plan.output]))
-            written = report.write([plan.output], formats=["md"]) if save_results else []
+            written = report.write([plan.output], formats=["md", "html"]) if save_results else []
         except (report.ReportError, OSError) as error:
             print(f"blockmoe: no report: {error}", file=sys.stderr)
             written = []

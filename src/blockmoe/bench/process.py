@@ -6,10 +6,12 @@ import contextlib
 import json
 import os
 import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from typing import Any
@@ -33,8 +35,9 @@ class WorkerProcess:
     def __init__(self) -> None:
         ours, theirs = socket.socketpair()
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        self._folder = tempfile.mkdtemp(prefix="blockmoe-solution-")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "blockmoe.bench.worker", str(theirs.fileno())],
+            [sys.executable, "-m", "blockmoe.bench.worker", str(theirs.fileno()), str(os.getpid()), self._folder],
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True, env=environment,
         )  # fmt: skip
@@ -105,7 +108,7 @@ class WorkerProcess:
         return bytes(self._log).decode(errors="replace")
 
     def close(self) -> None:
-        """Terminate, then kill, the whole process group; returns when the worker is gone."""
+        """Terminate, then kill, the whole process group; returns when the worker and its sources are gone."""
         self._socket.close()
         for number, wait in ((signal.SIGTERM, TERMINATE_SECONDS), (signal.SIGKILL, 10.0)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -117,6 +120,7 @@ class WorkerProcess:
                 continue
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)  # children that ignored the request
+        shutil.rmtree(self._folder, ignore_errors=True)
         self._reader.join(1.0)
         if not self._reader.is_alive():  # else a process that left the group holds the pipe, and the thread reads on
             self._process.stdout.close()

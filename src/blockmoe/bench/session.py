@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -59,9 +58,8 @@ class Session:
 
     # building and opening
 
-    def build(self, solution: Solution) -> None:
+    def build(self, solution: Solution, folder: Path) -> None:
         """Write the sources to a folder of their own and import the entry point; raises BuildError."""
-        folder = Path(tempfile.mkdtemp(prefix="blockmoe-solution-"))
         for source in solution.sources:
             path = folder / source.path
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""The process of one contender: `python -m blockmoe.bench.worker FD`. Requests and replies are lines of JSON on a socket.
+"""The process of one contender: `python -m blockmoe.bench.worker FD PARENT FOLDER`, requests and replies being lines of JSON.
+
+FD is a socket, PARENT the process to die with, FOLDER where the solution's sources go.
 
 Each request names a method; a reply carries its result, or `error` with a kind: a guard's verdict, BUILD, or RUNTIME. The
 parent reads standard output and standard error apart, so that a solution may print what it likes.
@@ -20,7 +22,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main() -> None:
-    _die_with_parent()
+    _die_with_parent(int(sys.argv[2]))
     channel = socket.socket(fileno=int(sys.argv[1])).makefile("rwb")
     handler = Handler()
     for line in channel:
@@ -29,11 +31,11 @@ def main() -> None:
         channel.flush()
 
 
-def _die_with_parent() -> None:
+def _die_with_parent(parent: int) -> None:
     """So that no worker outlives a parent killed by -9. Linux only; elsewhere the closed socket ends the loop."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
+        if os.getppid() != parent:
             os._exit(1)
 
 
@@ -62,7 +64,7 @@ class Handler:
     def do_build(self, solution: str) -> None:
         from blockmoe.bench.schema import Solution
 
-        self.session.build(Solution.model_validate_json(solution))
+        self.session.build(Solution.model_validate_json(solution), Path(sys.argv[3]))
 
     def do_open(self, workload: str) -> dict[str, Any]:
         from blockmoe.bench.schema import Workload
