@@ -21,9 +21,9 @@ import torch
 SPIN_CYCLES_PER_US = 1980  # the H100's top SM clock in MHz: at lower clocks the backlog only grows
 LEAST_BACKLOG_US, MOST_BACKLOG_US = 30.0, 3000.0
 FIRST_HOLD_US, MOST_HOLD_US = 1000.0, 20000.0
-# Reading one of CUPTI's records takes about 75 us of Python. A call of hundreds of kernels takes milliseconds, and the 2 us
+# Reading one of CUPTI's records takes about 60 us of Python. A call of hundreds of kernels takes milliseconds, and the 2 us
 # that events add are nothing to it: such a contender is timed by events, and its trace says so.
-MOST_RECORDS = 300
+MOST_RECORDS = 100
 MARK = "nextafter"  # the kernel that brackets each timed call in CUPTI's records: nothing else launches it
 
 
@@ -106,7 +106,6 @@ class DeviceTimer:
     def host_us(self, prepare: Callable[[], None], call: Callable[[], object], repeats: int = 5) -> float:
         """Median time until an eager call returns to the host, launched on an idle device; sets backlog and hold."""
         times, preparing = [], []
-        before = self._cupti.count() if self._cupti else 0
         for _ in range(repeats):
             start = self._clock()
             prepare()
@@ -117,7 +116,12 @@ class DeviceTimer:
             times.append((self._clock() - start) * 1e6)
             self.synchronize()
         if self._cupti:
-            self._cupti.reading = (self._cupti.count() - before) / repeats <= MOST_RECORDS
+            before = self._cupti.count()
+            self._cupti.record(True)
+            call()
+            self.synchronize()
+            self._cupti.record(False)
+            self._cupti.reading = self._cupti.count() - before <= MOST_RECORDS
             self.name = "cupti" if self._cupti.reading else "cuda_events"
         host = statistics.median(times)
         self._backlog_us = min(max(LEAST_BACKLOG_US, 1.5 * host), MOST_BACKLOG_US)
@@ -128,6 +132,8 @@ class DeviceTimer:
         """Enqueue one call behind a backlog and between events; returns what the call returned. Times come with `collect`."""
         begin, end = self._event(enable_timing=True), self._event(enable_timing=True)
         stream = self._stream(self.device)
+        if self._cupti:
+            self._cupti.record(True)
         self._spin(int(self._backlog_us * SPIN_CYCLES_PER_US))
         self._mark(self._one, self._one, out=self._out)
         self._record(begin, stream)
@@ -137,6 +143,8 @@ class DeviceTimer:
         result = call()
         self._record(end, stream)
         self._mark(self._one, self._one, out=self._out)
+        if self._cupti:
+            self._cupti.record(False)
         self._pending.append((number, begin, end))
         return result
 
@@ -180,6 +188,7 @@ class _Cupti:
 
     def __init__(self, cupti: object) -> None:
         self._cupti = cupti
+        self._kinds = [getattr(cupti.ActivityKind, kind) for kind in ("CONCURRENT_KERNEL", "MEMCPY", "MEMSET")]
         self._records: list[tuple[int, int, bool]] = []  # (start ns, end ns, is a mark)
         self._count = 0
         self.reading = True  # whether records are read as they come, or only counted
@@ -192,11 +201,17 @@ class _Cupti:
 
             self = cls(cupti)
             cupti.activity_register_callbacks(lambda: (8 << 20, 0), self._completed)
-            for kind in ("CONCURRENT_KERNEL", "MEMCPY", "MEMSET"):
-                cupti.activity_enable(getattr(cupti.ActivityKind, kind))
+            self.record(True)  # refuses here if at all
+            self.record(False)
         except Exception:
             return None
         return self
+
+    def record(self, wanted: bool) -> None:
+        """Begin or end recording: only timed calls are recorded, since every record costs about 60 us of Python."""
+        switch = self._cupti.activity_enable if wanted and self.reading else self._cupti.activity_disable
+        for kind in self._kinds:
+            switch(kind)
 
     def _completed(self, activities: list) -> None:
         self._count += len(activities)
