@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 import aot  # noqa: E402
 
 from blockmoe.geometry import HEADLINE, MoEGeometry  # noqa: E402
-from blockmoe.operator.plan import choose_plan, plans, with_tiles  # noqa: E402
+from blockmoe.operator.plan import choose_plan, plans  # noqa: E402
 
 SHARED_LIMIT = 232_448  # bytes a program may have on an H100
 SPILLS = {"route_kernel": 32, "choose_kernel": 32}  # 32 warps have 64 registers a thread
@@ -20,8 +20,7 @@ def launches(g: MoEGeometry, found) -> dict:
     return {(launch.kernel.__name__, launch.constants, launch.num_warps): launch for launch in each}
 
 
-EARLY = [with_tiles(choose_plan(HEADLINE, t), gate_up=dict(guess=4), down=dict(prefetch=1)) for t in (80,)]
-HOPPER = launches(HEADLINE, [*plans(HEADLINE), *EARLY]) | launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
+HOPPER = launches(HEADLINE, plans(HEADLINE)) | launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
 BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, capability=100) for t in (1, 80, 8192)])
 
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from blockmoe.geometry import BLOCK
-from blockmoe.operator.kernel_parts import after_previous_kernel, prefetch_into_l2
+from blockmoe.operator.kernel_parts import after_previous_kernel
 from blockmoe.operator.launch import Launch, Slot
 from blockmoe.operator.workspace import Round
 
@@ -27,17 +27,12 @@ from blockmoe.operator.workspace import Round
 def down_dense_kernel(
     middle, middle_scale, w, w_scale, tile_count, tile_expert, out, tokens,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLIT: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = 128
     PARTS: tl.constexpr = K // GROUP
     m = (tl.program_id(0) // SPLIT) * BLOCK_M
     split = tl.program_id(0) % SPLIT
-    if PDL and PREFETCH > 0:
-        # The tile list is there: every program of GEMM1 waited for the routing before it let this kernel begin.
-        for tile in range(split, tl.minimum(tl.load(tile_count), PREFETCH * SPLIT), SPLIT):
-            first = tl.load(tile_expert + tile).to(tl.int64) * (HIDDEN * INTER) + m * INTER
-            prefetch_into_l2(w + first, BLOCK_M * INTER)
     after_previous_kernel(PDL)
     blocks = tl.load(tile_count) * (INTER // K)
     row = m + tl.arange(0, BLOCK_M)
@@ -73,17 +68,12 @@ def down_dense_kernel(
 def down_sorted_kernel(
     middle, middle_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_block, blocks,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = 128
     PARTS: tl.constexpr = K // GROUP
     columns = blocks * K
     first_column = first_block * K
-    if PDL and PREFETCH > 0:  # the tile list is there, as above
-        tiles = tl.load(tile_count)
-        if tl.program_id(0) < tiles * (columns // BLOCK_M):
-            first = tl.load(tile_expert + tl.program_id(0) % tiles).to(tl.int64) * (HIDDEN * INTER)
-            prefetch_into_l2(w + first + (first_column + (tl.program_id(0) // tiles) * BLOCK_M) * INTER, BLOCK_M * INTER)
     after_previous_kernel(PDL)
     tiles = tl.load(tile_count)
     for unit in range(tl.program_id(0), tiles * (columns // BLOCK_M), tl.num_programs(0)):
@@ -161,7 +151,7 @@ def down(w: Slot, w_scale: Slot, out: Slot, first_block: int, round: Round) -> l
     group = plan.gate_up.block_i
     if plan.path == "dense":
         arguments += (b["rows"] if tile.split > 1 else out, sizes.tokens)
-        constants = (*shape, group, tile.block_m, tile.block_n, tile.split, 2 * tile.stages, tile.prefetch, plan.pdl)
+        constants = (*shape, group, tile.block_m, tile.block_n, tile.split, 2 * tile.stages, plan.pdl)
         programs = g.hidden_size // tile.block_m * tile.split
         return [round.launch(down_dense_kernel, programs, arguments, constants, tile.num_warps)]
     arguments += (b["tile_begin"], b["tile_end"], b["rows"], first_block, sizes.blocks)
@@ -169,5 +159,5 @@ def down(w: Slot, w_scale: Slot, out: Slot, first_block: int, round: Round) -> l
     if plan.path == "wide":
         constants = (*shape, tile.block_n, tile.stages, plan.pdl)
         return [round.launch(down_wide_kernel, programs, arguments, constants, tile.num_warps)]
-    constants = (*shape, group, tile.block_m, tile.block_n, tile.stages, tile.prefetch, plan.pdl)
+    constants = (*shape, group, tile.block_m, tile.block_n, tile.stages, plan.pdl)
     return [round.launch(down_sorted_kernel, programs, arguments, constants, tile.num_warps)]

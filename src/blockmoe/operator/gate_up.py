@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blockmoe.operator.kernel_parts import after_previous_kernel, prefetch_each_into_l2, quantise, silu
+from blockmoe.operator.kernel_parts import after_previous_kernel, quantise, silu
 from blockmoe.operator.launch import Launch, Slot
 from blockmoe.operator.workspace import Round
 
@@ -25,17 +25,13 @@ def gate_up_kernel(
     x, x_scale, w, w_scale, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, middle,
     middle_scale, tokens,
     HIDDEN: tl.constexpr, INTER: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
-    PDL: tl.constexpr, TILE_FIRST: tl.constexpr, LOCAL: tl.constexpr, GUESS: tl.constexpr,
+    PDL: tl.constexpr, TILE_FIRST: tl.constexpr,
 ):  # fmt: skip
     K: tl.constexpr = 128
     BLOCKS_I: tl.constexpr = INTER // BLOCK_I
     row = tl.arange(0, 2 * BLOCK_I)
     is_gate = (row // 8) % 2
     row_i = (row // 16) * 8 + row % 8
-    if PDL and GUESS > 0 and tl.program_id(0) < LOCAL * min(8, BLOCKS_I):
-        # Routing still runs. Where all but a few experts are active, this program's weights are known to within those.
-        guess = (tl.program_id(0) % LOCAL).to(tl.int64) * (2 * INTER) + (tl.program_id(0) // LOCAL) * BLOCK_I
-        prefetch_each_into_l2(w + (guess + is_gate * INTER + row_i) * HIDDEN, GUESS * K)
     after_previous_kernel(PDL)
     tiles = tl.load(tile_count)
     for unit in range(tl.program_id(0), tiles * BLOCKS_I, tl.num_programs(0)):
@@ -130,6 +126,6 @@ def gate_up(x: Slot, x_scale: Slot, w: Slot, w_scale: Slot, round: Round) -> lis
         constants = (*shape, tile.block_n, tile.stages, plan.pdl)
         return [round.launch(gate_up_wide_kernel, min(units, round.programs), arguments, constants, tile.num_warps)]
     dense = plan.path == "dense"
-    constants = (*shape, tile.block_i, tile.block_n, tile.stages, plan.pdl, not dense, g.num_local_experts, tile.guess)
+    constants = (*shape, tile.block_i, tile.block_n, tile.stages, plan.pdl, not dense)
     programs = units if dense else min(units, round.programs)
     return [round.launch(gate_up_kernel, programs, arguments, constants, tile.num_warps)]

@@ -39,30 +39,3 @@ def quantise(x, axis: tl.constexpr):
     scale = tl.maximum(largest, 1e-34) * (1.0 / 448.0)  # an all-zero slice gets codes 0, not 0/0
     codes = (x / tl.expand_dims(scale, axis)).to(tl.float8e4nv)
     return codes, scale
-
-
-@triton.jit
-def prefetch_into_l2(pointer, BYTES: tl.constexpr):
-    """Ask for BYTES contiguous bytes (a multiple of 16) without waiting; one thread of the program asks."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred first; .reg .u32 thread; mov.u32 thread, %tid.x; setp.eq.u32 first, thread, 0;"
-        " @first cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [pointer.to(tl.int64), BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
-def prefetch_each_into_l2(pointers, BYTES: tl.constexpr):
-    """The same at each of a tensor of pointers, by whichever thread holds it."""
-    tl.inline_asm_elementwise(
-        "{ cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
-        "=r,l,r",
-        [pointers.to(tl.int64), BYTES],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
