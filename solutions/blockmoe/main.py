@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))  # the packed form carries the operator's sources beside this file
+sys.path.insert(0, str(Path(__file__).parent))  # the packed form carries the operator beside this file
 
 from blockmoe.operator.api import fused_moe  # noqa: E402
 

@@ -1,6 +1,8 @@
 """Solution folders: manifest, packed form, and what `blockmoe pack` leaves in a tree."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -140,3 +142,71 @@ def test_packed_tree_keeps_the_formats_rules_and_stands_beside_the_folders(folde
     add_folders(packed, bundled_solutions())
     own = {read_manifest(path).name for path in solution_folders(bundled_solutions())}
     assert {name for _, name in packed.solutions} == own | {name for name in names if name.startswith("mine")}
+
+
+# --- bundle -----------------------------------------------------------------------------------------------------------
+
+RUN_PACKED = """
+import sys
+sys.modules["blockmoe"] = None  # importing it fails
+import importlib.util, torch
+spec = importlib.util.spec_from_file_location("main", sys.argv[1])
+main = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(main)
+*inputs, offset, factor = torch.load(sys.argv[2])
+output = torch.full_like(inputs[2], float("nan"), dtype=torch.bfloat16)
+main.run(*inputs, offset, factor, output)
+torch.save(output, sys.argv[3])
+"""
+
+
+def test_bundled_solution_runs_without_the_package(tmp_path):
+    torch = pytest.importorskip("torch")
+    import blockmoe
+
+    g, tokens, experts = TINY, 9, TINY.num_local_experts
+    dataset = bundled()
+    add_folders(dataset, bundled_solutions())
+    from_folder = dataset.solutions[g.definition_name, "blockmoe"]
+    assert [source.path for source in from_folder.sources] == ["main.py"] and "blockmoe" in from_folder.spec.dependencies
+    packed = Solution.model_validate_json(write_packed(from_folder, "moe", tmp_path).read_text())
+
+    assert packed.spec.dependencies == ["torch", "triton"] and "bundle" not in packed.model_extra
+    package = {source.path.split("/")[0] for source in packed.sources} - {"main.py"}
+    assert len(package) == 1 and package.pop().startswith("blockmoe_")
+    carried = {source.path.partition("/")[2] for source in packed.sources}
+    assert {"__init__.py", "geometry.py", "operator/api.py", "operator/route.py"} <= carried
+    assert not {path for path in carried if path.startswith(("bench", "report", "cli", "operator/commands"))}
+    for source in packed.sources:
+        target = tmp_path / "built" / source.path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(source.content)
+
+    def codes(*shape):
+        return torch.randn(*shape).clamp(-2, 2).to(torch.float8_e4m3fn)
+
+    hidden, inner = g.hidden_size, g.intermediate_size
+    inputs = [
+        torch.randn(tokens, g.num_experts), torch.randn(g.num_experts).bfloat16(),
+        codes(tokens, hidden), torch.randn(hidden // 128, tokens),
+        codes(experts, 2 * inner, hidden), torch.randn(experts, 2 * inner // 128, hidden // 128),
+        codes(experts, hidden, inner), torch.randn(experts, hidden // 128, inner // 128),
+    ]  # fmt: skip
+    torch.save([*inputs, 8, 2.5], tmp_path / "inputs.pt")
+    command = [sys.executable, "-c", RUN_PACKED, tmp_path / "built" / "main.py", tmp_path / "inputs.pt", tmp_path / "output.pt"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    expected = blockmoe.fused_moe(
+        *inputs, local_expert_offset=8, routed_scaling_factor=2.5, top_k=g.top_k, n_group=g.n_group, topk_group=g.topk_group
+    )
+    assert expected.any() and torch.equal(torch.load(tmp_path / "output.pt").view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("import blockmoe.geometry", "line 3: expected `from blockmoe"), ("from blockmoe import __version__", "line 3: blockmoe is not a")],
+)
+def test_bundle_refuses_what_it_cannot_rename(folder, line, expected):
+    (folder / "solution.toml").write_text(MANIFEST.replace("geometry_line", "bundle = true\ngeometry_line"))
+    (folder / "main.py").write_text(MAIN.replace("\n\n", f"\n{line}\n"))
+    with pytest.raises(DatasetError, match=f"main.py: bundle: {expected}"):
+        write_packed(pack(folder, TINY.definition_name), "moe", folder.parent)

@@ -7,6 +7,7 @@ A folder `solutions/NAME/` has a manifest `solution.toml` and its sources:
     author = "blockmoe"
     description = "..."
     geometry_line = true                        # replace the entry file's line `GEOMETRY = ...` by the definition's sizes
+    bundle = true                               # the written form carries the modules of this package that the sources import
     [spec]                                      # as in the format
     language = "python"
     target_hardware = ["cpu", "cuda"]
@@ -14,20 +15,25 @@ A folder `solutions/NAME/` has a manifest `solution.toml` and its sources:
     destination_passing_style = false
     dependencies = ["torch"]
 
-The packed form is the format's Solution: one JSON a definition.
+The packed form is the format's Solution: one JSON a definition. What `write_packed` writes needs no installed blockmoe where
+the manifest says `bundle`: the modules go with it under the package name `blockmoe_DIGEST`, so that they never meet an
+installed package. A folder that is run, not written, imports the installed one.
 """
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 from dataclasses import asdict
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from blockmoe import __version__
 from blockmoe.bench.dataset import Dataset, DatasetError, first_fault, read_text, unknown
-from blockmoe.bench.schema import BuildSpec, Name, Solution, SourceFile
+from blockmoe.bench.schema import BuildSpec, Name, Solution, SourceFile, digest
 from blockmoe.geometry import HEADLINE, MoEGeometry
 
 try:
@@ -36,6 +42,8 @@ except ModuleNotFoundError:  # Python 3.10
     import tomli as tomllib
 
 SIZES_MARK = "__"  # between a packed solution's name and its definition's sizes
+PACKAGE = "blockmoe"
+PACKAGE_FOLDER = Path(__file__).parents[1]
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".hpp")
 
 
@@ -49,6 +57,7 @@ class Manifest(BaseModel):
     author: Name
     description: Name
     geometry_line: bool = False
+    bundle: bool = False
     spec: BuildSpec
 
 
@@ -80,6 +89,8 @@ def pack(folder: Path, definition: str) -> Solution:
             sources.append(SourceFile(path=relative.as_posix(), content=content or "\n"))  # the format wants no empty file
     try:
         fields = manifest.model_dump(include={"name", "author", "description", "spec"})
+        if manifest.bundle:
+            fields["bundle"] = True  # for `write_packed`, which drops it
         return Solution(definition=definition, sources=sources, **fields)
     except ValidationError as error:
         raise DatasetError(f"{folder / 'solution.toml'}: {first_fault(error)}") from None
@@ -94,6 +105,69 @@ def _with_geometry(content: str, definition: str, path: Path) -> str:
     if not found:
         raise DatasetError(f"{path}: geometry_line: expected a line that begins with `GEOMETRY = `")
     return content
+
+
+def bundled(solution: Solution) -> Solution:
+    """The solution with the modules of this package that its sources import, and those that they import, as its own sources."""
+    mine = {source.path: source.content for source in solution.sources}
+    modules: dict[str, str] = {}
+    new = {path: content for path, content in mine.items() if path.endswith(".py")}
+    while new:
+        found = {module for path, content in new.items() for node in _own_imports(path, content) for module in _module_files(path, node)}
+        new = {path: read_text(PACKAGE_FOLDER / path) for path in sorted(found - modules.keys())}
+        modules |= new
+    package = f"{PACKAGE}_{digest(sorted(modules.items()))}"
+    carried = {"__init__.py": f'"""Of blockmoe {__version__} what this solution needs."""\n', **modules}
+    sources = mine | {f"{package}/{path}": content for path, content in sorted(carried.items())}
+    others = {name for path, content in carried.items() for name in _other_packages(path, content)}
+    spec = solution.spec
+    spec = spec.model_copy(update={"dependencies": sorted({*spec.dependencies, *others} - {PACKAGE})})
+    files = [SourceFile(path=path, content=_renamed(path, content, package) or "\n") for path, content in sources.items()]
+    return solution.model_copy(update={"sources": files, "spec": spec})
+
+
+def _own_imports(path: str, content: str) -> list[ast.ImportFrom]:
+    """The statements that import from this package, wherever they stand."""
+    found = []
+    for node in ast.walk(ast.parse(content, path)):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module and node.module.split(".")[0] == PACKAGE:
+            found.append(node)
+        elif isinstance(node, ast.Import) and any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
+            raise DatasetError(f"{path}: bundle: line {node.lineno}: expected `from {PACKAGE}.... import ...`")
+    return found
+
+
+def _module_files(path: str, node: ast.ImportFrom) -> set[str]:
+    """Files below the package that an import statement loads; the package's own __init__.py is not carried."""
+    parts = (node.module or "").split(".")[1:]
+    found = {"/".join((*parts[:n], "__init__.py")) for n in range(1, len(parts) + 1)}
+    found.add("/".join(parts) + ".py")
+    found |= {"/".join((*parts, alias.name)) + ".py" for alias in node.names}
+    found = {file for file in found if (PACKAGE_FOLDER / file).is_file()}
+    if not found:
+        raise DatasetError(f"{path}: bundle: line {node.lineno}: {node.module} is not a module that can be carried")
+    return found
+
+
+def _other_packages(path: str, content: str) -> set[str]:
+    """Installed packages that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(content, path)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names - sys.stdlib_module_names - {PACKAGE}
+
+
+def _renamed(path: str, content: str, package: str) -> str:
+    """`from blockmoe... import` as `from PACKAGE... import`; line numbers stay."""
+    if not path.endswith(".py"):
+        return content
+    lines = content.split("\n")
+    for node in _own_imports(path, content):
+        lines[node.lineno - 1] = re.sub(rf"\bfrom {PACKAGE}\b", f"from {package}", lines[node.lineno - 1], count=1)
+    return "\n".join(lines)
 
 
 def solution_folders(root: Path) -> list[Path]:
@@ -122,10 +196,13 @@ def add_folders(dataset: Dataset, root: Path) -> None:
 
 
 def write_packed(solution: Solution, op_type: str, root: Path) -> Path:
-    """Write ROOT/solutions/OP_TYPE/DEFINITION/NAME.json.
+    """Write ROOT/solutions/OP_TYPE/DEFINITION/NAME.json, whole where the manifest says `bundle`.
 
     The format wants a name only once in a tree, so that for other definitions than the headline its sizes are appended to it.
     """
+    if (solution.model_extra or {}).get("bundle"):
+        solution = bundled(solution)
+        del solution.model_extra["bundle"]
     if solution.definition != HEADLINE.definition_name:
         suffix = solution.definition.removeprefix("moe_fp8_block_scale_")
         solution = solution.model_copy(update={"name": f"{solution.name}{SIZES_MARK}{suffix}"})
