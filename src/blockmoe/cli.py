@@ -8,6 +8,7 @@ import typer
 
 from blockmoe import __version__
 from blockmoe.bench import commands as bench_commands
+from blockmoe.operator import commands as operator_commands
 from blockmoe.report import commands as report_commands
 
 # flashinfer-bench takes several values after these; click takes one, so that each value gets its flag
@@ -37,6 +38,7 @@ def _root(version: bool = typer.Option(False, "--version", callback=_print_versi
 
 bench_commands.register(app)
 report_commands.register(app)
+operator_commands.register(app)
 
 
 def expand(arguments: list[str]) -> list[str]:

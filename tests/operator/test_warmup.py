@@ -1,0 +1,59 @@
+"""`blockmoe warmup`: what it compiles, and one clear line where it can't."""
+
+import sys
+
+import pytest
+import torch
+
+from blockmoe import cli, operator
+from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY
+
+
+@pytest.fixture
+def warmup(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["blockmoe", "warmup", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        return caught.value.code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def two_gpus(monkeypatch):
+    """Two devices in name; the list of what would be compiled on them."""
+    pytest.importorskip("triton")
+    compiled = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(operator, "warmup", lambda geometry, device: compiled.append((geometry, device)) or 23)
+    return compiled
+
+
+def test_without_a_gpu(warmup, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert warmup() == (2, "", "blockmoe: warmup: expected a CUDA device, found none\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--device", "cpu"), "--device: expected cuda or cuda:N, got cpu"),
+        (("--device", "cuda:"), "--device: expected cuda or cuda:N, got cuda:"),
+        (("--device", "cuda:2"), "--device: expected cuda:0 to cuda:1, got cuda:2"),
+        (("--definitions", "other"), "--definitions: unknown definition 'other'; known: "),
+    ],
+)
+def test_refuses_what_is_not_there(warmup, two_gpus, arguments, expected):
+    code, out, err = warmup(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith(f"blockmoe: {expected}") and not two_gpus
+
+
+def test_compiles_for_each_definition(warmup, two_gpus):
+    code, out, err = warmup()
+    assert (code, err, two_gpus) == (0, "", [(HEADLINE, None)]) and out.startswith(f"{HEADLINE.definition_name}: 23 kernels in 0.")
+    assert warmup("--definitions", TINY.definition_name, "*_renormalize_*", "--device", "cuda:1")[0] == 0
+    renormalize = [(g, 1) for g in GEOMETRIES.values() if g.routing == "renormalize"]
+    assert sorted(map(str, two_gpus[1:])) == sorted(map(str, [(TINY, 1), *renormalize]))
