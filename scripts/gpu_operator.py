@@ -228,20 +228,23 @@ def candidates(tokens: int) -> dict[str, Plan]:
             "sorted 64/6s": few,
             "sorted 128/4s": with_tiles(few, gate_up=dict(block_i=128, stages=4, num_warps=8), down=dict(stages=8)),
         }
+        if tokens > 1:
+            found["route 8 warps"] = replace(base, route=RouteTile(8, 8, 8, True))
     elif tokens <= 100:
         found["gate_up 4s"] = with_tiles(base, gate_up=dict(stages=4))
         found["gate_up 2s"] = with_tiles(base, gate_up=dict(stages=2))
         found["down 4s"] = with_tiles(base, down=dict(stages=4))
         if tokens <= 16:
             found["route in two"] = replace(base, route=RouteTile(16, 16, 16, False))
-        else:
-            found["route 4 tokens a program"] = replace(base, route=RouteTile(4, 4, 4, False))
+        found["route 4 tokens a program"] = replace(base, route=RouteTile(4, 4, 4, False))
     elif tokens <= 5000:
         found["sorted 32, gate_up 3s"] = with_tiles(small, gate_up=dict(stages=3))
         if tokens > 1500:
             found |= {"sorted 32": small, "sorted 64": medium, "wide": wide}
     else:
         found["wide 4s 3s"] = with_tiles(wide, down=dict(stages=3))
+        for megabytes in (64, 256, 512):
+            found[f"rows {megabytes} MB"] = replace(wide, row_buffer=megabytes << 20)
     found["no pdl"] = with_tiles(base, pdl=False)
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 

@@ -79,6 +79,7 @@ class Plan:
     gate_up: GateUpTile
     down: DownTile
     pdl: bool = True
+    row_buffer: int = ROW_BUFFER
 
     def __post_init__(self) -> None:
         assert self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"

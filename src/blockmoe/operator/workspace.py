@@ -14,7 +14,7 @@ import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry
 from blockmoe.operator.launch import ALIGNMENT, WORKSPACE, Launch, Slot
-from blockmoe.operator.plan import MOST_CHUNKS, ROW_BUFFER, TOKEN_CHUNK, Plan, choose_plan
+from blockmoe.operator.plan import MOST_CHUNKS, TOKEN_CHUNK, Plan, choose_plan
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
     block_t = plan.route.block_t
     chunk_tokens = tokens if plan.route.one_launch else block_t * -(-tokens // (block_t * MOST_CHUNKS))
     every = geometry.hidden_blocks
-    fitting = [b for b in range(1, every + 1) if every % b == 0 and 2 * pairs * b * BLOCK <= ROW_BUFFER]
+    fitting = [b for b in range(1, every + 1) if every % b == 0 and 2 * pairs * b * BLOCK <= plan.row_buffer]
     return Sizes(tokens, pairs, tiles, -(-tokens // chunk_tokens), chunk_tokens, max(fitting, default=1))
 
 

@@ -1,5 +1,7 @@
 """The whole layer through every path, against the float32 reference and an oracle with the same rounding."""
 
+from dataclasses import replace
+
 import layer
 import pytest
 import torch
@@ -7,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layer import PLANS, RENORMALIZE, TINY, UNGROUPED
 
+from blockmoe.geometry import MoEGeometry
 from blockmoe.operator import api, workspace
 from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_reference
@@ -79,16 +82,18 @@ def forget() -> None:
     api._calls.clear()
 
 
-def test_columns_in_blocks(monkeypatch):
+@pytest.mark.parametrize("name", ["sorted 64", "sorted 128", "wide"])
+def test_columns_in_blocks(name):
     """Worst-case routing of many tokens bounds how many columns GEMM2 keeps at a time."""
-    monkeypatch.setattr(workspace, "ROW_BUFFER", 1)
-    forget()
-    try:
-        for name in ("sorted 64", "sorted 128", "wide"):
-            assert workspace.sizes(TINY, 20, PLANS[name]).blocks == 1
-            check(layer.make(TINY, 20), TINY, 0, PLANS[name])
-    finally:
-        forget()
+    plan = replace(PLANS[name], row_buffer=1)
+    assert workspace.sizes(TINY, 20, plan).blocks == 1
+    check(layer.make(TINY, 20), TINY, 0, plan)
+
+
+@pytest.mark.parametrize("name", ["sorted 64", "sorted 128", "wide"])
+def test_more_columns_than_one_program_of_combine_takes(name):
+    g = MoEGeometry(8, 4, 2, 1152, 128)
+    check(layer.make(g, 7), g, 2, PLANS[name])
 
 
 def test_rounds(monkeypatch):
