@@ -171,9 +171,10 @@ def place_chunk(
         tl.store(tile_end + first_tile + i, tl.minimum(begin + BLOCK_N, start + total), mask=i < tiles)
 
     base = start + before
+    past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
     for t in range(0, chunk_tokens, BLOCK_T):
         token = chunk * chunk_tokens + t + tl.arange(0, BLOCK_T)
-        inside = (token < tokens)[:, None] & real[None, :]
+        inside = (token < past)[:, None] & real[None, :]
         at = token_weight + token.to(tl.int64)[:, None] * LOCAL + expert[None, :]
         weight = tl.load(at, mask=inside, other=0.0)
         mine = (weight != 0.0).to(tl.int32)
@@ -185,7 +186,7 @@ def place_chunk(
             listed = mine > 0
             nth = tl.cumsum(mine, 1) - mine
             tl.store(token_pair + token[:, None] * TOP_K + nth, row, mask=listed)
-            tl.store(token_pairs + token, tl.sum(mine, 1), mask=token < tokens)
+            tl.store(token_pairs + token, tl.sum(mine, 1), mask=token < past)
             base += tl.sum(mine, 0)
         tl.store(pair_token + row, token[:, None] + tl.zeros_like(row), mask=listed)
         tl.store(pair_weight + row, weight, mask=listed)
