@@ -13,7 +13,7 @@ from blockmoe import __version__, cli
 from blockmoe.bench import commands, settings
 from blockmoe.geometry import HEADLINE, TINY
 
-COMMANDS = ("run", "list", "doctor", "pack", "report", "compare", "best", "show", "import-csv")
+COMMANDS = ("run", "list", "doctor", "pack", "report", "compare", "best", "show", "import-csv", "warmup")
 
 
 @pytest.fixture
