@@ -1,4 +1,4 @@
-"""The examples run on a CPU."""
+"""The examples run on a CPU, with and without Triton: torch's CPU builds come without it."""
 
 import subprocess
 import sys
@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+WITHOUT_TRITON = "import runpy, sys; sys.modules['triton'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
 
 
+@pytest.mark.parametrize("before", [[], ["-c", WITHOUT_TRITON]], ids=["", "without triton"])
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_example(path: Path) -> None:
-    result = subprocess.run([sys.executable, str(path), "cpu"], capture_output=True, text=True)
+def test_example(path: Path, before: list[str]) -> None:
+    result = subprocess.run([sys.executable, *before, str(path), "cpu"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]

@@ -55,7 +55,7 @@ def test_this_machine():
 def test_settings_in_blocks_and_presets():
     assert [Settings(iterations=count).blocks() for count in (12, 5, 1)] == [[5, 5, 2], [5], [1]]
     assert preset("full", "cuda:1") == Settings(device="cuda:1") and preset("full", "cuda:1").device_index == 1
-    assert (preset("quick", "cuda").iterations, preset("quick", "cpu").warmup_runs) == (10, 0)
+    assert (preset("quick", "cuda").iterations, preset("quick", "cpu").warmup_runs) == (10, 1)
     identity = Settings(device="cuda:1").identity()
     assert identity["device"] == "cuda" and "timeout" not in identity
 

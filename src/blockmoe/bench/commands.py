@@ -29,7 +29,7 @@ from blockmoe.geometry import HEADLINE
 
 RUNS = Path("runs")
 # A first look on a CPU: one row, one expert's few rows, every expert active. The reference takes seconds a call.
-QUICK_CPU_WORKLOADS = ["1", "16", "80"]
+QUICK_CPU_WORKLOADS = ["1", "80"]
 
 _WORKLOADS = f"all; of the headline on a CPU those of {', '.join(QUICK_CPU_WORKLOADS)} tokens"
 
@@ -102,8 +102,8 @@ def run(
     required_matched_ratio: Annotated[
         float | None, _how(metavar="X", help="Share of elements that must be within one of the tolerances.", show_default="0.85")
     ] = None,
-    warmup_runs: Annotated[int | None, _how(metavar="N", help="Untimed calls first.", show_default="5; quick 2, on a CPU 0")] = None,
-    iterations: Annotated[int | None, _how(metavar="N", help="Timed calls a trial.", show_default="20; quick 10, on a CPU 2")] = None,
+    warmup_runs: Annotated[int | None, _how(metavar="N", help="Untimed calls first.", show_default="5; quick 2, on a CPU 1")] = None,
+    iterations: Annotated[int | None, _how(metavar="N", help="Timed calls a trial.", show_default="20; quick 10, on a CPU 3")] = None,
     num_trials: Annotated[int | None, _how(metavar="N", help="Trials.", show_default="3; quick 1")] = None,
     timeout: Annotated[
         float | None, _how(metavar="SECONDS", help="What a solution may take for one workload.", show_default="300")
@@ -249,6 +249,8 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> None:
     from blockmoe import report
 
     shown = console()
+    if plan.resume:
+        print(f"blockmoe: kept {outcome.resumed} of {len(outcome.traces)} evaluations of {plan.output}", file=sys.stderr)
     if any(plan.output.glob("traces/**/*.jsonl")):
         try:
             shown.print(report.terminal_table([plan.output]))
@@ -258,8 +260,6 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> None:
             written = []
         for path in written:
             shown.print(Text(str(path)), soft_wrap=True)
-    for skipped in outcome.skipped:
-        shown.print(Text(f"SKIPPED {skipped['solution']}: {skipped['reason']}"), soft_wrap=True)
     if outcome.error:
         kept = f"; finished evaluations are kept. To go on: {_again(plan)}" if save_results and outcome.traces else ""
         print(f"blockmoe: {outcome.error}{kept}", file=sys.stderr)
@@ -315,17 +315,20 @@ def doctor() -> None:
 def pack(
     solutions: Annotated[list[str] | None, typer.Argument(help="Solutions; names or patterns.", show_default="all")] = None,
     definitions: Annotated[list[str] | None, typer.Option(help="Definitions to pack for.", show_default="the headline")] = None,
-    output: Annotated[Path, typer.Option(help="FlashInfer-Trace tree to write into.")] = Path("dataset"),
+    output: Annotated[Path, typer.Option(help="FlashInfer-Trace tree to write into.")] = Path("packed"),
 ) -> None:
-    """Pack solution folders into FlashInfer-Trace JSON, which flashinfer-bench reads.
+    """Pack solution folders into FlashInfer-Trace JSON, in a tree with their definition and its workloads.
 
+    The tree is what flashinfer-bench reads, and `blockmoe run --local`. Blobs are made on first use.
     For other definitions than the headline, the sizes are appended to a solution's name: the format wants names only once.
     """
     dataset = load_dataset(None)
     names = trees.select_names("definition", definitions or [HEADLINE.definition_name], dataset.definitions)
     for name in names:
-        for solution in _chosen_solutions(dataset, name, names, solutions):
-            try:
-                print(write_packed(solution, dataset.definitions[name].op_type, output))
-            except OSError as error:
-                raise UsageError(f"--output {output}: not writable ({error.strerror})") from None
+        op_type = dataset.definitions[name].op_type
+        try:
+            trees.copy_task(dataset, name, output)
+            for solution in _chosen_solutions(dataset, name, names, solutions):
+                print(write_packed(solution, op_type, output))
+        except OSError as error:
+            raise UsageError(f"--output {output}: not writable ({error.strerror})") from None

@@ -75,13 +75,18 @@ class Dataset:
         for path in sorted((root / "definitions").rglob("*.json")):
             definition = read_json(Definition, path)
             if definition.name in self.definitions:
+                if self.definitions[definition.name] == definition and self.roots[definition.name] != root:
+                    continue  # another tree's copy, as `blockmoe pack` makes
                 raise DatasetError(f"{path}: name: definition {definition.name!r} exists already in {self.roots[definition.name]}")
             self.definitions[definition.name] = definition
             self.roots[definition.name] = root
 
     def _read_workloads(self, root: Path) -> None:
+        elsewhere = {name: list(workloads) for name, workloads in self.workloads.items()}
         for path in sorted((root / "workloads").rglob("*.jsonl")):
             for line, trace in read_jsonl(Trace, path):
+                if trace.workload in elsewhere.get(trace.definition, ()):
+                    continue
                 self._add_workload(path, line, trace)
                 self.roots[trace.definition] = root
 
@@ -292,6 +297,17 @@ def _matches(workload: Workload, pattern: str) -> bool:
 def size(workload: Workload) -> int:
     """T where the workload has it, else its first variable axis."""
     return workload.axes.get("seq_len", next(iter(workload.axes.values()), 0))
+
+
+def copy_task(dataset: Dataset, definition: str, root: Path) -> None:
+    """Write a definition and its workloads into another tree, unless they stand there."""
+    op_type = dataset.definitions[definition].op_type
+    for kind, suffix in (("definitions", "json"), ("workloads", "jsonl")):
+        source = dataset.roots[definition] / kind / op_type / f"{definition}.{suffix}"
+        target = root / kind / op_type / source.name
+        if source.exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
 
 
 def append_trace(folder: Path, op_type: str, trace: Trace) -> None:

@@ -73,7 +73,7 @@ def preset(name: str, device: str) -> Settings:
     if name == "full":
         return full
     if device == "cpu":
-        return replace(full, warmup_runs=0, iterations=2, num_trials=1)
+        return replace(full, warmup_runs=1, iterations=3, num_trials=1)
     return replace(full, warmup_runs=2, iterations=10, num_trials=1)
 
 

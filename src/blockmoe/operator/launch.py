@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 ALIGNMENT = 256  # bytes; every buffer starts at a multiple of it, so that every pointer is specialised alike
 
@@ -61,6 +60,8 @@ class _Address:
 
 
 def interpreted() -> bool:
+    import triton  # not with this module: sizes and the CPU path need none
+
     return triton.knobs.runtime.interpret
 
 
@@ -74,6 +75,8 @@ class Prepared:
         self.launches = launches
         self.device = device
         self._ready: list[tuple] = []
+        import triton
+
         self._stream = triton.runtime.driver.active.get_current_stream
 
     def run(self, addresses: Sequence[int]) -> None:

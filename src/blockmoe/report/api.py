@@ -136,6 +136,8 @@ def _html(report: Report, earlier: Sequence[Table]) -> str:
 def _save_pictures(report: Report, folder: Path, formats: Sequence[str]) -> list[SavedPicture]:
     """Pictures of every section, the first one's under plain names."""
     kinds = [name for name in ("svg", "png") if name in formats]
+    if not kinds and "md" in formats and (folder / "pictures").is_dir():
+        kinds = ["svg"]  # pictures drawn before stay in the report, and current
     if not kinds:
         return []
     from blockmoe.report import plots

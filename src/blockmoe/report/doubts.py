@@ -85,6 +85,13 @@ def _noise(passed: Sequence[Record]) -> Iterable[str]:
             f"{len(wide)} speedups have an interval wider than ±3 %; the widest is {worst.solution} at T = {worst.tokens}: "
             f"{worst.interval[0]:.3g} to {worst.interval[1]:.3g}."
         )
+    single = [record for record in passed if record.blocks and len(record.blocks) == 1]
+    if single:
+        spread = max(max(r.blocks[0]) / min(r.blocks[0]) - 1 for r in single)
+        yield (
+            f"{len(single)} evaluations rest on one block of {min(len(r.blocks[0]) for r in single)} samples: no interval. "
+            f"The samples of one differ by up to {spread:.0%}."
+        )
     drifted = [record for record in passed if record.drifted]
     if drifted:
         worst = max(drifted, key=lambda r: abs(r.drift or 0))
