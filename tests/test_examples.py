@@ -7,7 +7,12 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
-WITHOUT_TRITON = "import runpy, sys; sys.modules['triton'] = None; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')"
+WITHOUT_TRITON = """
+import runpy, sys
+sys.modules["triton"] = None
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 @pytest.mark.parametrize("before", [[], ["-c", WITHOUT_TRITON]], ids=["", "without triton"])
