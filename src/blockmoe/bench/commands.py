@@ -17,7 +17,7 @@ import typer
 from rich.text import Text
 
 from blockmoe.bench import dataset as trees
-from blockmoe.bench.dataset import Dataset, DatasetError
+from blockmoe.bench.dataset import REFERENCE, Dataset, DatasetError
 from blockmoe.bench.doctor import checks
 from blockmoe.bench.listing import checks_table, console, definitions_table, solutions_table, workloads_table
 from blockmoe.bench.pack import add_folders, write_packed
@@ -250,7 +250,8 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> None:
 
     shown = console()
     if plan.resume:
-        print(f"blockmoe: kept {outcome.resumed} of {len(outcome.traces)} evaluations of {plan.output}", file=sys.stderr)
+        evaluations = sum(trace.solution != REFERENCE for trace in outcome.traces)
+        print(f"blockmoe: {outcome.resumed} of {evaluations} evaluations were in {plan.output} already", file=sys.stderr)
     if any(plan.output.glob("traces/**/*.jsonl")):
         try:
             shown.print(report.terminal_table([plan.output]))

@@ -97,10 +97,6 @@ class Definition(_Model):
                 raise ValueError(f"constraints: {constraint!r} is not a Python expression") from None
         return self
 
-    @property
-    def var_axes(self) -> list[str]:
-        return [name for name, axis in self.axes.items() if axis.type == "var"]
-
     def axis_values(self, var_values: dict[str, int]) -> dict[str, int]:
         """Every axis by name; raises ValueError naming a missing, unknown or contradicted axis."""
         values = {}

@@ -14,7 +14,7 @@ from blockmoe.report.load import Record
 from blockmoe.report.model import Report, Section
 from blockmoe.report.tables import Cell, Table, word_of
 
-_LONG = {"blocks", "reference_blocks", "when"}  # samples stay in the traces
+_LONG = {"blocks", "when"}  # samples stay in the traces
 _COLUMNS = (
     "definition",
     "hardware",

@@ -43,7 +43,6 @@ class Record:
     reference_latency: float | None = None
     interval: tuple[float, float] | None = None
     blocks: list[list[float]] = field(default_factory=list)
-    reference_blocks: list[list[float]] = field(default_factory=list)
     pairs: int | None = None
     active_experts: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
@@ -217,7 +216,6 @@ def _add_times(record: Record, performance: dict[str, Any], timing: dict[str, An
     if isinstance(interval, list) and len(interval) == 2 and all(_positive(end) for end in interval):
         record.interval = (float(interval[0]), float(interval[1]))
     record.blocks = _blocks(timing.get("samples_ms"))
-    record.reference_blocks = _blocks(timing.get("reference_samples_ms"))
     record.floor, record.floor_kind = _positive(timing.get("floor_ms")), _text(timing.get("floor_kind"))
     record.streaming_floor = _positive(timing.get("streaming_floor_ms"))
     record.compute_floor = _positive(timing.get("compute_floor_ms"))
