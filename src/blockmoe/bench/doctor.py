@@ -52,6 +52,19 @@ def checks() -> list[Check]:
     return found
 
 
+def timers_lack() -> str | None:
+    """Why CUDA's two timers can't be compared here, or None."""
+    if not gpus():
+        reason = "this machine has no NVIDIA GPU"
+    elif not torch_build():
+        reason = "this Python's torch is built without CUDA" if torch_build() == "" else "torch is not installed"
+    elif find_spec("cupti") is None:
+        reason = "cupti-python is not installed (pip install cupti-python)"
+    else:
+        return None
+    return f"comparing the timers needs CUDA and CUPTI: {reason}"
+
+
 def _torch() -> Check:
     build = torch_build()
     if build is None:

@@ -52,6 +52,7 @@ class Handler:
             return {"error": _describe(error)}
 
     def do_start(self, definition: str, root: str, device: str, mode: str, seed: int, use_cupti: bool) -> dict[str, Any]:
+        from blockmoe.bench.agreement import events_offset_us
         from blockmoe.bench.environment import worker_environment
         from blockmoe.bench.schema import Definition
         from blockmoe.bench.session import Session
@@ -59,7 +60,11 @@ class Handler:
         task = Definition.model_validate_json(definition)
         self.session = Session(task, Path(root), device, mode, seed, use_cupti)
         self.session.watch.add([sys.modules[__name__]], [])
-        return worker_environment(self.session.device) | {"key": self.session.key}
+        found = worker_environment(self.session.device) | {"key": self.session.key}
+        offset = events_offset_us(self.session.timer)
+        if offset is not None:
+            found["extra"]["events_offset_us"] = offset
+        return found
 
     def do_build(self, solution: str) -> None:
         from blockmoe.bench.schema import Solution
