@@ -1,0 +1,347 @@
+"""Both GEMMs where reading the weights is the bound: persistent, warp-specialised, one program a multiprocessor (Gluon, Hopper).
+
+Weights stand on wgmma's M side, sorted pairs on the N side, as in `gate_up_kernel` and `down_sorted_kernel`, whose buffers
+and tile lists these serve. A tile is twice ROWS weight rows by BLOCK_N pairs: ROWS up rows and their gate rows, or two runs
+of ROWS output columns. It has two accumulators, so SwiGLU moves nothing.
+
+  producer of weights   one warp: TMA, two boxes of [ROWS, 128] a K block, STAGES deep; runs on into the next tile
+  producer of pairs     one warp: cp.async of the pairs' rows (gathered by token in GEMM1) and of all scales
+  consumers             ROWS / 16 warps: wgmma, promotion by scales that lie in shared memory, epilogue
+
+`full` takes 1 arrival of TMA and 32 of the pairs' warp; `empty` 1 of the consumers. In GEMM2 weights are asked for before
+GEMM1 is complete: the tile list, all that their producer reads, is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from blockmoe.geometry import MoEGeometry
+
+WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+
+
+@dataclass(frozen=True)
+class StreamTile:
+    """Twice `rows` weight rows by `block_n` pairs; `stages` K blocks of 128 in shared memory, asked for `burst` at a time.
+
+    GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns.
+    """
+
+    rows: int
+    block_n: int
+    stages: int
+    burst: int = 1
+
+    def __post_init__(self) -> None:
+        assert self.rows in (64, 128), "wgmma's M, and a half stays in one scale block"
+        assert self.block_n in (16, 32, 64)
+        assert self.burst <= self.stages
+
+    def __str__(self) -> str:
+        return f"{2 * self.rows}x{self.block_n} {self.stages}s" + (f" burst {self.burst}" if self.burst > 1 else "")
+
+    @property
+    def num_warps(self) -> int:
+        return self.rows // 16
+
+    @property
+    def constants(self) -> tuple[int, ...]:
+        """ROWS, BLOCK_N, STAGES, BURST, REGISTERS (of a producer's thread), WARPS (of consumers) of both kernels."""
+        return self.rows, self.block_n, self.stages, self.burst, 80 if self.block_n > 32 else 56, self.num_warps
+
+
+# As many stages as shared memory holds beside the epilogue's scratch.
+CANDIDATES = (
+    StreamTile(128, 16, 6), StreamTile(128, 32, 6), StreamTile(128, 64, 5),
+    StreamTile(64, 16, 12), StreamTile(64, 32, 10), StreamTile(64, 64, 8),
+    StreamTile(128, 32, 6, 2), StreamTile(64, 16, 12, 2), StreamTile(64, 16, 12, 4), StreamTile(64, 32, 10, 2),
+)  # fmt: skip
+
+
+@gluon.jit
+def weights_producer(
+    w, w_bufs, full, empty, tile_count, tile_expert, first_row, blocks,
+    ROWS: gl.constexpr, BLOCK_STEP: gl.constexpr, OTHER_HALF: gl.constexpr, EXPERT_ROWS: gl.constexpr, KBLOCKS: gl.constexpr,
+    STAGES: gl.constexpr, BURST: gl.constexpr,
+):  # fmt: skip
+    tiles = gl.load(tile_count)
+    it = 0
+    for unit in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
+        # tiles of one expert side by side: they share the weights in L2
+        row = gl.load(tile_expert + unit % tiles) * EXPERT_ROWS + first_row + (unit // tiles) * BLOCK_STEP
+        for k in range(0, KBLOCKS, BURST):
+            for j in gl.static_range(BURST):
+                at = (it + j) % STAGES
+                mbarrier.wait(empty.index(at), (((it + j) // STAGES) & 1) ^ 1)
+                mbarrier.expect(full.index(at), 2 * ROWS * 128)
+            for half in gl.static_range(2):
+                for j in gl.static_range(BURST):
+                    at = (it + j) % STAGES
+                    coordinates = [row + half * OTHER_HALF, (k + j) * 128]
+                    tma.async_copy_global_to_shared(w, coordinates, full.index(at), w_bufs.index(2 * at + half))
+            it += BURST
+
+
+@gluon.jit
+def pairs_producer(
+    x, x_scale, w_scale, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_expert, tile_begin, tile_end, pair_token,
+    tokens, first_row, blocks,
+    BLOCK_N: gl.constexpr, BLOCK_STEP: gl.constexpr, OTHER_HALF: gl.constexpr, EXPERT_ROWS: gl.constexpr,
+    KBLOCKS: gl.constexpr, PARTS: gl.constexpr, GATHER: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [1, 1], [1, 0])
+    V: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    if PDL and not GATHER:
+        gdc_wait()  # GEMM1's intermediate
+        gdc_launch_dependents()
+    tiles = gl.load(tile_count)
+    it = 0
+    for unit in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
+        tile = unit % tiles
+        begin = gl.load(tile_begin + tile)
+        end = gl.load(tile_end + tile)
+        row = gl.load(tile_expert + tile) * EXPERT_ROWS + first_row + (unit // tiles) * BLOCK_STEP
+        w_s_at = w_scale + (row // 128) * KBLOCKS + gl.arange(0, 1, layout=V)
+        w_s_other = w_scale + ((row + OTHER_HALF) // 128) * KBLOCKS + gl.arange(0, 1, layout=V)
+        line = begin + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, X))
+        s_line = begin + gl.arange(0, BLOCK_N, layout=V)
+        inside = gl.expand_dims(line < end, 1)
+        s_inside = s_line < end
+        if GATHER:
+            line = gl.load(pair_token + line, mask=line < end, other=0)
+            s_line = gl.load(pair_token + s_line, mask=s_inside, other=0)
+            s_at = x_scale + s_line
+        else:
+            s_at = x_scale + s_line * (KBLOCKS * PARTS)
+        k = gl.arange(0, 128, layout=gl.SliceLayout(0, X))
+        x_at = x + gl.expand_dims(line * (KBLOCKS * 128), 1) + gl.expand_dims(k, 0)
+        for kb in range(KBLOCKS):
+            at = it % STAGES
+            mbarrier.wait(empty.index(at), ((it // STAGES) & 1) ^ 1)
+            async_copy.async_copy_global_to_shared(x_bufs.index(at), x_at + kb * 128, mask=inside)
+            for part in gl.static_range(PARTS):
+                s_step = kb * tokens if GATHER else kb * PARTS + part
+                async_copy.async_copy_global_to_shared(s_bufs.index(PARTS * at + part), s_at + s_step, mask=s_inside)
+            async_copy.async_copy_global_to_shared(w_s_bufs.index(2 * at), w_s_at + kb)
+            async_copy.async_copy_global_to_shared(w_s_bufs.index(2 * at + 1), w_s_other + kb)
+            async_copy.mbarrier_arrive(full.index(at), increment_count=False)
+            it += 1
+
+
+@gluon.jit
+def sums_of_tile(
+    it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty,
+    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
+):  # fmt: skip
+    """Scaled sums over K of both halves of a tile, [ROWS, BLOCK_N] each."""
+    S: gl.constexpr = gl.SliceLayout(0, M)
+    PART: gl.constexpr = 128 // PARTS
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, M)
+    first = gl.zeros([ROWS, BLOCK_N], gl.float32, M)
+    second = gl.zeros([ROWS, BLOCK_N], gl.float32, M)
+    for _ in range(KBLOCKS):
+        at = it % STAGES
+        mbarrier.wait(full.index(at), (it // STAGES) & 1)
+        fence_async_shared()  # the pairs' rows came by cp.async, wgmma reads them by the other proxy
+        for part in gl.static_range(PARTS):
+            b_x = x_bufs.index(at).slice(part * PART, PART, dim=1).permute((1, 0))
+            b_first = w_bufs.index(2 * at).slice(part * PART, PART, dim=1)
+            b_second = w_bufs.index(2 * at + 1).slice(part * PART, PART, dim=1)
+            d_first = warpgroup_mma(b_first, b_x, zero, use_acc=False, is_async=True)
+            d_second = warpgroup_mma(b_second, b_x, zero, use_acc=False, is_async=True)
+            s = s_bufs.index(PARTS * at + part).load(S)
+            s_first = s * w_s_bufs.index(2 * at).load(S)
+            s_second = s * w_s_bufs.index(2 * at + 1).load(S)
+            d_first, d_second = warpgroup_mma_wait(0, deps=(d_first, d_second))
+            if part == PARTS - 1:
+                mbarrier.arrive(empty.index(at), count=1)
+            first += d_first * gl.expand_dims(s_first, 0)
+            second += d_second * gl.expand_dims(s_second, 0)
+        it += 1
+    return first, second, it
+
+
+@gluon.jit
+def gate_up_consumer(
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, pair_weight, middle, middle_scale,
+    INTER: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, KBLOCKS: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    BLOCKS: gl.constexpr = INTER // ROWS
+    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 32])
+    S: gl.constexpr = gl.SliceLayout(0, M)
+    OUT: gl.constexpr = gl.BlockedLayout([16, 1], [ROWS // 16, 512 // ROWS], [1, WARPS], [0, 1])
+    tiles = gl.load(tile_count)
+    it = 0
+    for unit in range(gl.program_id(0), tiles * BLOCKS, gl.num_programs(0)):
+        tile = unit % tiles
+        block = unit // tiles
+        begin = gl.load(tile_begin + tile)
+        end = gl.load(tile_end + tile)
+        s_pair = begin + gl.arange(0, BLOCK_N, layout=S)
+        weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
+        up, gate, it = sums_of_tile(
+            it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, BLOCK_N, KBLOCKS, 1, STAGES, M
+        )  # fmt: skip
+        c = gate / (1.0 + gl.exp(-gate)) * up
+        scale = gl.maximum(gl.max(gl.abs(c), 0), 1e-34) * (1.0 / 448.0)
+        codes = gl.convert_layout((c / gl.expand_dims(scale, 0)).to(gl.float8e4nv), OUT)
+        gl.store(middle_scale + s_pair * BLOCKS + block, scale * weight, mask=s_pair < end)
+        pair = begin + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, OUT))
+        column = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+        to = middle + gl.expand_dims(pair * INTER, 0) + gl.expand_dims(column, 1)
+        gl.store(to, codes, mask=gl.expand_dims(pair < end, 0))
+
+
+@gluon.jit
+def down_consumer(
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, rows, blocks,
+    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 32])
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, WARPS], [0, 1])
+    tiles = gl.load(tile_count)
+    columns = blocks * (2 * ROWS)
+    it = 0
+    for unit in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
+        tile = unit % tiles
+        begin = gl.load(tile_begin + tile)
+        end = gl.load(tile_end + tile)
+        first, second, it = sums_of_tile(
+            it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, BLOCK_N, KBLOCKS, PARTS, STAGES, M
+        )  # fmt: skip
+        pair = begin + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, OUT))
+        column = (unit // tiles) * (2 * ROWS) + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+        to = rows + gl.expand_dims(pair.to(gl.int64) * columns, 0) + gl.expand_dims(column, 1)
+        there = gl.expand_dims(pair < end, 0)
+        gl.store(to, gl.convert_layout(first.to(gl.bfloat16), OUT), mask=there)
+        gl.store(to + ROWS, gl.convert_layout(second.to(gl.bfloat16), OUT), mask=there)
+
+
+@gluon.jit
+def buffers(ROWS: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
+    CODES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    w_bufs = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, 128], CODES)
+    x_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_N, 128], CODES)
+    s_bufs = gl.allocate_shared_memory(gl.float32, [PARTS * STAGES, BLOCK_N], VECTOR)
+    w_s_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], VECTOR)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1 + 32)
+        mbarrier.init(empty.index(i), count=1)
+    return w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty
+
+
+@gluon.jit(do_not_specialize=["tokens"])
+def gate_up_stream_kernel(
+    w, x, x_scale, w_scale, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, middle, middle_scale, tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    KBLOCKS: gl.constexpr = HIDDEN // 128
+    BLOCKS: gl.constexpr = INTER // ROWS
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = buffers(ROWS, BLOCK_N, 1, STAGES)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    gl.warp_specialize(
+        [
+            (gate_up_consumer, (
+                w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, pair_weight, middle, middle_scale,
+                INTER, ROWS, BLOCK_N, KBLOCKS, STAGES, WARPS,
+            )),
+            (weights_producer, (
+                w, w_bufs, full, empty, tile_count, tile_expert, 0, BLOCKS,
+                ROWS, ROWS, INTER, 2 * INTER, KBLOCKS, STAGES, BURST,
+            )),
+            (pairs_producer, (
+                x, x_scale, w_scale, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_expert, tile_begin, tile_end,
+                pair_token, tokens, 0, BLOCKS,
+                BLOCK_N, ROWS, INTER, 2 * INTER, KBLOCKS, 1, True, STAGES, PDL,
+            )),
+        ],
+        [1, 1],
+        [REGISTERS, REGISTERS],
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["first_block", "blocks"])
+def down_stream_kernel(
+    w, middle, middle_scale, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_block, blocks,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    KBLOCKS: gl.constexpr = INTER // 128
+    PARTS: gl.constexpr = 128 // GROUP
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = buffers(ROWS, BLOCK_N, PARTS, STAGES)
+    first_row = first_block * 128
+    tile_blocks = blocks * 128 // (2 * ROWS)
+    gl.warp_specialize(
+        [
+            (down_consumer, (
+                w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, rows, tile_blocks,
+                ROWS, BLOCK_N, KBLOCKS, PARTS, STAGES, WARPS,
+            )),
+            (weights_producer, (
+                w, w_bufs, full, empty, tile_count, tile_expert, first_row, tile_blocks,
+                ROWS, 2 * ROWS, ROWS, HIDDEN, KBLOCKS, STAGES, BURST,
+            )),
+            (pairs_producer, (
+                middle, middle_scale, w_scale, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_expert, tile_begin, tile_end,
+                tile_begin, 0, first_row, tile_blocks,
+                BLOCK_N, 2 * ROWS, ROWS, HIDDEN, KBLOCKS, PARTS, False, STAGES, PDL,
+            )),
+        ],
+        [1, 1],
+        [REGISTERS, REGISTERS],
+    )  # fmt: skip
+
+
+def weight_descriptor(w: torch.Tensor, rows: int) -> TensorDescriptor:
+    """TMA boxes of `rows` by 128 over weights [experts, rows, K]."""
+    return TensorDescriptor.from_tensor(w.view(-1, w.shape[-1]), [rows, 128], WEIGHT_LAYOUT)
+
+
+def gate_up_stream(
+    tile: StreamTile, g: MoEGeometry, x: torch.Tensor, x_scale: torch.Tensor, w: TensorDescriptor, w_scale: torch.Tensor,
+    b: Mapping[str, torch.Tensor], programs: int, pdl: bool = True,
+) -> None:  # fmt: skip
+    """GEMM1 over the buffers of the workspace by name; `middle_scale` holds a scale a pair and `tile.rows` columns."""
+    lists = tuple(b[n] for n in ("tile_count", "tile_expert", "tile_begin", "tile_end", "pair_token", "pair_weight"))
+    gate_up_stream_kernel[(programs,)](
+        w, x, x_scale, w_scale, *lists, b["middle"], b["middle_scale"], x.shape[0],
+        g.hidden_size, g.intermediate_size, *tile.constants, pdl, num_warps=tile.num_warps, launch_pdl=pdl,
+    )  # fmt: skip
+
+
+def down_stream(
+    tile: StreamTile, g: MoEGeometry, group: int, w: TensorDescriptor, w_scale: torch.Tensor, b: Mapping[str, torch.Tensor],
+    programs: int, pdl: bool = True, first_block: int = 0, blocks: int | None = None,
+) -> None:  # fmt: skip
+    """GEMM2 into `rows`, with a scale a pair and `group` columns of the intermediate."""
+    lists = tuple(b[n] for n in ("tile_count", "tile_expert", "tile_begin", "tile_end"))
+    blocks = g.hidden_blocks if blocks is None else blocks
+    assert blocks * 128 % (2 * tile.rows) == 0, f"{blocks} blocks of 128 columns in tiles of {2 * tile.rows}"
+    down_stream_kernel[(programs,)](
+        w, b["middle"], b["middle_scale"], w_scale, *lists, b["rows"], first_block, blocks,
+        g.hidden_size, g.intermediate_size, group, *tile.constants, pdl, num_warps=tile.num_warps, launch_pdl=pdl,
+    )  # fmt: skip
