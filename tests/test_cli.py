@@ -260,3 +260,14 @@ def test_doctor(blockmoe, monkeypatch):
         monkeypatch.setattr(f"{module}.torch_build", lambda: None)
     code, out, _ = blockmoe("doctor")
     assert code == 1 and re.search(r"^!! +torch +not installed +pip install 'blockmoe\[torch\]'", out, re.MULTILINE)
+
+
+def test_doctor_timers(blockmoe, monkeypatch):
+    monkeypatch.setattr("blockmoe.bench.doctor.gpus", list)
+    code, _, err = blockmoe("doctor", "--timers")
+    assert (code, err) == (2, "blockmoe: --timers: comparing the timers needs CUDA and CUPTI: this machine has no NVIDIA GPU\n")
+    assert blockmoe("doctor", "--output", "x.json")[::2] == (2, "blockmoe: --output: only with --timers\n")
+    monkeypatch.setattr(commands, "timers_lack", lambda: None)
+    for expected in (0, 1):
+        monkeypatch.setattr("blockmoe.bench.agreement.show", lambda output, code=expected: code)
+        assert blockmoe("doctor", "--timers")[0] == expected

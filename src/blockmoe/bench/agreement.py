@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from blockmoe.bench.doctor import timers_lack
 from blockmoe.bench.environment import commit, gpu_state, worker_environment
 from blockmoe.bench.listing import console
 from blockmoe.bench.settings import BLOCK_CALLS
@@ -236,10 +235,3 @@ def _verdict(beside: bool, alone: bool) -> str:
     if beside and alone:
         return "yes"
     return "no" if not beside and not alone else f"{'alone' if beside else 'beside'}: no"
-
-
-if __name__ == "__main__":
-    if lack := timers_lack():
-        print(f"blockmoe: {lack}", file=sys.stderr)
-        sys.exit(2)
-    sys.exit(show(Path(sys.argv[1]) if len(sys.argv) > 1 else None))

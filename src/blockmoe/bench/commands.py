@@ -18,7 +18,7 @@ from rich.text import Text
 
 from blockmoe.bench import dataset as trees
 from blockmoe.bench.dataset import REFERENCE, Dataset, DatasetError
-from blockmoe.bench.doctor import checks
+from blockmoe.bench.doctor import checks, timers_lack
 from blockmoe.bench.listing import checks_table, console, definitions_table, solutions_table, workloads_table
 from blockmoe.bench.pack import add_folders, write_packed
 from blockmoe.bench.progress import TerminalObserver
@@ -305,8 +305,19 @@ def list_(
         shown.print(*([] if number == 0 else [""]), table, sep="\n")
 
 
-def doctor() -> None:
-    """Say what this machine has, what is missing, and how to get it. Exit code 1 where `run` can't work."""
+def doctor(
+    timers: Annotated[bool, typer.Option("--timers", help="Instead: CUPTI and events on a known set of kernels (CUDA).")] = False,
+    output: Annotated[Path | None, typer.Option(help="JSON file for what --timers measures.")] = None,
+) -> None:
+    """Say what this machine has, what is missing, and how to get it. Exit code 1 where `run` can't work, or the timers disagree."""
+    if output and not timers:
+        raise UsageError("--output: only with --timers")
+    if timers:
+        if lack := timers_lack():
+            raise UsageError(f"--timers: {lack}")
+        from blockmoe.bench.agreement import show
+
+        raise typer.Exit(show(output))
     found = checks()
     console().print(checks_table(found))
     if any(check.state == "broken" for check in found):
