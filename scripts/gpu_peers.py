@@ -12,68 +12,24 @@ $OUT/gpu_peers.jsonl (default results/tmp); a short table comes last.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import inspect
-import json
 import os
 import signal
 import statistics
 import subprocess
 import sys
 import time
-import traceback
 from functools import partial
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-OUT = Path(os.environ.get("OUT", ROOT / "results" / "tmp"))
+from peer_runs import JOURNAL, LOG, OUT, Bench, attempt, caller, load, read, run_pending, say
+
 TOKENS = (1, 7, 16, 80, 901, 11948, 14107)
 PEERS = (
     "blockmoe", "sglang_triton_moe", "triton_fused_moe_v3", "triton_fused_moe_v2", "triton_fused_moe_v1",
     "sglang_fp8_blockwise_moe_v2", "sglang_fp8_blockwise_moe_v1", "deepgemm_moe",
 )  # fmt: skip
+BUILT = OUT / "gpu_peers.built"  # there once DeepGEMM's kernels are
 FLUSH_BYTES = 2 * 50 * 1024 * 1024
 REPEATS = 12
-
-
-def say(kind: str, **fields) -> None:
-    fields = {"kind": kind, **fields}
-    with (OUT / "gpu_peers.jsonl").open("a") as file:
-        file.write(json.dumps(fields, default=str) + "\n")
-    print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()), flush=True)
-
-
-def attempt(label: str, work):
-    """The work's result, or None with the traceback in the log. A broken CUDA context ends this process."""
-    import torch
-
-    try:
-        result = work()
-        torch.cuda.synchronize()
-        return result
-    except Exception as error:
-        say("failed", label=label, error=f"{type(error).__name__}: {str(error)[:200]}")
-        with (OUT / "gpu_peers.log").open("a") as file:
-            file.write(f"--- {label}\n{traceback.format_exc()}\n")
-    try:
-        torch.cuda.synchronize()
-    except Exception:
-        say("context lost", label=label)
-        os._exit(3)
-    return None
-
-
-def load(name: str):
-    """A solution's module; helper modules beside it are imported afresh."""
-    folder = ROOT / "solutions" / name
-    for file in folder.glob("*.py"):
-        sys.modules.pop(file.stem, None)
-    sys.path.insert(0, str(folder))
-    spec = importlib.util.spec_from_file_location(f"peer_{name}", folder / "main.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 # timing
@@ -141,54 +97,6 @@ def launches(work) -> int:
         work()
         torch.cuda.synchronize()
     return sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
-
-
-# the bench's inputs and the reference's outputs
-
-
-class Bench:
-    def __init__(self, tokens: list[int], seed: int) -> None:
-        import torch
-
-        from blockmoe.bench.bundled import definition_of, workloads_of
-        from blockmoe.bench.dataset import bundled_root
-        from blockmoe.bench.inputs import MODES, Inputs
-        from blockmoe.geometry import HEADLINE
-
-        torch.backends.cuda.matmul.allow_tf32 = False
-        self.geometry, self.tokens = HEADLINE, tokens
-        by_tokens = {workload.axes["seq_len"]: workload for workload in workloads_of(HEADLINE)}
-        self.workloads = {count: by_tokens[count] for count in tokens}
-        definition = definition_of(HEADLINE)
-        self.inputs = {mode: Inputs(definition, bundled_root(), torch.device("cuda"), mode, seed) for mode in MODES}
-        self.references: dict[tuple[str, int], torch.Tensor] = {}
-
-    def open(self, mode: str, tokens: int) -> list:
-        from blockmoe.reference import moe_reference
-
-        inputs = self.inputs[mode]
-        inputs.open(self.workloads[tokens])
-        if (mode, tokens) not in self.references:
-            reference = moe_reference(**inputs.values, geometry=self.geometry)
-            self.references[mode, tokens] = reference.bfloat16()
-        return list(inputs.values.values())
-
-
-def caller(module, arguments: list, tokens: int, hidden: int, **override):
-    """A call without arguments that returns the output, whichever way the solution passes it."""
-    import torch
-
-    parameters = inspect.signature(module.run).parameters
-    takes_output = "output" in parameters or any(p.kind is p.VAR_POSITIONAL for p in parameters.values())
-    if not takes_output:
-        return partial(module.run, *arguments, **override)
-    output = torch.full((tokens, hidden), float("nan"), dtype=torch.bfloat16, device="cuda")
-
-    def call():
-        module.run(*arguments, output, **override)
-        return output
-
-    return call
 
 
 # what is run for each peer
@@ -343,7 +251,7 @@ def build_kernels(arguments) -> None:
 
 
 def wait_for_kernels(until: float) -> None:
-    while time.time() < until and not (OUT / "gpu_peers.built").exists():
+    while time.time() < until and not BUILT.exists():
         time.sleep(0.2)
 
 
@@ -351,40 +259,17 @@ def wait_for_kernels(until: float) -> None:
 
 
 def run_children(arguments) -> None:
-    built = OUT / "gpu_peers.built"
     common = ["--tokens", ",".join(map(str, arguments.tokens)), "--seed", str(arguments.seed), "--until", str(arguments.until)]
-    log = (OUT / "gpu_peers.log").open("a")
+    log = LOG.open("a")
     builder = None
     if "deepgemm_moe" in arguments.peers:
         command = [sys.executable, __file__, "--build", *common]
-        shell = ["sh", "-c", '"$@"; touch "$0"', str(built), *command]
+        shell = ["sh", "-c", '"$@"; touch "$0"', str(BUILT), *command]
         builder = subprocess.Popen(shell, stdout=log, stderr=log, start_new_session=True)
-    pending = [*arguments.peers, "extras"]
-    while pending and time.time() < arguments.until:
-        command = [sys.executable, __file__, "--peers", ",".join(pending), "--worker", *common]
-        begun = read()
-        status = 1
-        try:
-            limit = arguments.until + 30 - time.time()
-            status = subprocess.run(command, stderr=log, timeout=limit).returncode
-        except subprocess.TimeoutExpired:
-            say("timeout", pending=pending)
-            break
-        if status == 0:
-            break
-        new = read()[len(begun) :]
-        started = [line["peer"] for line in new if line["kind"] == "begin"]
-        say("child ended", status=status, during=started[-1] if started else None)
-        if not started:  # no GPU, or something that all peers need
-            break
-        pending = pending[len(started) :]
+    command = [sys.executable, __file__, "--worker", *common]
+    run_pending([*arguments.peers, "extras"], command, arguments.until)
     if builder and builder.poll() is None:
         os.killpg(builder.pid, signal.SIGTERM)
-
-
-def read() -> list[dict]:
-    path = OUT / "gpu_peers.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def table(lines: list[dict], tokens: list[int]) -> None:
@@ -427,8 +312,8 @@ def main() -> None:
         build_kernels(arguments)
     else:
         arguments.until = time.time() + arguments.seconds
-        for name in ("gpu_peers.built", "gpu_peers.jsonl", "gpu_peers.log"):
-            (OUT / name).unlink(missing_ok=True)
+        for file in (BUILT, JOURNAL, LOG):
+            file.unlink(missing_ok=True)
         run_children(arguments)
         table(read(), arguments.tokens)
 

@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.text import Text
 
 from blockmoe.report import compare, export, markdown, terminal
+from blockmoe.report.cut import only
 from blockmoe.report.load import Record, ReportError, load
 from blockmoe.report.markdown import SavedPicture
 from blockmoe.report.model import Report
@@ -22,9 +23,15 @@ MOST_PICTURED = 6  # sections
 FORMATS = ("md", "html", "csv", "json", "svg", "png")
 
 
-def read(folders: Sequence[Path], baseline: str | None = None, regimes: str | None = None, mix: str | None = None) -> Report:
-    """The model of everything in these result folders and trace files; raises ReportError."""
-    loaded = load(folders)
+def read(
+    folders: Sequence[Path],
+    baseline: str | None = None,
+    regimes: str | None = None,
+    mix: str | None = None,
+    solutions: Sequence[str] | None = None,
+) -> Report:
+    """The model of what these result folders and trace files have of all solutions, or of some; raises ReportError."""
+    loaded = only(load(folders), solutions) if solutions else load(folders)
     solutions = {record.solution for record in loaded.records}
     if baseline is not None and baseline not in solutions:
         raise ReportError(f"--baseline {baseline}: no such solution in these traces, which have {_listed(solutions)}")
@@ -39,6 +46,7 @@ def write(
     against: Path | None = None,
     regimes: str | None = None,
     mix: str | None = None,
+    solutions: Sequence[str] | None = None,
 ) -> list[Path]:
     """Write `report.FORMAT` into `output` (the first folder, unless told), and pictures into `output/pictures`.
 
@@ -47,7 +55,7 @@ def write(
     unknown = [name for name in formats if name not in FORMATS]
     if unknown or not formats:
         raise ReportError(f"--format {','.join(unknown) or '(empty)'}: expected some of {', '.join(FORMATS)}")
-    report = read(folders, baseline, regimes, mix)
+    report = read(folders, baseline, regimes, mix, solutions)
     earlier = compare.tables(_against(against, folders)) if against else []
     folder = output or (folders[0] if folders[0].is_dir() else folders[0].parent)
     try:

@@ -54,6 +54,10 @@ def report(
         str, typer.Option("--format", help="Comma-separated: md, html, csv, json, svg, png (the last two are pictures).")
     ] = "md,html",
     output: Annotated[Path | None, typer.Option(help="Folder to write into.", show_default="the first result folder")] = None,
+    solutions: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME…", help="Only these, names or patterns; the report says which it leaves out.", show_default="all"),
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="Solution that the others are compared with in the pairwise table.")] = None,
     against: Annotated[
         Path | None, typer.Option(help="An earlier result folder: the report says what moved beyond its noise since.")
@@ -72,11 +76,13 @@ def report(
 
     Reads traces of blockmoe and of flashinfer-bench. The reference is the scale, never a competitor.
     """
+    if watch and solutions:
+        raise ReportError("--solutions: not with --watch")
     if watch:
         api.watch(folders, baseline=baseline, regimes=regimes, mix=mix)
         return
     wanted = [name.strip() for name in formats.split(",") if name.strip()]
-    for path in api.write(folders, output, wanted, baseline, against, regimes, mix):
+    for path in api.write(folders, output, wanted, baseline, against, regimes, mix, solutions):
         print(path)
 
 

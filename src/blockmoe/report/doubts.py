@@ -110,7 +110,9 @@ def _mixtures(records: Sequence[Record]) -> Iterable[str]:
     if apart:
         yield f"{apart} evaluations were not interleaved with the others (they did not fit together): unpaired samples."
     runs = Counter(record.run for record in records)
-    if len(runs) > 1:
+    if len(runs) > 1 and len({(record.workload, record.run) for record in records}) == len({record.workload for record in records}):
+        yield f"Traces of {len(runs)} runs, each workload of one: clocks and heat may differ from workload to workload, samples are paired."
+    elif len(runs) > 1:
         yield f"Traces of {len(runs)} runs: between runs clocks and heat differ, and samples are not paired."
     for name, values in (
         ("timers", {record.timer for record in records if record.timer}),
