@@ -15,8 +15,8 @@ GEOMETRIES = [TINY, UNGROUPED, RENORMALIZE]
 
 PLANS = {
     "dense 32": Plan("dense", RouteTile(16, 16, 4, True), GateUpTile(32, 16, 2, 4), DownTile(64, 16, 2, 4)),
-    "dense 128 split": Plan("dense", RouteTile(16, 16, 16, True), GateUpTile(128, 64, 2, 8), DownTile(64, 64, 2, 4, split=3)),
-    "sorted 64": Plan("sorted", RouteTile(4, 8, 4, True), GateUpTile(64, 16, 2, 4), DownTile(64, 16, 2, 4)),
+    "dense 128 split": Plan("dense", RouteTile(64, 64, 16, True), GateUpTile(128, 64, 2, 8), DownTile(64, 64, 2, 4, split=3)),
+    "sorted 64": Plan("sorted", RouteTile(128, 128, 16, True), GateUpTile(64, 16, 2, 4), DownTile(64, 16, 2, 4)),
     "sorted 128": Plan("sorted", RouteTile(4, 16, 4, False), GateUpTile(128, 32, 2, 8), DownTile(128, 32, 2, 4)),
     "wide": Plan("wide", RouteTile(16, 4, 4, False), GateUpTile(128, 128, 2, 8), DownTile(128, 128, 2, 8)),
 }

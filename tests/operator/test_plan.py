@@ -19,6 +19,14 @@ def test_every_token_count_has_one_of_few_plans(g):
         assert plan.path != "dense" or tokens <= plan.gate_up.block_n
 
 
+@pytest.mark.parametrize("g", GEOMETRIES.values(), ids=lambda g: g.definition_name[20:])
+def test_routing_tiles_hold_their_tokens(g):
+    for tokens in [1, 2, 7, 8, 9, 512, 513, 901, 2048, 2049, 4096, 14107, 16384]:
+        plan = choose_plan(g, tokens)
+        tile, chunk_tokens = plan.route, sizes(g, tokens, plan).chunk_tokens
+        assert chunk_tokens <= tile.block_t if tile.one_launch else chunk_tokens <= tile.place_t or not tile.once
+
+
 def test_row_bounds_hold_for_the_worst_routing():
     for tokens in (65, 901, 14107):
         plan = choose_plan(HEADLINE, tokens)

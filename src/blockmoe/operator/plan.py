@@ -20,7 +20,7 @@ from blockmoe.geometry import BLOCK, MoEGeometry
 Path = Literal["dense", "sorted", "wide"]
 
 DENSE_TOKENS = 7  # T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
-ONE_LAUNCH_TOKENS = 16  # of routing. T = 16: one launch 208.0 us, two 207.9; T = 32: 344 and 334; T = 55: 391 and 375
+ONE_LAUNCH_TOKENS = 8  # of routing, a warp each
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 MOST_CHUNKS = 128  # programs that sort; each reads the counts of all
@@ -33,12 +33,16 @@ def power_of_two_at_least(n: int) -> int:
 
 @dataclass(frozen=True)
 class RouteTile:
-    """`block_t` tokens at a time are chosen for, a warp each where num_warps allows; `place_t` at a time are sorted."""
+    """`block_t` tokens at a time are chosen for, a warp each where num_warps allows; `place_t` at a time are sorted.
+
+    One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`.
+    """
 
     block_t: int
     place_t: int
     num_warps: int
     one_launch: bool
+    once: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,16 +118,17 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
 
 
 def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
-    experts = power_of_two_at_least(geometry.num_experts)
     local = power_of_two_at_least(geometry.num_local_experts)
     if tokens == 1:
         return RouteTile(1, 1, 1, True)
     if tokens <= ONE_LAUNCH_TOKENS:
-        return RouteTile(16, 16, 16, True)
-    block_t = 32 if experts <= 256 else 16  # 32 warps have 64 registers a thread
-    if tokens <= 16 * MOST_CHUNKS:
-        return RouteTile(16, 16, 16, False)
-    return RouteTile(block_t, max(16, min(128, 8192 // local)), block_t, False)
+        return RouteTile(8, 8, 8, True)
+    for block_t in (4, 8, 16):  # few warps a multiprocessor: its four schedulers take a token each
+        if tokens <= block_t * MOST_CHUNKS:
+            return RouteTile(block_t, block_t, block_t, False, True)
+    block_t = 32 if geometry.num_experts <= 256 else 16  # 32 warps have 64 registers a thread
+    place_t = min(128, 4096 // local)  # 32 weights a thread of 4 warps, or 16 of 8
+    return RouteTile(block_t, place_t, block_t, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK)
 
 
 def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, sm_count: int, pdl: bool) -> Plan:

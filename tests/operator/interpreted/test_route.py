@@ -7,6 +7,7 @@ import torch
 from blockmoe.geometry import TINY, MoEGeometry
 from blockmoe.operator.launch import interpret
 from blockmoe.operator.pipeline import stages
+from blockmoe.operator.plan import choose_plan
 from blockmoe.operator.workspace import layout, sizes, slots
 from blockmoe.reference import route as reference_route
 
@@ -61,6 +62,12 @@ def agree(inputs, g, offset, plan) -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 50])
 def test_as_the_reference(g, name, tokens):
     agree(layer.make(g, tokens, seed=tokens), g, min(8, g.num_experts - g.num_local_experts), layer.PLANS[name])
+
+
+@pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 18])
+def test_chosen_plans(g, tokens):
+    agree(layer.make(g, tokens, seed=tokens), g, min(5, g.num_experts - g.num_local_experts), choose_plan(g, tokens))
 
 
 @pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])
