@@ -8,7 +8,8 @@ own and is added to the sum times both scales.
 Pairs are sorted by expert; every tile of 128 starts at `tile` * 128, so that whole tiles can be stored: rows past an
 expert's end hold rubbish that nobody reads. Where a tile has at most 64 pairs, the second consumer idles.
 
-- GEMM1 gathers: two warps copy the hidden states of a tile's tokens by cp.async, so that no sorted copy of them exists.
+- GEMM1 sorts: four warps copy the hidden states of tiles to come into a ring of sorted tiles, from where TMA loads them. A
+  tile's copy is shared out to the programs of its column tiles: `copied` counts the parts, `used` the programs done with it.
 - GEMM2 combines: four warps add a finished tile to the output, in the order of experts, so that every bit is the same
   from call to call and no row is stored twice. A tile's rows wait until the tile that holds the token's pair before
   (`before`, per pair) has been added (`added`, per tile and column block). Programs take tiles in ascending order and all
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -35,33 +35,16 @@ barrier = gl.thread_barrier
 
 
 @gluon.jit
-def load_weights(
-    w, w_buffers, full, empty, tile_count, tile_expert,
+def load_tiles(
+    x, w, x_buffers, w_buffers, full, empty, copied, tile_count, tile_expert, tile_begin, tile_end,
     EXPERT_ROWS: gl.constexpr, OTHER_ROWS: gl.constexpr, STEP: gl.constexpr, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr,
-    STAGES: gl.constexpr,
+    STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """A warp. Column tile j takes weight rows STEP * j and STEP * j + OTHER_ROWS, 128 of each."""
-    step = 0
-    units = gl.load(tile_count) * COLUMNS
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
-        first = gl.load(tile_expert + unit // COLUMNS) * EXPERT_ROWS + (unit % COLUMNS) * STEP
-        for k in range(BLOCKS):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            bar = full.index(stage)
-            mbarrier.expect(bar, 2 * K * K)
-            tma.async_copy_global_to_shared(w, [first, k * K], bar, w_buffers.index(2 * stage))
-            tma.async_copy_global_to_shared(w, [first + OTHER_ROWS, k * K], bar, w_buffers.index(2 * stage + 1))
-            step += 1
+    """The TMA warp. Column tile j takes weight rows STEP * j and STEP * j + OTHER_ROWS, 128 of each.
 
-
-@gluon.jit
-def load_middle_and_weights(
-    x, w, x_buffers, w_buffers, full, empty, tile_count, tile_expert, tile_begin, tile_end,
-    EXPERT_ROWS: gl.constexpr, OTHER_ROWS: gl.constexpr, STEP: gl.constexpr, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr,
-    STAGES: gl.constexpr,
-):  # fmt: skip
-    """`load_weights` with the pairs' rows of a matrix that is sorted as the pairs are."""
+    x holds the pairs' rows, sorted: all of them (RING 0), or RING tiles that `copy_rows` fills.
+    """
+    one = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     step = 0
     units = gl.load(tile_count) * COLUMNS
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
@@ -69,6 +52,9 @@ def load_middle_and_weights(
         first = gl.load(tile_expert + tile) * EXPERT_ROWS + (unit % COLUMNS) * STEP
         begin = gl.load(tile_begin + tile)
         two = gl.load(tile_end + tile) - begin > ROWS
+        if RING > 0:
+            begin = (tile % RING) * (2 * ROWS)
+            wait_until(copied + tile + one, one + COLUMNS)
         for k in range(BLOCKS):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -86,90 +72,95 @@ def load_middle_and_weights(
 
 
 @gluon.jit
-def gather_hidden(
-    x, pair_token, x_buffers, full, empty, tile_count, tile_begin, tile_end,
-    HIDDEN: gl.constexpr, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr,
+def wait_until(counter, least):
+    """Spin, every thread for its own, until `counter` is at least `least`; what was written before is then visible, to TMA too."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        again:
+        ld.acquire.gpu.global.s32 $0, [$1];
+        setp.lt.s32 p, $0, $2;
+        @p bra again;
+        fence.proxy.async;
+        }""",
+        "=r,l,r", [counter, least], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def copy_rows(
+    x, x_scale, ring, ring_scale, pair_token, copied, used, tile_count, tile_begin, tile_end, tokens,
+    HIDDEN: gl.constexpr, COLUMNS: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """Two warps. A stage is announced two stages after its copies were issued, when they have landed."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [2, 1], [1, 0])
-    LATE: gl.constexpr = 2
-    column = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    step = 0
+    """Four warps. Part j of a tile: columns j * H / COLUMNS ..., and the scales of K blocks j, j + COLUMNS, ..."""
+    WIDTH: gl.constexpr = HIDDEN // COLUMNS  # bytes
+    LANES: gl.constexpr = 32  # a warp a row, 16 bytes a lane
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [1, LANES], [4, 1], [1, 0])
+    ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    PART: gl.constexpr = 16
+    byte = gl.expand_dims(gl.arange(0, 16 * LANES, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    one = gl.zeros([128], gl.int32, ONE_EACH)
     units = gl.load(tile_count) * COLUMNS
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         tile = unit // COLUMNS
+        part = unit % COLUMNS
         begin = gl.load(tile_begin + tile)
         end = gl.load(tile_end + tile)
-        two = end - begin > ROWS
-        row = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-        a = gl.expand_dims(gl.load(pair_token + row, mask=row < end, other=0) * HIDDEN, 1) + column
-        b = gl.expand_dims(gl.load(pair_token + row + ROWS, mask=row + ROWS < end, other=0) * HIDDEN, 1) + column
-        for k in range(BLOCKS):
-            stage = step % STAGES
-            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(x_buffers.index(2 * stage), x + k * K + a)
-            if two:
-                async_copy.async_copy_global_to_shared(x_buffers.index(2 * stage + 1), x + k * K + b)
-            async_copy.commit_group()
-            if step >= LATE:
-                async_copy.wait_group(LATE)
-                fence_async_shared()
-                barrier()
-                mbarrier.arrive(full.index((step - LATE) % STAGES), count=1)
-            step += 1
-    async_copy.wait_group(0)
-    fence_async_shared()
-    barrier()
-    for late in range(gl.maximum(step - LATE, 0), step):
-        mbarrier.arrive(full.index(late % STAGES), count=1)
+        slot = (tile % RING) * (2 * ROWS)
+        if tile >= RING:
+            wait_until(used + (tile - RING) + one, one + COLUMNS)
+            barrier()
+        for first in range(0, 2 * ROWS, PART):
+            row = first + gl.arange(0, PART, layout=gl.SliceLayout(1, LAYOUT))
+            there = begin + row < end
+            token = gl.expand_dims(gl.load(pair_token + begin + row, mask=there, other=0).to(gl.int64), 1)
+            mask = gl.expand_dims(there, 1) & (byte < WIDTH)
+            data = gl.load(x + token * HIDDEN + part * WIDTH + byte, mask=mask, other=0.0)
+            gl.store(ring + (slot + gl.expand_dims(row, 1)) * HIDDEN + part * WIDTH + byte, data, mask=mask)
+        row = gl.arange(0, 2 * ROWS, layout=ONE_EACH)
+        there = begin + row < end
+        token = gl.load(pair_token + begin + row, mask=there, other=0)
+        for k in range(part, HIDDEN // K, COLUMNS):
+            gl.store(ring_scale + k * (RING * 2 * ROWS) + slot + row, gl.load(x_scale + k * tokens + token, mask=there, other=0.0))
+        barrier()
+        gl.atomic_add(copied + tile, 1, sem="release")
 
 
 @gluon.jit
 def load_scales(
-    x_scale, pair_token, s_buffers, full, empty, tile_count, tile_begin, tile_end, pitch,
-    COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, GATHER: gl.constexpr, AHEAD: gl.constexpr,
+    scale, s_buffers, full, empty, copied, tile_count, tile_begin, pitch,
+    COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """A warp: x_scale [BLOCKS, pitch], of the token of each pair where GATHER, else of the pair itself.
+    """The scale warp: `scale` [BLOCKS, pitch] of the pairs as they are sorted; of a ring as in `load_tiles`.
 
-    Loads run AHEAD (a divisor of BLOCKS) stages before the stage that they are for: a gather of 128 rows takes longer than a
-    stage.
+    A load runs a stage ahead. Gathered by token instead, 128 scales a stage took longer than the stage's products.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    gl.static_assert(BLOCKS % AHEAD == 0)
+    one = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     step = 0
     units = gl.load(tile_count) * COLUMNS
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         tile = unit // COLUMNS
-        begin = gl.load(tile_begin + tile)
-        end = gl.load(tile_end + tile)
-        a = begin + gl.arange(0, ROWS, layout=LAYOUT)
-        b = a + ROWS
-        in_a = a < end
-        in_b = b < end
-        if GATHER:
-            a = gl.load(pair_token + a, mask=in_a, other=0)
-            b = gl.load(pair_token + b, mask=in_b, other=0)
-        scales = ()
-        for i in gl.static_range(AHEAD):
-            scales = scales + (
-                gl.load(x_scale + i * pitch + a, mask=in_a, other=0.0),
-                gl.load(x_scale + i * pitch + b, mask=in_b, other=0.0),
-            )
-        for k in range(0, BLOCKS, AHEAD):
-            next_scales = ()
-            for i in gl.static_range(AHEAD):
-                stage = step % STAGES
-                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-                s_buffers.index(2 * stage).store(scales[2 * i])
-                s_buffers.index(2 * stage + 1).store(scales[2 * i + 1])
-                mbarrier.arrive(full.index(stage), count=1)
-                at = x_scale + gl.minimum(k + AHEAD + i, BLOCKS - 1) * pitch
-                next_scales = next_scales + (
-                    gl.load(at + a, mask=in_a, other=0.0),
-                    gl.load(at + b, mask=in_b, other=0.0),
-                )
-                step += 1
-            scales = next_scales
+        if RING > 0:
+            begin = (tile % RING) * (2 * ROWS)
+            wait_until(copied + tile + one, one + COLUMNS)
+        else:
+            begin = gl.load(tile_begin + tile)
+        at = scale + begin + gl.arange(0, ROWS, layout=LAYOUT)
+        s_a = gl.load(at, cache_modifier=".cg")
+        s_b = gl.load(at + ROWS, cache_modifier=".cg")
+        for k in range(BLOCKS):
+            ahead = gl.minimum(k + 1, BLOCKS - 1) * pitch
+            next_a = gl.load(at + ahead, cache_modifier=".cg")
+            next_b = gl.load(at + ahead + ROWS, cache_modifier=".cg")
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            s_buffers.index(2 * stage).store(s_a)
+            s_buffers.index(2 * stage + 1).store(s_b)
+            mbarrier.arrive(full.index(stage), count=1)
+            s_a = next_a
+            s_b = next_b
+            step += 1
 
 
 @gluon.jit
@@ -220,7 +211,7 @@ def reciprocal(x):
 @gluon.jit
 def gate_up_consumer(
     GROUP: gl.constexpr, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, w_scale, pair_weight,
-    middle_scale, token_pair, token_pairs, before, added, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
+    middle_scale, token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32])
@@ -256,6 +247,8 @@ def gate_up_consumer(
             gl.store(middle_scale + column * pitch + row, scale * weight)
         else:
             step = skip(full, empty, step, BLOCKS, STAGES)
+        if GROUP == 0:
+            gl.atomic_add(used + tile, 1, sem="relaxed")
     tma.store_wait(0)
 
 
@@ -290,44 +283,43 @@ def down_consumer(
 
 
 @gluon.jit
-def wait_until_set(flag):
-    """Spin, every thread for its own flags, until they are not 0; what was written before they were set is then visible."""
+def put(at, values, how):
+    """Store (how 1) or add (2) 16 bytes, 8 bfloat16, of every pair of 64-bit words; 0: neither."""
     return gl.inline_asm_elementwise(
         """{
-        .reg .pred p;
-        again:
-        ld.acquire.gpu.global.s32 $0, [$1];
-        setp.eq.s32 p, $0, 0;
-        @p bra again;
+        .reg .pred p, q;
+        .reg .b32 a, b, c, d;
+        mov.b64 {a, b}, $3;
+        mov.b64 {c, d}, $4;
+        setp.eq.s32 p, $5, 1;
+        setp.eq.s32 q, $5, 2;
+        @p st.global.v4.b32 [$1], {a, b, c, d};
+        @q red.relaxed.gpu.global.add.noftz.v4.bf16x2 [$1], {a, b, c, d};
+        mov.b32 $0, 0;
         }""",
-        "=r,l", [flag], dtype=gl.int32, is_pure=False, pack=1,
+        "=r,l,l,l,l,r,r", [at, values, how], dtype=gl.int16, is_pure=False, pack=2,
     )  # fmt: skip
 
 
 @gluon.jit
 def add_group(
-    GROUP: gl.constexpr, out, done_buffers, done, taken, pair_token, before, begin, end, c, tiles, HIDDEN: gl.constexpr,
+    GROUP: gl.constexpr, out, words, done, taken, pair_token, before, begin, end, c, tiles, HIDDEN: gl.constexpr,
 ):  # fmt: skip
-    """What consumer GROUP left of the tile at `begin` into columns 256 c ... of the output."""
+    """What consumer GROUP left of the tile at `begin` into columns 256 c ... of the output (here of 4-column words)."""
     PART: gl.constexpr = 32  # rows at a time
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
-    column = c * (2 * K) + gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    WORDS: gl.constexpr = K // 4
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
+    column = c * (2 * WORDS) + gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
     mbarrier.wait(done.index(GROUP), tiles & 1)
     for part in gl.static_range(ROWS // PART):
         row = begin + part * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, LAYOUT))
         there = row < end
         token = gl.load(pair_token + row, mask=there, other=0)
-        again = gl.expand_dims(gl.load(before + row, mask=there, other=-1) >= 0, 1)
-        there = gl.expand_dims(there, 1)
-        at = out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + column
-        old_left = gl.load(at, mask=again, other=0.0, cache_modifier=".cg")
-        old_right = gl.load(at + K, mask=again, other=0.0, cache_modifier=".cg")
-        left = done_buffers.index(2 * GROUP).slice(part * PART, PART).load(LAYOUT)
-        right = done_buffers.index(2 * GROUP + 1).slice(part * PART, PART).load(LAYOUT)
-        left = (left.to(gl.float32) + old_left.to(gl.float32)).to(gl.bfloat16)
-        right = (right.to(gl.float32) + old_right.to(gl.float32)).to(gl.bfloat16)
-        gl.store(at, left, mask=there)
-        gl.store(at + K, right, mask=there)
+        how = gl.where(there, gl.where(gl.load(before + row, mask=there, other=-1) >= 0, 2, 1), 0)
+        how = gl.expand_dims(how, 1) + gl.zeros([PART, WORDS], gl.int32, LAYOUT)
+        at = out + gl.expand_dims(token.to(gl.int64) * (HIDDEN // 4), 1) + column
+        put(at, words.index(2 * GROUP).slice(part * PART, PART).load(LAYOUT), how)
+        put(at + WORDS, words.index(2 * GROUP + 1).slice(part * PART, PART).load(LAYOUT), how)
     barrier()
     mbarrier.arrive(taken.index(GROUP), count=1)
 
@@ -338,18 +330,21 @@ def add_rows(
     HIDDEN: gl.constexpr,
 ):  # fmt: skip
     """Four warps: zeros for tokens without a pair, then finished tiles into the output."""
-    PART: gl.constexpr = 32  # rows at a time
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [4, 1], [1, 0])
+    PART: gl.constexpr = 32  # tokens at a time
+    WORDS: gl.constexpr = K // 4
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
     BY_ROW: gl.constexpr = gl.SliceLayout(1, LAYOUT)
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
-    column = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    column = gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    words = done_buffers._reinterpret(gl.int64, [4, ROWS, WORDS], gl.SwizzledSharedLayout(2, 1, 8, [1, 0]))
+    one = gl.zeros([128], gl.int32, ONE_EACH) + 1
     for first in range(gl.program_id(0) * PART, tokens, gl.num_programs(0) * PART):
         token = first + gl.arange(0, PART, layout=BY_ROW)
         none = gl.expand_dims(gl.load(token_pairs + token, mask=token < tokens, other=1) == 0, 1)
-        at = out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + column
-        for c in range(0, HIDDEN, K):
-            gl.store(at + c, gl.zeros([PART, K], gl.bfloat16, LAYOUT), mask=none)
+        at = out + gl.expand_dims(token.to(gl.int64) * (HIDDEN // 4), 1) + column
+        for c in range(0, HIDDEN // 4, WORDS):
+            gl.store(at + c, gl.zeros([PART, WORDS], gl.int64, LAYOUT), mask=none)
 
     tiles = 0
     large_tiles = 0
@@ -362,11 +357,11 @@ def add_rows(
         row = begin + gl.arange(0, 2 * ROWS, layout=ONE_EACH)
         earlier = gl.load(before + row, mask=row < end, other=-1)
         # tile -1 is the entry ahead of the first, and always set
-        wait_until_set(added + ((earlier + 1) * COLUMNS + c))
+        wait_until(added + ((earlier + 1) * COLUMNS + c), one)
         barrier()
-        add_group(0, out, done_buffers, done, taken, pair_token, before, begin, end, c, tiles, HIDDEN)
+        add_group(0, out, words, done, taken, pair_token, before, begin, end, c, tiles, HIDDEN)
         if begin + ROWS < end:
-            add_group(1, out, done_buffers, done, taken, pair_token, before, begin + ROWS, end, c, large_tiles, HIDDEN)
+            add_group(1, out, words, done, taken, pair_token, before, begin + ROWS, end, c, large_tiles, HIDDEN)
             large_tiles += 1
         tiles += 1  # noqa: SIM113
         barrier()
@@ -374,7 +369,7 @@ def add_rows(
 
 
 @gluon.jit
-def stage_buffers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
+def stage_buffers(STAGES: gl.constexpr):
     """Buffers of pairs, weights and scales; barriers of full and of empty stages."""
     CODES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     x_buffers = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, K], CODES)
@@ -383,7 +378,7 @@ def stage_buffers(STAGES: gl.constexpr, ARRIVALS: gl.constexpr):
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=ARRIVALS)
+        mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=2)
     return x_buffers, w_buffers, s_buffers, full, empty
 
@@ -410,19 +405,20 @@ def prepare_adding(
 
 @gluon.jit
 def gate_up_kernel(
-    w, middle, x, x_scale, w_scale, middle_scale, pair_token, pair_weight, token_pair, token_pairs, before, added,
-    tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr,
-    PDL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+    ring, w, middle, x, x_scale, ring_rows, ring_scale, w_scale, middle_scale, pair_token, pair_weight, token_pair, token_pairs,
+    before, added, copied, used, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+    PDL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, COPIER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """middle[p, i] = silu(gate) * up as e4m3, middle_scale[i / 128, p] its scale times the pair's routing weight.
 
-    w [L * 2 I, H] (descriptor); middle [pitch, I] (descriptor); x [T, H]; x_scale [H / 128, T]; middle_scale [I / 128, pitch].
+    Descriptors: ring [RING * 128, H] over ring_rows, w [L * 2 I, H], middle [pitch, I]. x [T, H]; x_scale [H / 128, T];
+    ring_scale [H / 128, RING * 128]; middle_scale [I / 128, pitch]. copied and used [tiles] begin at 0.
     """
     CODES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     BLOCKS: gl.constexpr = HIDDEN // K
     COLUMNS: gl.constexpr = INTER // K
-    x_buffers, w_buffers, s_buffers, full, empty = stage_buffers(STAGES, 3)
+    x_buffers, w_buffers, s_buffers, full, empty = stage_buffers(STAGES)
     out_buffers = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
     if PDL:
         gdc_wait()
@@ -431,27 +427,29 @@ def gate_up_kernel(
         [
             (gate_up_consumer, (
                 0, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, w_scale, pair_weight, middle_scale,
-                token_pair, token_pairs, before, added, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
+                token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
                 HIDDEN, INTER, TOP_K, STAGES,
             )),
             (gate_up_consumer, (
                 1, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, w_scale, pair_weight, middle_scale,
-                token_pair, token_pairs, before, added, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
+                token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
                 HIDDEN, INTER, TOP_K, STAGES,
             )),
-            (gather_hidden, (
-                x, pair_token, x_buffers, full, empty, tile_count, tile_begin, tile_end, HIDDEN, COLUMNS, BLOCKS, STAGES,
+            (copy_rows, (
+                x, x_scale, ring_rows, ring_scale, pair_token, copied, used, tile_count, tile_begin, tile_end, tokens,
+                HIDDEN, COLUMNS, RING,
             )),
-            (load_weights, (
-                w, w_buffers, full, empty, tile_count, tile_expert, 2 * INTER, INTER, K, COLUMNS, BLOCKS, STAGES,
+            (load_tiles, (
+                ring, w, x_buffers, w_buffers, full, empty, copied, tile_count, tile_expert, tile_begin, tile_end,
+                2 * INTER, INTER, K, COLUMNS, BLOCKS, STAGES, RING,
             )),
             (load_scales, (
-                x_scale, pair_token, s_buffers, full, empty, tile_count, tile_begin, tile_end, tokens, COLUMNS, BLOCKS, STAGES,
-                True, AHEAD,
+                ring_scale, s_buffers, full, empty, copied, tile_count, tile_begin, RING * 2 * ROWS, COLUMNS, BLOCKS, STAGES,
+                RING,
             )),
         ],
-        [4, 2, 1, 1],
-        [CONSUMER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
+        [4, 4, 1, 1],
+        [CONSUMER_REGISTERS, COPIER_REGISTERS, PRODUCER_REGISTERS, PRODUCER_REGISTERS],
     )  # fmt: skip
 
 
@@ -459,8 +457,8 @@ def gate_up_kernel(
 def down_kernel(
     middle, w, out, middle_scale, w_scale, pair_token, token_pairs, before, added, tile_count, tile_expert, tile_begin,
     tile_end, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, AHEAD: gl.constexpr, PDL: gl.constexpr,
-    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr, ADDER_REGISTERS: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+    PRODUCER_REGISTERS: gl.constexpr, ADDER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """out[t, h] in bfloat16: the sum over the token's pairs, in the order of their experts, rounded after each.
 
@@ -468,7 +466,7 @@ def down_kernel(
     """
     BLOCKS: gl.constexpr = INTER // K
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
-    x_buffers, w_buffers, s_buffers, full, empty = stage_buffers(STAGES, 2)
+    x_buffers, w_buffers, s_buffers, full, empty = stage_buffers(STAGES)
     done_buffers = gl.allocate_shared_memory(gl.bfloat16, [4, ROWS, K], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -492,13 +490,12 @@ def down_kernel(
                 out, done_buffers, done, taken, pair_token, before, added, token_pairs, tile_count, tile_begin, tile_end,
                 tokens, HIDDEN,
             )),
-            (load_middle_and_weights, (
-                middle, w, x_buffers, w_buffers, full, empty, tile_count, tile_expert, tile_begin, tile_end,
-                HIDDEN, K, 2 * K, COLUMNS, BLOCKS, STAGES,
+            (load_tiles, (
+                middle, w, x_buffers, w_buffers, full, empty, added, tile_count, tile_expert, tile_begin, tile_end,
+                HIDDEN, K, 2 * K, COLUMNS, BLOCKS, STAGES, 0,
             )),
             (load_scales, (
-                middle_scale, tile_count, s_buffers, full, empty, tile_count, tile_begin, tile_end, pitch, COLUMNS, BLOCKS,
-                STAGES, False, AHEAD,
+                middle_scale, s_buffers, full, empty, added, tile_count, tile_begin, pitch, COLUMNS, BLOCKS, STAGES, 0,
             )),
         ],
         [4, 4, 1, 1],
