@@ -2,7 +2,7 @@
 
 Check: relative L2 and matched ratio (rtol 0.2, atol 0.1) against the float32 reference on the bench's own inputs, both modes,
 outputs poisoned, two calls. Time: medians of event pairs behind a device-side backlog, L2 flushed before every call, eager
-and as CUDA-graph replay; both layouts of DeepGEMM, and other tiles of the SGLang kernel where time is left.
+and as CUDA-graph replay; both layouts of DeepGEMM, and, unless peers are named, other tiles of the SGLang kernel.
 
 Peers run in a child process: one that breaks the CUDA context is noted, and the rest go on in a fresh child. DeepGEMM's
 kernels are built meanwhile by another child. Tracebacks and everything printed go to $OUT/gpu_peers.log, figures to
@@ -267,7 +267,7 @@ def run_children(arguments) -> None:
         shell = ["sh", "-c", '"$@"; touch "$0"', str(BUILT), *command]
         builder = subprocess.Popen(shell, stdout=log, stderr=log, start_new_session=True)
     command = [sys.executable, __file__, "--worker", *common]
-    run_pending([*arguments.peers, "extras"], command, arguments.until)
+    run_pending([*arguments.peers, *(["extras"] if arguments.peers == list(PEERS) else [])], command, arguments.until)
     if builder and builder.poll() is None:
         os.killpg(builder.pid, signal.SIGTERM)
 
