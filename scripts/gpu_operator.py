@@ -27,7 +27,7 @@ from blockmoe.geometry import BLOCK, GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.launch import Prepared, _compiled
 from blockmoe.operator.pipeline import stages
-from blockmoe.operator.plan import DownTile, GateUpTile, Plan, RouteTile, choose_plan, with_tiles
+from blockmoe.operator.plan import DownTile, GateUpTile, Plan, StreamTile, choose_plan, with_tiles, without_tma
 from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_reference
 from blockmoe.reference import route as reference_route
@@ -216,36 +216,41 @@ def candidates(tokens: int) -> dict[str, Plan]:
     """The default plan first, then what might beat it."""
     base = choose_plan(HEADLINE, tokens)
     found = {"default": base}
-    few = Plan("sorted", base.route, GateUpTile(64, 16, 6, 4), DownTile(64, 16, 5, 4))
+
+    def stream(gate_up: tuple, down: tuple) -> None:
+        plan = Plan("stream", base.route, StreamTile(*gate_up), StreamTile(*down))
+        found[f"stream {plan.gate_up}; {plan.down}"] = plan
+
+    narrow, broad = (64, 16, 12, 2), (128, 16, 6, 2)
     small = Plan("sorted", base.route, GateUpTile(128, 32, 4, 8), DownTile(128, 32, 4, 4))
     medium = Plan("sorted", base.route, GateUpTile(128, 64, 4, 8), DownTile(128, 64, 4, 4))
     wide = Plan("wide", base.route, GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8))
     if tokens <= 7:
-        found |= {
-            "dense 64/6s": with_tiles(base, gate_up=dict(block_i=64, stages=6, num_warps=4)),
-            "dense 128/4s": with_tiles(base, gate_up=dict(block_i=128, stages=4, num_warps=8)),
-            "dense 128/5s": with_tiles(base, gate_up=dict(block_i=128, stages=5, num_warps=8)),
-            "sorted 64/6s": few,
-            "sorted 128/4s": with_tiles(few, gate_up=dict(block_i=128, stages=4, num_warps=8), down=dict(stages=8)),
-        }
-        if tokens > 1:
-            found["route 8 warps"] = replace(base, route=RouteTile(8, 8, 8, True))
+        stream(narrow, narrow)
+        stream(narrow, broad)
+        stream((64, 16, 12, 4), (64, 16, 12, 4))
+        stream(broad, broad)
     elif tokens <= 100:
-        found["gate_up 4s"] = with_tiles(base, gate_up=dict(stages=4))
-        found["gate_up 2s"] = with_tiles(base, gate_up=dict(stages=2))
-        found["down 4s"] = with_tiles(base, down=dict(stages=4))
-        if tokens <= 16:
-            found["route in two"] = replace(base, route=RouteTile(16, 16, 16, False))
-        found["route 4 tokens a program"] = replace(base, route=RouteTile(4, 4, 4, False))
+        stream(narrow, narrow)
+        stream(narrow, broad)
+        stream(broad, broad)
+        stream((64, 16, 12, 4), broad)
+        stream((*narrow, 256), (*broad, 256))
+        few = Plan("sorted", base.route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4))
+        found |= {"sorted": few, "no pdl": with_tiles(base, pdl=False)}
     elif tokens <= 5000:
-        found["sorted 32, gate_up 3s"] = with_tiles(small, gate_up=dict(stages=3))
+        stream((128, 64, 5, 2), (128, 64, 5, 2))
+        stream((128, 64, 5, 2, 256), (128, 64, 5, 2, 256))
+        stream((128, 64, 4, 2), (128, 64, 4, 2))
+        stream((128, 64, 2), (128, 64, 2))
+        stream((128, 32, 3), (128, 32, 3))
+        found |= {"sorted 32": small, "no pdl": with_tiles(base, pdl=False)}
         if tokens > 1500:
-            found |= {"sorted 32": small, "sorted 64": medium, "wide": wide}
+            found |= {"sorted 64": medium, "wide": wide}
     else:
         found["wide 4s 3s"] = with_tiles(wide, down=dict(stages=3))
         for megabytes in (64, 256, 512):
             found[f"rows {megabytes} MB"] = replace(wide, row_buffer=megabytes << 20)
-    found["no pdl"] = with_tiles(base, pdl=False)
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 
 
@@ -311,6 +316,18 @@ def graph_with_other_routing(w: tuple) -> None:
         say("graph check", ok=ok, tokens=tokens, pairs=pairs, active=active, captured=before, rel_l2=error)
 
 
+def unaligned(w: tuple) -> None:
+    """Pointers that TMA can't take: the same bits as the plan without it gives."""
+    g, tokens = HEADLINE, 80
+    inputs = activations(g, tokens)
+    x = inputs[2]
+    shifted = torch.empty(x.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(torch.float8_e4m3fn).view(x.shape)
+    shifted.copy_(x)
+    expected = call((*inputs, *w), g, 32, without_tma(choose_plan(g, tokens)))
+    got = call((*inputs[:2], shifted, *inputs[3:], *w), g, 32)
+    say("check unaligned", ok=torch.equal(got, expected) and bool(got.any()))
+
+
 def resources() -> None:
     """Registers and spills as the driver loaded them."""
     for key, compiled in _compiled.items():
@@ -327,7 +344,9 @@ def main() -> None:
     if "check" not in arguments.skip:
         for tokens in (1, 2, 7, 8, 16, 17, 55, 64, 65, 80, 200, 901, 2049, 4096, 14107, 20000):
             attempt(f"check {tokens}", lambda tokens=tokens: check(HEADLINE, w, tokens))
-        attempt("check sorted 64/6s", lambda: check(HEADLINE, w, 7, candidates(7)["sorted 64/6s"]))
+        for label, plan in list(candidates(7).items())[1:3]:
+            attempt(f"check {label}", lambda plan=plan: check(HEADLINE, w, 7, plan))
+        attempt("check unaligned", lambda: unaligned(w))
         attempt("check 0", lambda: call((*activations(HEADLINE, 0), *w), HEADLINE, 0))
         attempt("skew", lambda: check(HEADLINE, w, 300, spread=0.0))
         attempt("graph", lambda: graph_with_other_routing(w))

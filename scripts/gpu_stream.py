@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 
 SILENCE_S = 20
+READS = ((128, 16, 6), (128, 16, 6, 2), (128, 16, 6, 1, 256), (128, 16, 6, 2, 256), (64, 16, 12, 2), (64, 16, 12, 4), (128, 16, 3))
 STAGES = {(128, 16): 6, (128, 32): 6, (128, 64): 5, (64, 16): 12, (64, 32): 10, (64, 64): 8}  # by rows, block_n
 
 
@@ -66,7 +67,6 @@ class Session:
         import torch
 
         from blockmoe.geometry import HEADLINE
-        from blockmoe.operator.stream import weight_descriptor
 
         self.start, self.g, self.common, self.torch = time.time(), HEADLINE, common, torch
         folder = Path(os.environ.get("OUT", "results/tmp"))
@@ -77,7 +77,6 @@ class Session:
         self.say("device", name=torch.cuda.get_device_name(), torch=torch.__version__)
         self.weights = common.weights(self.g)
         self.timer, self.sms = common.Timer(), torch.cuda.get_device_properties(0).multi_processor_count
-        self.maps = {rows: tuple(weight_descriptor(self.weights[i], rows) for i in (0, 2)) for rows in (64, 128)}
         words = 32 * self.g.expert_bytes // 4 + 4096
         self.floor_data = torch.randint(0, 2**31 - 1, (words,), dtype=torch.int32, device="cuda")
 
@@ -108,19 +107,23 @@ class Session:
     def tma_alone(self) -> None:
         from stream_read import read_weights
 
+        from blockmoe.operator.launch import Prepared
+        from blockmoe.operator.plan import StreamTile
+
         torch, g = self.torch, self.g
         count = torch.tensor([32], dtype=torch.int32, device="cuda")
         expert = torch.arange(32, dtype=torch.int32, device="cuda")
         for which, mb in enumerate((940.0, 470.0)):  # 32 experts: 939.5 and 469.8 MB
-            for rows, stages, burst in ((128, 6, 1), (128, 6, 2), (64, 12, 1), (128, 3, 1))[: 2 if which else 4]:
+            for tile in READS:
 
-                def one(which=which, mb=mb, rows=rows, stages=stages, burst=burst):
-                    us = self.timer.median_us(
-                        lambda: read_weights(g, which, self.maps[rows][which], count, expert, rows, stages, burst, self.sms)
-                    )
-                    self.note(0, "read", f"W{which + 1} {2 * rows} rows {stages}s burst {burst}", us, mb)
+                def one(which=which, mb=mb, tile=tile):
+                    w = self.weights[2 * which]
+                    ready = Prepared([read_weights(g, which, w.shape, StreamTile(*tile), self.sms)], 0)
+                    addresses = [w.data_ptr(), count.data_ptr(), expert.data_ptr(), *[256] * 7]
+                    us = self.timer.median_us(lambda: ready.run(addresses))
+                    self.note(0, "read", f"W{which + 1} {StreamTile(*tile)}", us, mb)
 
-                self.attempt(f"tma W{which + 1} {rows} {stages}s {burst}", one)
+                self.attempt(f"tma W{which + 1} {tile}", one)
 
     def tokens(self, tokens: int) -> None:
         inputs, offset = self.common.workload(self.g, tokens)
@@ -140,8 +143,7 @@ class Setting:
     def __init__(self, session, tokens, inputs, offset, pairs, active, floor, block_i, block_n) -> None:
         from blockmoe.operator.launch import Prepared
         from blockmoe.operator.pipeline import stages
-        from blockmoe.operator.plan import DownTile, GateUpTile, Plan, choose_plan
-        from blockmoe.operator.stream import StreamTile
+        from blockmoe.operator.plan import DownTile, GateUpTile, Plan, StreamTile, choose_plan
         from blockmoe.operator.workspace import layout, slots
 
         torch, g = session.torch, session.g
@@ -151,13 +153,13 @@ class Setting:
         plan = Plan("sorted", choose_plan(g, tokens).route, gate_up, down, row_buffer=1 << 30)
         self.s, self.t, self.group, self.block_n, self.pairs, self.floor = session, tokens, block_i, block_n, pairs, floor
         self.tile = StreamTile(block_i, block_n, STAGES[block_i, block_n])
-        self.x, self.x_scale = inputs[2:4]
         self.out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16, device="cuda")
         tensors = [*inputs, *session.weights, self.out, torch.zeros(layout(g, tokens, plan)[1], dtype=torch.uint8, device="cuda")]
         addresses = [t.data_ptr() for t in tensors]
         found = stages(g, tokens, plan, offset, 2.5, sm_count=session.sms, bias_dtype=inputs[1].dtype)
         assert len(found["combine"]) == 1
         self.run = {name: partial(Prepared(launches, 0).run, addresses) for name, launches in found.items()}
+        self.plan, self.offset, self.bias_dtype, self.addresses = plan, offset, inputs[1].dtype, addresses
         self.b = {name: slot.of(tensors) for name, slot in slots(g, tokens, plan).items()}
         self.mb = {"gate_up": active * 2 * g.intermediate_size * g.hidden_size / 1e6}
         self.mb |= {"down": self.mb["gate_up"] / 2, "whole": active * g.expert_bytes / 1e6}
@@ -165,12 +167,13 @@ class Setting:
         self.name = f"T={tokens} group {block_i} x{block_n}"
 
     def work(self, stage: str, tile):
-        from blockmoe.operator.stream import down_stream, gate_up_stream
+        from blockmoe.operator.launch import Prepared
+        from blockmoe.operator.pipeline import stages
 
-        s, b = self.s, self.b
-        if stage == "gate_up":
-            return lambda: gate_up_stream(tile, s.g, self.x, self.x_scale, s.maps[tile.rows][0], s.weights[1], b, s.sms)
-        return lambda: down_stream(tile, s.g, self.group, s.maps[tile.rows][1], s.weights[3], b, s.sms)
+        gate_up = tile if stage == "gate_up" else self.tile  # whose rows are the scales' group
+        plan = replace(self.plan, path="stream", gate_up=gate_up, down=tile)
+        found = stages(self.s.g, self.t, plan, self.offset, 2.5, sm_count=self.s.sms, bias_dtype=self.bias_dtype)
+        return partial(Prepared(found[stage], 0).run, self.addresses)
 
     def chain(self, first, second):
         steps = (self.run["route"], first, second, self.run["combine"])
@@ -192,7 +195,8 @@ class Setting:
         self.s.attempt(f"{self.name} existing", self.existing)
         other = 192 - self.group
         for stage in ("gate_up", "down"):
-            tiles = [self.tile, replace(self.tile, burst=2), replace(self.tile, stages=self.tile.stages // 2)]
+            tiles = [replace(self.tile, burst=2), replace(self.tile, stages=self.tile.stages // 2)]
+            tiles += [replace(tile, promotion=256) for tile in tiles]
             if stage == "down":
                 tiles.insert(1, replace(self.tile, rows=other, stages=STAGES[other, self.block_n]))
             for tile in tiles:

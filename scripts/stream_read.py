@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from blockmoe.operator.stream import weights_producer
+from blockmoe.operator.launch import Launch, Slot
+from blockmoe.operator.stream import weight_boxes, weights_producer
 
 
 @gluon.jit
@@ -19,7 +21,7 @@ def freeing_consumer(full, empty, tile_count, blocks, KBLOCKS: gl.constexpr, STA
             it += 1
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["blocks"])
 def read_weights_kernel(
     w, tile_count, tile_expert, blocks,
     ROWS: gl.constexpr, STEP: gl.constexpr, OTHER: gl.constexpr, EXPERT_ROWS: gl.constexpr, KBLOCKS: gl.constexpr,
@@ -44,10 +46,14 @@ def read_weights_kernel(
     )  # fmt: skip
 
 
-def read_weights(g, which: int, w, tile_count, tile_expert, rows: int, stages: int, burst: int, programs: int) -> None:
-    """All rows of the listed experts of W1 (0) or W2 (1)."""
+def read_weights(g, which: int, shape, tile, programs: int) -> Launch:
+    """All rows of the listed experts of W1 (0) or W2 (1), [experts, rows, K]; tensors: the weights, tile_count, tile_expert."""
+    rows = tile.rows
+    weights = weight_boxes(Slot(0, torch.float8_e4m3fn), shape[0] * shape[1], shape[2], tile)
+    slots = (Slot(1, torch.int32), Slot(2, torch.int32))
     if which == 0:
-        shape = (g.intermediate_size // rows, rows, rows, g.intermediate_size, 2 * g.intermediate_size, g.hidden_size // 128)
+        blocks, *constants = (g.intermediate_size // rows, rows, rows, g.intermediate_size, 2 * g.intermediate_size, g.hidden_size // 128)
     else:
-        shape = (g.hidden_size // (2 * rows), rows, 2 * rows, rows, g.hidden_size, g.intermediate_size // 128)
-    read_weights_kernel[(programs,)](w, tile_count, tile_expert, *shape, stages, burst, num_warps=4)
+        blocks, *constants = (g.hidden_size // (2 * rows), rows, 2 * rows, rows, g.hidden_size, g.intermediate_size // 128)
+    constants = (*constants, tile.stages, tile.burst)
+    return Launch(read_weights_kernel, programs, slots, (blocks,), constants, 4, False, (weights,))

@@ -12,10 +12,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator import pipeline
-from blockmoe.operator.launch import Launch
+from blockmoe.operator.launch import Descriptor, Launch
 from blockmoe.operator.plan import Plan
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -34,6 +35,8 @@ class Usage:
     stack: int  # bytes: spills, or arrays in local memory
     shared: int
     sass: str
+    ptx: str
+    tensordesc: list[dict]  # what the host needs to encode each TMA descriptor
 
 
 def launches(geometry: MoEGeometry, tokens: int, plan: Plan) -> list[Launch]:
@@ -41,17 +44,22 @@ def launches(geometry: MoEGeometry, tokens: int, plan: Plan) -> list[Launch]:
     return pipeline.launches(geometry, tokens, plan, 0, 1.0, bias_dtype=bias)
 
 
+def described(d: Descriptor) -> str:
+    return f"tensordesc<{TYPES[d.kind.dtype][1:]}{list(d.kind.box)},{d.kind.layout!r}>"
+
+
 def compiled(launch: Launch, capability: int) -> Usage:
     """Triton's cubin of one launch for sm_90a or sm_100a."""
     kernel = launch.kernel
-    types = [TYPES[slot.dtype] for slot in launch.slots] + ["i32" if isinstance(n, int) else "fp32" for n in launch.numbers]
+    types = [described(d) for d in launch.descriptors] + [TYPES[slot.dtype] for slot in launch.slots]
+    types += ["i32" if isinstance(n, int) else "fp32" for n in launch.numbers]
     names = kernel.arg_names
     assert len(names) == len(types) + len(launch.constants), f"{names} against {types} and {launch.constants}"
     signature = dict(zip(names, types + ["constexpr"] * len(launch.constants), strict=True))
     constants = dict(zip(names[len(types) :], launch.constants, strict=True))
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types) if kind.startswith("*")}
     built = triton.compile(
-        ASTSource(kernel, signature, constants, aligned),
+        (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
         options=dict(num_warps=launch.num_warps, launch_pdl=launch.pdl),
     )
@@ -61,4 +69,5 @@ def compiled(launch: Launch, capability: int) -> Usage:
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
-    return Usage(kernel.__name__, int(found[1]), int(found[2]), built.metadata.shared, sass.stdout)
+    descriptors = list(built.metadata.tensordesc_meta or [])
+    return Usage(kernel.__name__, int(found[1]), int(found[2]), built.metadata.shared, sass.stdout, built.asm["ptx"], descriptors)

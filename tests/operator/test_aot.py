@@ -7,7 +7,7 @@ pytest.importorskip("triton")
 import aot  # noqa: E402
 
 from blockmoe.geometry import HEADLINE, MoEGeometry  # noqa: E402
-from blockmoe.operator.plan import choose_plan, plans  # noqa: E402
+from blockmoe.operator.plan import choose_plan, plans, without_tma  # noqa: E402
 
 SHARED_LIMIT = 232_448  # bytes a program may have on an H100
 RENORMALIZE = MoEGeometry(512, 128, 10, 2048, 512, "renormalize")
@@ -16,10 +16,11 @@ RENORMALIZE = MoEGeometry(512, 128, 10, 2048, 512, "renormalize")
 def launches(g: MoEGeometry, found) -> dict:
     """By name and constants, so that each compiles once."""
     each = [launch for plan in found for launch in aot.launches(g, 1, plan)]
-    return {(launch.kernel.__name__, launch.constants, launch.num_warps): launch for launch in each}
+    return {launch.key: launch for launch in each}
 
 
-HOPPER = launches(HEADLINE, plans(HEADLINE)) | launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
+HOPPER = launches(HEADLINE, [*plans(HEADLINE), without_tma(choose_plan(HEADLINE, 901))])
+HOPPER |= launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
 BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, capability=100) for t in (1, 80, 8192)])
 
 

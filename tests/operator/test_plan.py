@@ -1,20 +1,23 @@
 """The plan: legal and bounded for every T, and the workspace it needs."""
 
+from dataclasses import replace
+
 import pytest
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE
-from blockmoe.operator.plan import choose_plan, plans
+from blockmoe.operator.plan import choose_plan, plans, without_tma
 
 pytest.importorskip("triton")
 from blockmoe.operator.workspace import layout, sizes, workspace_size  # noqa: E402
 
 
+@pytest.mark.parametrize("capability", [89, 90, 100])
 @pytest.mark.parametrize("g", GEOMETRIES.values(), ids=lambda g: g.definition_name[20:])
-def test_every_token_count_has_one_of_few_plans(g):
-    known = set(plans(g))
-    assert len(known) <= 12
+def test_every_token_count_has_one_of_few_plans(g, capability):
+    known = set(plans(g, capability=capability))
+    assert len(known) <= 14
     for tokens in [*range(1, 300), 901, 4096, 11948, 14107, 16384]:
-        plan = choose_plan(g, tokens)
+        plan = choose_plan(g, tokens, capability=capability)
         assert plan in known
         assert plan.path != "dense" or tokens <= plan.gate_up.block_n
 
@@ -25,6 +28,25 @@ def test_routing_tiles_hold_their_tokens(g):
         plan = choose_plan(g, tokens)
         tile, chunk_tokens = plan.route, sizes(g, tokens, plan).chunk_tokens
         assert chunk_tokens <= tile.block_t if tile.one_launch else chunk_tokens <= tile.place_t or not tile.once
+
+
+def test_paths():
+    tokens = (1, 7, 8, 901, 3071, 3072)
+    assert [choose_plan(HEADLINE, t).path for t in tokens] == ["dense", "dense", "stream", "stream", "stream", "wide"]
+    for capability in (89, 100, 120):
+        found = [choose_plan(HEADLINE, t, capability=capability).path for t in tokens]
+        assert found == ["dense", "dense", "sorted", "sorted", "sorted", "wide"]
+    assert {without_tma(plan).path for plan in plans(HEADLINE)} == {"dense", "sorted", "wide"}
+
+
+def test_streaming_tiles_divide_the_columns_kept_at_a_time():
+    for g in GEOMETRIES.values():
+        for tokens in (8, 901, 3071):
+            plan = choose_plan(g, tokens)
+            if plan.path == "stream":
+                for megabytes in (0, 1, 128):
+                    blocks = sizes(g, tokens, replace(plan, row_buffer=megabytes << 20)).blocks
+                    assert g.hidden_blocks % blocks == 0 and blocks * 128 % (2 * plan.down.rows) == 0
 
 
 def test_row_bounds_hold_for_the_worst_routing():

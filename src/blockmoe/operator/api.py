@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry, Routing
-from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least
+from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least, without_tma
 from blockmoe.operator.workspace import layout, rounds
 
 E4M3 = torch.float8_e4m3fn
@@ -104,14 +104,20 @@ def fused_moe(
         from blockmoe.reference import moe_reference
 
         return out.copy_(moe_reference(routing_logits, routing_bias, *inputs[2:], *call.scalars, geometry=call.geometry))
+    done = True
     if call.device.type == "cpu":
         call.interpret(inputs, out, workspace)
     elif len(call.rounds) == 1 and call.device.index == torch.cuda.current_device():
-        call.rounds[0].run((*map(_address, inputs), out.data_ptr(), workspace.data_ptr()))
+        done = call.rounds[0].run((*map(_address, inputs), out.data_ptr(), workspace.data_ptr()))
     else:
         with torch.cuda.device(call.device):
-            for part, one in call.parts(inputs, out):
-                one.run((*map(_address, part), workspace.data_ptr()))
+            done = all(one.run((*map(_address, part), workspace.data_ptr())) for part, one in call.parts(inputs, out))
+    if not done:  # pointers that TMA can't take
+        return fused_moe(
+            routing_logits, routing_bias, *inputs[2:], local_expert_offset=local_expert_offset,
+            routed_scaling_factor=routed_scaling_factor, routing=routing, top_k=top_k, n_group=n_group, topk_group=topk_group,
+            out=out, plan=without_tma(call.plan),
+        )  # fmt: skip
     return out
 
 
@@ -181,6 +187,7 @@ class _Call:
         self.scalars = (offset, factor)
         self.out = (torch.Size((tokens, geometry.hidden_size)), torch.bfloat16, device)
         self.workspace = 0
+        self.plan: Plan | None = None  # of the first round
         self.rounds: list | None = None
 
     def parts(self, inputs: Sequence[torch.Tensor], out: torch.Tensor):
@@ -208,10 +215,11 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
     call = _Call(geometry, device, tokens, offset, factor)
     if device.type == "cpu" and not _interpreted():
         return call
-    sm_count, capability = _device(device.index) if device.type == "cuda" else (132, 90)
+    sm_count, capability = _device(device.index) if device.type == "cuda" else (132, 89)  # the interpreter knows neither PDL nor Gluon
     counts = rounds(tokens)
     plans = [plan or choose_plan(geometry, t, sm_count=sm_count, capability=capability) for t in counts]
     call.workspace = max((layout(geometry, t, p)[1] for t, p in zip(counts, plans, strict=True)), default=0)
+    call.plan = plans[0] if plans else None
     if "BLOCKMOE_EXPLAIN" in os.environ and plans:
         print(f"blockmoe: {geometry.definition_name} T={tokens}: {plans[0]}; workspace {call.workspace / 1e6:.1f} MB")
 

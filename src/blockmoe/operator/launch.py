@@ -1,8 +1,9 @@
 """Launches as data, and what carries them out with little host time.
 
 A call's launches depend on sizes alone, so they are built once a size and kept: arguments are numbers, or slots, which
-say which of the call's tensors and how many bytes in. Carrying them out adds addresses and calls Triton's C launcher;
-a kernel's first launch goes through Triton's own path, which compiles. No key of a compiled kernel holds a token count.
+say which of the call's tensors and how many bytes in, or TMA descriptors over slots. Carrying them out adds addresses and
+calls Triton's C launcher; a kernel's first launch goes through Triton's own path, which compiles. No key of a compiled
+kernel holds a token count.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from blockmoe.operator.tma import Address, Kind, c_launcher, kept
 
 ALIGNMENT = 256  # bytes; every buffer starts at a multiple of it, so that every pointer is specialised alike
 
@@ -36,8 +39,21 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
+class Descriptor:
+    """A TMA descriptor over a slot."""
+
+    slot: Slot
+    kind: Kind
+
+
+def descriptor(slot: Slot, shape: tuple[int, ...], box: tuple[int, ...], layout: Any, promotion: int = 128) -> Descriptor:
+    """The slot's memory as a row-major tensor of `shape`, in boxes of `box` with Gluon's shared-memory `layout`."""
+    return Descriptor(slot, Kind(slot.dtype, shape, box, layout, promotion))
+
+
+@dataclass(frozen=True, slots=True)
 class Launch:
-    """`kernel` over `programs` programs: arguments (slots first, then numbers), then constants."""
+    """`kernel` over `programs` programs: arguments (descriptors first, then slots, then numbers), then constants."""
 
     kernel: Any
     programs: int
@@ -46,17 +62,13 @@ class Launch:
     constants: tuple
     num_warps: int
     pdl: bool
+    descriptors: tuple[Descriptor, ...] = ()
 
-
-@dataclass(frozen=True, slots=True)
-class _Address:
-    """What Triton's own launcher wants of a pointer argument."""
-
-    address: int
-    dtype: torch.dtype
-
-    def data_ptr(self) -> int:
-        return self.address
+    @property
+    def key(self) -> tuple:
+        """What a compiled kernel depends on, on one device."""
+        types = tuple(s.dtype for s in self.slots), tuple((d.kind.dtype, d.kind.box, d.kind.layout) for d in self.descriptors)
+        return self.kernel.__name__, self.constants, self.kernel.__module__, self.num_warps, self.pdl, *types
 
 
 def interpreted() -> bool:
@@ -74,45 +86,67 @@ class Prepared:
     def __init__(self, launches: Sequence[Launch], device: int) -> None:
         self.launches = launches
         self.device = device
+        self._tma = any(launch.descriptors for launch in launches)
         self._ready: list[tuple] = []
         import triton
 
         self._stream = triton.runtime.driver.active.get_current_stream
 
-    def run(self, addresses: Sequence[int]) -> None:
-        """Launch everything on the device's current stream; `addresses` of the call's ten tensors."""
+    def run(self, addresses: Sequence[int]) -> bool:
+        """Launch everything on the device's current stream; `addresses` of the call's ten tensors.
+
+        False, and nothing is launched, where there are TMA descriptors and an address is no multiple of 16.
+        """
         a, b, c, d, e, f, g, h, i, j = addresses
         if not self._ready or (a | b | c | d | e | f | g | h | i | j) & 15:  # compiled for 16-byte aligned pointers
-            self._run_by_triton(addresses)
-            return
+            return self._run_by_triton(addresses)
         stream = self._stream(self.device)
-        for run, programs, function, metadata, slots, rest in self._ready:
-            run(programs, 1, 1, stream, function, metadata, None, None, None, *[addresses[t] + at for t, at in slots], *rest)
+        for run, programs, function, options, descriptors, slots, rest in self._ready:
+            if descriptors:
+                described = [value for t, at, maps in descriptors for value in maps[addresses[t] + at]]
+                run(programs, 1, 1, stream, function, *options, *described, *[addresses[t] + at for t, at in slots], *rest)
+            else:
+                run(programs, 1, 1, stream, function, *options, *[addresses[t] + at for t, at in slots], *rest)
+        return True
 
-    def _run_by_triton(self, addresses: Sequence[int]) -> None:
+    def _run_by_triton(self, addresses: Sequence[int]) -> bool:
         aligned = not any(address % 16 for address in addresses)
+        if self._tma and not aligned:
+            return False
         ready = []
         for launch in self.launches:
-            pointers = [_Address(addresses[s.tensor] + s.offset, s.dtype) for s in launch.slots]
-            types = tuple(s.dtype for s in launch.slots)
-            key = (launch.kernel.__name__, launch.constants, launch.num_warps, launch.pdl, types, self.device)
+            described = [d.kind.argument(addresses[d.slot.tensor] + d.slot.offset) for d in launch.descriptors]
+            pointers = [Address(addresses[s.tensor] + s.offset, s.dtype) for s in launch.slots]
             compiled = launch.kernel[(launch.programs,)](
-                *pointers, *launch.numbers, *launch.constants, num_warps=launch.num_warps, launch_pdl=launch.pdl
+                *described, *pointers, *launch.numbers, *launch.constants, num_warps=launch.num_warps, launch_pdl=launch.pdl
             )
-            if not aligned:
-                continue
-            compiled = _compiled.setdefault(key, compiled)
-            slots = tuple((s.tensor, s.offset) for s in launch.slots)
-            rest = (*launch.numbers, *launch.constants)
-            ready.append((compiled.run, launch.programs, compiled.function, compiled.packed_metadata, slots, rest))
+            if aligned:
+                ready.append(_entry(launch, _compiled.setdefault((*launch.key, self.device), compiled)))
         self._ready = ready
+        return True
+
+
+def _entry(launch: Launch, compiled: Any) -> tuple:
+    """What `Prepared.run` reads."""
+    metadata = compiled.packed_metadata
+    run = c_launcher(compiled)
+    if run is None:
+        options: tuple = (metadata, None, None, None)
+    else:
+        options = (compiled.run.launch_cooperative_grid, compiled.run.launch_pdl, None, None, metadata, None, None, None)
+    descriptors = tuple(
+        (d.slot.tensor, d.slot.offset, kept(d.kind, compiled, n, run is not None)) for n, d in enumerate(launch.descriptors)
+    )
+    slots = tuple((s.tensor, s.offset) for s in launch.slots)
+    return run or compiled.run, launch.programs, compiled.function, options, descriptors, slots, (*launch.numbers, *launch.constants)
 
 
 def compile_only(launch: Launch) -> None:
     """Compile a launch's kernel for the current device, as a first launch with aligned pointers would."""
-    pointers = [_Address(0, slot.dtype) for slot in launch.slots]
+    described = [d.kind.argument(0) for d in launch.descriptors]
+    pointers = [Address(0, slot.dtype) for slot in launch.slots]
     launch.kernel.warmup(
-        *pointers, *launch.numbers, *launch.constants, grid=(1,), num_warps=launch.num_warps, launch_pdl=launch.pdl
+        *described, *pointers, *launch.numbers, *launch.constants, grid=(1,), num_warps=launch.num_warps, launch_pdl=launch.pdl
     )
 
 

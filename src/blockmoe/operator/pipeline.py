@@ -7,9 +7,8 @@ from dataclasses import replace
 import torch
 
 from blockmoe.geometry import MoEGeometry
+from blockmoe.operator import down, gate_up
 from blockmoe.operator.combine import combine
-from blockmoe.operator.down import down
-from blockmoe.operator.gate_up import gate_up
 from blockmoe.operator.launch import (
     BIAS,
     HIDDEN,
@@ -51,18 +50,23 @@ def stages(
     if interpreted():
         plan = replace(plan, pdl=False)  # which the interpreter does not know
     bound = sizes(geometry, tokens, plan)
-    this = Round(geometry, plan, bound, slots(geometry, tokens, plan), PROGRAMS_PER_SM * sm_count)
+    this = Round(geometry, plan, bound, slots(geometry, tokens, plan), PROGRAMS_PER_SM * sm_count, sm_count)
     logits = Slot(LOGITS, logits_dtype)
     bias = logits if bias_dtype is None else Slot(BIAS, bias_dtype)  # renormalize reads no bias
     x, x_scale, out = Slot(HIDDEN, E4M3), Slot(HIDDEN_SCALE, torch.float32), Slot(OUT, torch.bfloat16)
+    first, second = gate_up.gate_up, down.down
+    if plan.path == "stream":
+        from blockmoe.operator import stream  # needs Triton's Gluon
+
+        first, second = stream.gate_up, stream.down
     found = {
         "route": route(logits, bias, offset, factor, this),
-        "gate_up": gate_up(x, x_scale, Slot(W1, E4M3), Slot(W1_SCALE, torch.float32), this),
+        "gate_up": first(x, x_scale, Slot(W1, E4M3), Slot(W1_SCALE, torch.float32), this),
         "down": [],
         "combine": [],
     }
     for first_block in range(0, geometry.hidden_blocks, bound.blocks):
-        found["down"] += down(Slot(W2, E4M3), Slot(W2_SCALE, torch.float32), out, first_block, this)
+        found["down"] += second(Slot(W2, E4M3), Slot(W2_SCALE, torch.float32), out, first_block, this)
         found["combine"] += combine(out, first_block, this)
     return found
 
@@ -89,7 +93,7 @@ def compile_all(geometry: MoEGeometry, device: int | None, logits_dtype: torch.d
             for launch in launches(
                 geometry, 1, plan, 0, 1.0, sm_count=sm_count, logits_dtype=logits_dtype or torch.float32, bias_dtype=bias_dtype
             ):
-                found[launch.kernel.__name__, launch.constants, launch.num_warps] = launch
+                found[launch.key] = launch
         for launch in found.values():
             compile_only(launch)
     return len(found)

@@ -1,10 +1,11 @@
 """Which kernels and tiles serve a call: a pure function from sizes to a frozen value.
 
-Three paths, by how many rows an expert meets:
+Four paths, by how many rows an expert meets:
 
 - dense:  few tokens. Every active expert's tile holds all tokens, those that did not choose it as zeros. In return there
   is no sort, and GEMM2 sums over the experts in its accumulator and writes the output itself.
 - sorted: pairs sorted by expert, tiles of 16 to 64 pairs on the N side, weights on the M side; a combine sums rows.
+- stream: the same by persistent, warp-specialised kernels whose weights come by TMA: compute capability 9.0 only.
 - wide:   pairs sorted by expert, 128 pairs on the M side.
 
 A plan depends on T only through powers of two and thresholds: the compiled variants are few (`plans`).
@@ -17,7 +18,7 @@ from typing import Literal
 
 from blockmoe.geometry import BLOCK, MoEGeometry
 
-Path = Literal["dense", "sorted", "wide"]
+Path = Literal["dense", "sorted", "stream", "wide"]
 
 DENSE_TOKENS = 7  # T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
 ONE_LAUNCH_TOKENS = 8  # of routing, a warp each
@@ -77,25 +78,60 @@ class DownTile:
 
 
 @dataclass(frozen=True)
+class StreamTile:
+    """Twice `rows` weight rows by `block_n` pairs; `stages` K blocks of 128 in shared memory, asked for `burst` at a time.
+
+    GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns. `promotion`: bytes that the
+    L2 reads at once (128 or 256).
+    """
+
+    rows: int
+    block_n: int
+    stages: int
+    burst: int = 1
+    promotion: int = 128
+
+    def __post_init__(self) -> None:
+        assert self.rows in (64, 128), "wgmma's M, and a half stays in one scale block"
+        assert self.block_n in (16, 32, 64)
+        assert self.burst <= self.stages
+
+    def __str__(self) -> str:
+        more = f" burst {self.burst}" if self.burst > 1 else ""
+        return f"{2 * self.rows}x{self.block_n} {self.stages}s{more}{f' promoted {self.promotion}' if self.promotion != 128 else ''}"
+
+    @property
+    def block_i(self) -> int:
+        return self.rows
+
+    @property
+    def num_warps(self) -> int:
+        return self.rows // 16
+
+
+@dataclass(frozen=True)
 class Plan:
     path: Path
     route: RouteTile
-    gate_up: GateUpTile
-    down: DownTile
+    gate_up: GateUpTile | StreamTile
+    down: DownTile | StreamTile
     pdl: bool = True
     row_buffer: int = ROW_BUFFER
 
     def __post_init__(self) -> None:
         assert self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"
         assert self.path != "wide" or self.gate_up.block_i == self.gate_up.block_n == self.down.block_m == BLOCK
+        assert all(isinstance(tile, StreamTile) == (self.path == "stream") for tile in (self.gate_up, self.down))
 
     def __str__(self) -> str:
         g, d = self.gate_up, self.down
-        return (
-            f"{self.path}: route {self.route.block_t}t {self.route.num_warps}w in {1 if self.route.one_launch else 2}, "
-            f"gate_up {2 * g.block_i}x{g.block_n} {g.stages}s {g.num_warps}w, "
-            f"down {d.block_m}x{d.block_n} {d.stages}s {d.num_warps}w split {d.split}{', pdl' if self.pdl else ''}"
-        )
+        if self.path == "stream":
+            tiles = f"gate_up {g}, down {d}"
+        else:
+            tiles = f"gate_up {2 * g.block_i}x{g.block_n} {g.stages}s {g.num_warps}w, "
+            tiles += f"down {d.block_m}x{d.block_n} {d.stages}s {d.num_warps}w split {d.split}"
+        route = f"route {self.route.block_t}t {self.route.num_warps}w in {1 if self.route.one_launch else 2}"
+        return f"{self.path}: {route}, {tiles}{', pdl' if self.pdl else ''}"
 
 
 def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90) -> Plan:
@@ -108,6 +144,8 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
     if rows >= WIDE_ROWS:
         # T = 14107, stages of (gate_up, down): (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
         return Plan("wide", route, GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8), pdl)
+    if capability == 90:
+        return Plan("stream", route, *_stream(rows), pdl)
     if rows <= 6:
         # 3 and 4 stages of gate_up: T = 16: 206 us and 208; 32: 335 and 344; 55: 390 and 391; 80: 509 and 513
         return Plan("sorted", route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4), pdl)
@@ -129,6 +167,29 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     block_t = 32 if geometry.num_experts <= 256 else 16  # 32 warps have 64 registers a thread
     place_t = min(128, 4096 // local)  # 32 weights a thread of 4 warps, or 16 of 8
     return RouteTile(block_t, place_t, block_t, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK)
+
+
+def _stream(rows: float) -> tuple[StreamTile, StreamTile]:
+    """Tiles of both GEMMs for so many mean rows an expert. Bursts of two K blocks, 256 adjacent bytes of a row, read 3 to 5 % faster."""
+    if rows <= 1:
+        # narrower tiles of gate_up waste less of the last wave. T = 16 (0.5 rows): 199 us, with 256 rows 201; T = 80 (2.5): 495, 491
+        return StreamTile(64, 16, 12, 2), StreamTile(128, 16, 6, 2)
+    if rows <= 6:
+        return StreamTile(128, 16, 6, 2), StreamTile(128, 16, 6, 2)
+    if rows <= 14:
+        return StreamTile(128, 32, 6, 2), StreamTile(128, 32, 6, 2)
+    # T = 901 (28): 567 us; 32 pairs with 3 stages each 573
+    return StreamTile(128, 64, 5, 2), StreamTile(128, 64, 2)
+
+
+def without_tma(plan: Plan) -> Plan:
+    """A plan for pointers that are not 16-byte aligned."""
+    if plan.path != "stream":
+        return plan
+    block_i, block_n = plan.gate_up.rows, plan.gate_up.block_n
+    gate_up = GateUpTile(block_i, block_n, 3 if block_n == 16 else 4, 4 if block_i == 64 else 8)
+    small = block_n < 64
+    return replace(plan, path="sorted", gate_up=gate_up, down=DownTile(64 if small else 128, block_n, 4, 4))
 
 
 def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, sm_count: int, pdl: bool) -> Plan:

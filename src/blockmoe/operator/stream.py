@@ -14,10 +14,8 @@ GEMM1 is complete: the tile list, all that their producer reads, is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -28,50 +26,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from blockmoe.geometry import MoEGeometry
+from blockmoe.geometry import BLOCK
+from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
+from blockmoe.operator.plan import StreamTile
+from blockmoe.operator.workspace import Round
 
 WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-
-
-@dataclass(frozen=True)
-class StreamTile:
-    """Twice `rows` weight rows by `block_n` pairs; `stages` K blocks of 128 in shared memory, asked for `burst` at a time.
-
-    GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns.
-    """
-
-    rows: int
-    block_n: int
-    stages: int
-    burst: int = 1
-
-    def __post_init__(self) -> None:
-        assert self.rows in (64, 128), "wgmma's M, and a half stays in one scale block"
-        assert self.block_n in (16, 32, 64)
-        assert self.burst <= self.stages
-
-    def __str__(self) -> str:
-        return f"{2 * self.rows}x{self.block_n} {self.stages}s" + (f" burst {self.burst}" if self.burst > 1 else "")
-
-    @property
-    def num_warps(self) -> int:
-        return self.rows // 16
-
-    @property
-    def constants(self) -> tuple[int, ...]:
-        """ROWS, BLOCK_N, STAGES, BURST, REGISTERS (of a producer's thread), WARPS (of consumers) of both kernels."""
-        return self.rows, self.block_n, self.stages, self.burst, 80 if self.block_n > 32 else 56, self.num_warps
-
-
-# As many stages as shared memory holds beside the epilogue's scratch.
-CANDIDATES = (
-    StreamTile(128, 16, 6), StreamTile(128, 32, 6), StreamTile(128, 64, 5),
-    StreamTile(64, 16, 12), StreamTile(64, 32, 10), StreamTile(64, 64, 8),
-    StreamTile(128, 32, 6, 2), StreamTile(64, 16, 12, 2), StreamTile(64, 16, 12, 4), StreamTile(64, 32, 10, 2),
-)  # fmt: skip
 
 
 @gluon.jit
@@ -316,32 +278,35 @@ def down_stream_kernel(
     )  # fmt: skip
 
 
-def weight_descriptor(w: torch.Tensor, rows: int) -> TensorDescriptor:
-    """TMA boxes of `rows` by 128 over weights [experts, rows, K]."""
-    return TensorDescriptor.from_tensor(w.view(-1, w.shape[-1]), [rows, 128], WEIGHT_LAYOUT)
+def constants(tile: StreamTile, blocks: int) -> tuple[int, ...]:
+    """ROWS, BLOCK_N, STAGES, BURST, REGISTERS (of a producer's thread), WARPS (of consumers) for `blocks` blocks of K."""
+    burst = tile.burst if blocks % tile.burst == 0 else 1
+    return tile.rows, tile.block_n, tile.stages, burst, 80 if tile.block_n > 32 else 56, tile.num_warps
 
 
-def gate_up_stream(
-    tile: StreamTile, g: MoEGeometry, x: torch.Tensor, x_scale: torch.Tensor, w: TensorDescriptor, w_scale: torch.Tensor,
-    b: Mapping[str, torch.Tensor], programs: int, pdl: bool = True,
-) -> None:  # fmt: skip
-    """GEMM1 over the buffers of the workspace by name; `middle_scale` holds a scale a pair and `tile.rows` columns."""
+def weight_boxes(w: Slot, rows: int, columns: int, tile: StreamTile) -> Descriptor:
+    return descriptor(w, (rows, columns), (tile.rows, BLOCK), WEIGHT_LAYOUT, tile.promotion)
+
+
+def gate_up(x: Slot, x_scale: Slot, w: Slot, w_scale: Slot, round: Round) -> list[Launch]:
+    """GEMM1."""
+    g, tile, b = round.geometry, round.plan.gate_up, round.memory
+    weights = weight_boxes(w, g.num_local_experts * 2 * g.intermediate_size, g.hidden_size, tile)
     lists = tuple(b[n] for n in ("tile_count", "tile_expert", "tile_begin", "tile_end", "pair_token", "pair_weight"))
-    gate_up_stream_kernel[(programs,)](
-        w, x, x_scale, w_scale, *lists, b["middle"], b["middle_scale"], x.shape[0],
-        g.hidden_size, g.intermediate_size, *tile.constants, pdl, num_warps=tile.num_warps, launch_pdl=pdl,
-    )  # fmt: skip
+    arguments = (weights, x, x_scale, w_scale, *lists, b["middle"], b["middle_scale"], round.sizes.tokens)
+    programs = min(round.sizes.tiles * (g.intermediate_size // tile.rows), round.sm_count)
+    shape = (g.hidden_size, g.intermediate_size, *constants(tile, g.hidden_blocks))
+    return [round.launch(gate_up_stream_kernel, programs, arguments, (*shape, round.plan.pdl), tile.num_warps)]
 
 
-def down_stream(
-    tile: StreamTile, g: MoEGeometry, group: int, w: TensorDescriptor, w_scale: torch.Tensor, b: Mapping[str, torch.Tensor],
-    programs: int, pdl: bool = True, first_block: int = 0, blocks: int | None = None,
-) -> None:  # fmt: skip
-    """GEMM2 into `rows`, with a scale a pair and `group` columns of the intermediate."""
+def down(w: Slot, w_scale: Slot, out: Slot, first_block: int, round: Round) -> list[Launch]:
+    """GEMM2 into `rows` over 128-column blocks first_block ... of the output."""
+    g, tile, b, blocks = round.geometry, round.plan.down, round.memory, round.sizes.blocks
+    if blocks * BLOCK % (2 * tile.rows):
+        tile = replace(tile, rows=64, stages=2 * tile.stages)
+    weights = weight_boxes(w, g.num_local_experts * g.hidden_size, g.intermediate_size, tile)
     lists = tuple(b[n] for n in ("tile_count", "tile_expert", "tile_begin", "tile_end"))
-    blocks = g.hidden_blocks if blocks is None else blocks
-    assert blocks * 128 % (2 * tile.rows) == 0, f"{blocks} blocks of 128 columns in tiles of {2 * tile.rows}"
-    down_stream_kernel[(programs,)](
-        w, b["middle"], b["middle_scale"], w_scale, *lists, b["rows"], first_block, blocks,
-        g.hidden_size, g.intermediate_size, group, *tile.constants, pdl, num_warps=tile.num_warps, launch_pdl=pdl,
-    )  # fmt: skip
+    arguments = (weights, b["middle"], b["middle_scale"], w_scale, *lists, b["rows"], first_block, blocks)
+    programs = min(round.sizes.tiles * (blocks * BLOCK // (2 * tile.rows)), round.sm_count)
+    shape = (g.hidden_size, g.intermediate_size, round.plan.gate_up.rows, *constants(tile, g.intermediate_size // BLOCK))
+    return [round.launch(down_stream_kernel, programs, arguments, (*shape, round.plan.pdl), tile.num_warps)]

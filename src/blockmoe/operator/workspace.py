@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry
-from blockmoe.operator.launch import ALIGNMENT, WORKSPACE, Launch, Slot
+from blockmoe.operator.launch import ALIGNMENT, WORKSPACE, Descriptor, Launch, Slot
 from blockmoe.operator.plan import MOST_CHUNKS, TOKEN_CHUNK, Plan, choose_plan
 
 
@@ -45,8 +45,9 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
     block_t = plan.route.block_t
     chunk_tokens = tokens if plan.route.one_launch else block_t * -(-tokens // (block_t * MOST_CHUNKS))
     every = geometry.hidden_blocks
-    fitting = [b for b in range(1, every + 1) if every % b == 0 and 2 * pairs * b * BLOCK <= plan.row_buffer]
-    return Sizes(tokens, pairs, tiles, -(-tokens // chunk_tokens), chunk_tokens, max(fitting, default=1))
+    least = 2 if plan.path == "stream" and every % 2 == 0 else 1  # GEMM2's tiles have 256 columns
+    fitting = [b for b in range(least, every + 1, least) if every % b == 0 and 2 * pairs * b * BLOCK <= plan.row_buffer]
+    return Sizes(tokens, pairs, tiles, -(-tokens // chunk_tokens), chunk_tokens, max(fitting, default=least))
 
 
 @lru_cache(maxsize=512)
@@ -107,8 +108,11 @@ class Round:
     sizes: Sizes
     memory: Mapping[str, Slot]
     programs: int  # bound on the grids of the sorted and wide paths
+    sm_count: int
 
     def launch(self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int) -> Launch:
-        """`arguments` are slots, then numbers."""
-        count = sum(isinstance(a, Slot) for a in arguments)
-        return Launch(kernel, programs, arguments[:count], arguments[count:], constants, num_warps, self.plan.pdl)
+        """`arguments` are TMA descriptors, then slots, then numbers."""
+        described = sum(isinstance(a, Descriptor) for a in arguments)
+        count = described + sum(isinstance(a, Slot) for a in arguments)
+        slots, numbers = arguments[described:count], arguments[count:]
+        return Launch(kernel, programs, slots, numbers, constants, num_warps, self.plan.pdl, arguments[:described])
