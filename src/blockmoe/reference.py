@@ -107,14 +107,14 @@ def moe_oracle(
     geometry: MoEGeometry,
     intermediate: Literal["e4m3", "bf16"] = "e4m3",
     group: int = BLOCK,
-    rows: Literal["float32", "bf16"] = "float32",
+    rows: Literal["float32", "bf16", "running bf16"] = "float32",
 ) -> Tensor:
     """The layer with the rounding of the kernels: bfloat16 [T, H].
 
     Products are summed over 128 of K in float32, multiplied by the product of both scales, and accumulated in float32.
     C is rounded once: to e4m3 with a scale of max(amax, AMAX_FLOOR) / 448 for each 1 x `group` (a divisor of 128), or to
     bfloat16. A pair's row, times its weight, is rounded to bfloat16 where `rows` says so. A token's experts are summed in
-    float32 in ascending order, and the output is rounded to bfloat16. A chosen expert of weight 0 counts for nothing.
+    float32 in ascending order, and the output is rounded to bfloat16; "running bf16" rounds the sum after every expert. A chosen expert of weight 0 counts for nothing.
     """
     if intermediate not in ("e4m3", "bf16"):
         raise ValueError(f"intermediate: expected e4m3 or bf16, got {intermediate!r}")
@@ -131,7 +131,9 @@ def moe_oracle(
             values, scale = c.bfloat16(), c.new_ones(len(c), c.shape[1] // group)
         result = block_scaled_matmul(values.float(), scale, gemm2_weights[expert], gemm2_weights_scale[expert]) * weight
         result = torch.where(weight == 0, 0.0, result)
-        output.index_add_(0, tokens, result.bfloat16().float() if rows == "bf16" else result)
+        output.index_add_(0, tokens, result if rows == "float32" else result.bfloat16().float())
+        if rows == "running bf16":
+            output = output.bfloat16().float()
     return output.bfloat16()
 
 

@@ -25,6 +25,7 @@ TYPES = {
     torch.float32: "*fp32",
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
 }
 
 
@@ -61,7 +62,7 @@ def compiled(launch: Launch, capability: int) -> Usage:
     built = triton.compile(
         (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constants, aligned),
         target=GPUTarget("cuda", capability, 32),
-        options=dict(num_warps=launch.num_warps, launch_pdl=launch.pdl),
+        options=launch.options,
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"

@@ -32,7 +32,7 @@ def test_routing_tiles_hold_their_tokens(g):
 
 def test_paths():
     tokens = (1, 7, 8, 901, 3071, 3072)
-    assert [choose_plan(HEADLINE, t).path for t in tokens] == ["dense", "dense", "stream", "stream", "stream", "wide"]
+    assert [choose_plan(HEADLINE, t).path for t in tokens] == ["dense", "dense", "stream", "stream", "stream", "prefill"]
     for capability in (89, 100, 120):
         found = [choose_plan(HEADLINE, t, capability=capability).path for t in tokens]
         assert found == ["dense", "dense", "sorted", "sorted", "sorted", "wide"]

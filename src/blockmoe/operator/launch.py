@@ -63,12 +63,19 @@ class Launch:
     num_warps: int
     pdl: bool
     descriptors: tuple[Descriptor, ...] = ()
+    cooperative: bool = False  # all programs run at once, or the launch waits
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of Triton's launch; cooperative is not asked for where it need not be: other backends don't know it."""
+        found = dict(num_warps=self.num_warps, launch_pdl=self.pdl)
+        return found | dict(launch_cooperative_grid=True) if self.cooperative else found
 
     @property
     def key(self) -> tuple:
         """What a compiled kernel depends on, on one device."""
         types = tuple(s.dtype for s in self.slots), tuple((d.kind.dtype, d.kind.box, d.kind.layout) for d in self.descriptors)
-        return self.kernel.__name__, self.constants, self.kernel.__module__, self.num_warps, self.pdl, *types
+        return self.kernel.__name__, self.constants, self.kernel.__module__, self.num_warps, self.pdl, self.cooperative, *types
 
 
 def interpreted() -> bool:
@@ -117,9 +124,7 @@ class Prepared:
         for launch in self.launches:
             described = [d.kind.argument(addresses[d.slot.tensor] + d.slot.offset) for d in launch.descriptors]
             pointers = [Address(addresses[s.tensor] + s.offset, s.dtype) for s in launch.slots]
-            compiled = launch.kernel[(launch.programs,)](
-                *described, *pointers, *launch.numbers, *launch.constants, num_warps=launch.num_warps, launch_pdl=launch.pdl
-            )
+            compiled = launch.kernel[(launch.programs,)](*described, *pointers, *launch.numbers, *launch.constants, **launch.options)
             if aligned:
                 ready.append(_entry(launch, _compiled.setdefault((*launch.key, self.device), compiled)))
         self._ready = ready
@@ -145,9 +150,7 @@ def compile_only(launch: Launch) -> None:
     """Compile a launch's kernel for the current device, as a first launch with aligned pointers would."""
     described = [d.kind.argument(0) for d in launch.descriptors]
     pointers = [Address(0, slot.dtype) for slot in launch.slots]
-    launch.kernel.warmup(
-        *described, *pointers, *launch.numbers, *launch.constants, grid=(1,), num_warps=launch.num_warps, launch_pdl=launch.pdl
-    )
+    launch.kernel.warmup(*described, *pointers, *launch.numbers, *launch.constants, grid=(1,), **launch.options)
 
 
 def interpret(launches: Sequence[Launch], tensors: Sequence[torch.Tensor]) -> None:

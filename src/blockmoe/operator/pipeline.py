@@ -54,6 +54,17 @@ def stages(
     logits = Slot(LOGITS, logits_dtype)
     bias = logits if bias_dtype is None else Slot(BIAS, bias_dtype)  # renormalize reads no bias
     x, x_scale, out = Slot(HIDDEN, E4M3), Slot(HIDDEN_SCALE, torch.float32), Slot(OUT, torch.bfloat16)
+    w1, w1_scale, w2, w2_scale = Slot(W1, E4M3), Slot(W1_SCALE, torch.float32), Slot(W2, E4M3), Slot(W2_SCALE, torch.float32)
+    if plan.path == "prefill":
+        from blockmoe.operator.prefill import down as adding  # need Triton's Gluon
+        from blockmoe.operator.prefill import gate_up as sorting
+
+        return {
+            "route": route(logits, bias, offset, factor, this),
+            "gate_up": sorting.gate_up(x, x_scale, w1, w1_scale, out, this),
+            "down": adding.down(w2, w2_scale, out, this),
+            "combine": [],
+        }
     first, second = gate_up.gate_up, down.down
     if plan.path == "stream":
         from blockmoe.operator import stream  # needs Triton's Gluon
@@ -61,12 +72,12 @@ def stages(
         first, second = stream.gate_up, stream.down
     found = {
         "route": route(logits, bias, offset, factor, this),
-        "gate_up": first(x, x_scale, Slot(W1, E4M3), Slot(W1_SCALE, torch.float32), this),
+        "gate_up": first(x, x_scale, w1, w1_scale, this),
         "down": [],
         "combine": [],
     }
     for first_block in range(0, geometry.hidden_blocks, bound.blocks):
-        found["down"] += second(Slot(W2, E4M3), Slot(W2_SCALE, torch.float32), out, first_block, this)
+        found["down"] += second(w2, w2_scale, out, first_block, this)
         found["combine"] += combine(out, first_block, this)
     return found
 

@@ -1,12 +1,13 @@
 """Which kernels and tiles serve a call: a pure function from sizes to a frozen value.
 
-Four paths, by how many rows an expert meets:
+Five paths, by how many rows an expert meets:
 
 - dense:  few tokens. Every active expert's tile holds all tokens, those that did not choose it as zeros. In return there
   is no sort, and GEMM2 sums over the experts in its accumulator and writes the output itself.
 - sorted: pairs sorted by expert, tiles of 16 to 64 pairs on the N side, weights on the M side; a combine sums rows.
 - stream: the same by persistent, warp-specialised kernels whose weights come by TMA: compute capability 9.0 only.
 - wide:   pairs sorted by expert, 128 pairs on the M side.
+- prefill: the same by the persistent, warp-specialised kernels of `blockmoe.operator.prefill`: compute capability 9.0 only.
 
 A plan depends on T only through powers of two and thresholds: the compiled variants are few (`plans`).
 """
@@ -18,7 +19,7 @@ from typing import Literal
 
 from blockmoe.geometry import BLOCK, MoEGeometry
 
-Path = Literal["dense", "sorted", "stream", "wide"]
+Path = Literal["dense", "sorted", "stream", "wide", "prefill"]
 
 DENSE_TOKENS = 7  # T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
 ONE_LAUNCH_TOKENS = 8  # of routing, a warp each
@@ -110,22 +111,37 @@ class StreamTile:
 
 
 @dataclass(frozen=True)
+class PrefillTile:
+    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory; GEMM1 sorts hidden states into a `ring` of tiles."""
+
+    stages: int
+    ring: int = 0
+    block_i = block_n = BLOCK
+
+    def __str__(self) -> str:
+        return f"128x256 {self.stages}s{f' ring {self.ring}' if self.ring else ''}"
+
+
+TILES = {"stream": StreamTile, "prefill": PrefillTile}  # of the paths whose GEMMs have their own
+
+
+@dataclass(frozen=True)
 class Plan:
     path: Path
     route: RouteTile
-    gate_up: GateUpTile | StreamTile
-    down: DownTile | StreamTile
+    gate_up: GateUpTile | StreamTile | PrefillTile
+    down: DownTile | StreamTile | PrefillTile
     pdl: bool = True
     row_buffer: int = ROW_BUFFER
 
     def __post_init__(self) -> None:
         assert self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"
         assert self.path != "wide" or self.gate_up.block_i == self.gate_up.block_n == self.down.block_m == BLOCK
-        assert all(isinstance(tile, StreamTile) == (self.path == "stream") for tile in (self.gate_up, self.down))
+        assert isinstance(self.gate_up, TILES.get(self.path, GateUpTile)) and isinstance(self.down, TILES.get(self.path, DownTile))
 
     def __str__(self) -> str:
         g, d = self.gate_up, self.down
-        if self.path == "stream":
+        if self.path in TILES:
             tiles = f"gate_up {g}, down {d}"
         else:
             tiles = f"gate_up {2 * g.block_i}x{g.block_n} {g.stages}s {g.num_warps}w, "
@@ -141,6 +157,8 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
     if tokens <= DENSE_TOKENS and route.one_launch:
         return _dense(geometry, tokens, route, sm_count, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
+    if rows >= WIDE_ROWS and capability == 90 and geometry.hidden_size % (2 * BLOCK) == 0:
+        return Plan("prefill", route, PrefillTile(4, 64), PrefillTile(3), pdl)
     if rows >= WIDE_ROWS:
         # T = 14107, stages of (gate_up, down): (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
         return Plan("wide", route, GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8), pdl)
@@ -184,6 +202,8 @@ def _stream(rows: float) -> tuple[StreamTile, StreamTile]:
 
 def without_tma(plan: Plan) -> Plan:
     """A plan for pointers that are not 16-byte aligned."""
+    if plan.path == "prefill":
+        return replace(plan, path="wide", gate_up=GateUpTile(128, 128, 4, 8), down=DownTile(128, 128, 4, 8))
     if plan.path != "stream":
         return plan
     block_i, block_n = plan.gate_up.rows, plan.gate_up.block_n

@@ -144,13 +144,17 @@ def choose_experts(
 @triton.jit
 def list_tiles(
     total, step, steps, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N: tl.constexpr, DENSE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """First row of each local expert, given its rows; stores the tiles whose number in their expert is step modulo steps."""
+    """First row of each local expert, given its rows; stores the tiles whose number in their expert is step modulo steps.
+
+    Where ALIGNED, tile t begins at row t * BLOCK_N, so that rows stay unused behind an expert's last tile.
+    """
     expert = tl.arange(0, total.shape[0])
     tiles = (total + BLOCK_N - 1) // BLOCK_N
     past_tile = tl.cumsum(tiles, 0)
     first_tile = past_tile - tiles
-    start = first_tile * BLOCK_N if DENSE else tl.cumsum(total, 0) - total
+    start = first_tile * BLOCK_N if ALIGNED else tl.cumsum(total, 0) - total
     tl.store(tile_count + expert * 0, past_tile, mask=(expert == total.shape[0] - 1) & (step == 0))
     for i in range(step, 1 if DENSE else tl.cdiv(tokens, BLOCK_N), steps):
         begin = start + i * BLOCK_N
@@ -189,14 +193,14 @@ def route_kernel(
     )  # fmt: skip
     if DENSE:
         active = tl.max((weight != 0.0).to(tl.int32), 0)
-        start = list_tiles(active * tokens, 0, 1, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N, True)
+        start = list_tiles(active * tokens, 0, 1, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N, True, True)
         row = start[None, :] + token[:, None]
         listed = (active[None, :] > 0) & (token < tokens)[:, None]
         tl.store(pair_token + row, token[:, None] + tl.zeros_like(row), mask=listed)
         tl.store(pair_weight + row, weight, mask=listed)
     else:
         total = tl.sum((weight != 0.0).to(tl.int32), 0)
-        start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N, False)
+        start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N, False, False)
         list_rows(weight, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, TOP_K)
 
 
@@ -223,16 +227,21 @@ def choose_kernel(
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
-@triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens"])
+@triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "tiles"])
 def place_kernel(
     token_weight, chunk_count, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, chunks, tokens, chunk_tokens,
+    token_pairs, copied, used, chunks, tokens, chunk_tokens, tiles,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    COUNTS: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr,
+    COUNTS: tl.constexpr, ONCE: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once."""
+    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. ALIGNED also zeroes two counts a tile."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
+    if ALIGNED:
+        for first in range(chunk * 128, tiles, chunks * 128):
+            tile = first + tl.arange(0, 128)
+            tl.store(copied + tile, 0, mask=tile < tiles)
+            tl.store(used + tile, 0, mask=tile < tiles)
     expert = tl.arange(0, CELLS)
     real = (expert < LOCAL)[None, :]
     past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
@@ -243,7 +252,10 @@ def place_kernel(
         other = (c + tl.arange(0, COUNTS))[:, None]
         count = tl.load(chunk_count + other * LOCAL + expert[None, :], mask=(other < chunks) & real, other=0)
         sums += tl.sum(tl.where(other < chunk, count * 65537, count), 0)  # of the chunks before in the upper half
-    base = (sums >> 16) + list_tiles(sums & 65535, chunk, chunks, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N, False)
+    base = sums >> 16
+    base += list_tiles(
+        sums & 65535, chunk, chunks, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N, False, ALIGNED
+    )  # fmt: skip
     if ONCE:
         list_rows(weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, TOP_K)
     else:
@@ -281,7 +293,9 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     weights = (b["token_weight"], b["chunk_count"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, (*choosing, plan.pdl), tile.num_warps)
-    arguments = (*weights, *lists, sizes.chunks, sizes.tokens, sizes.chunk_tokens)
-    constants = (local, cells, g.top_k, tile.place_t, block_n, max(1, min(64, 2048 // cells)), tile.once, plan.pdl)
+    aligned = plan.path == "prefill"
+    counts = (b["copied"], b["used"]) if aligned else (b["tile_count"], b["tile_count"])
+    arguments = (*weights, *lists, *counts, sizes.chunks, sizes.tokens, sizes.chunk_tokens, sizes.tiles)
+    constants = (local, cells, g.top_k, tile.place_t, block_n, max(1, min(64, 2048 // cells)), tile.once, aligned, plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
     return [choose, place]

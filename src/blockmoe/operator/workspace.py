@@ -42,12 +42,13 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
         min(geometry.num_local_experts, pairs) + pairs // block_n,
         geometry.num_local_experts * -(-tokens // block_n),
     )
+    rows = tiles * BLOCK if plan.path == "prefill" else pairs  # there every tile begins at a multiple of 128
     block_t = plan.route.block_t
     chunk_tokens = tokens if plan.route.one_launch else block_t * -(-tokens // (block_t * MOST_CHUNKS))
     every = geometry.hidden_blocks
     least = 2 if plan.path == "stream" and every % 2 == 0 else 1  # GEMM2's tiles have 256 columns
     fitting = [b for b in range(least, every + 1, least) if every % b == 0 and 2 * pairs * b * BLOCK <= plan.row_buffer]
-    return Sizes(tokens, pairs, tiles, -(-tokens // chunk_tokens), chunk_tokens, max(fitting, default=least))
+    return Sizes(tokens, rows, tiles, -(-tokens // chunk_tokens), chunk_tokens, max(fitting, default=least))
 
 
 @lru_cache(maxsize=512)
@@ -69,7 +70,17 @@ def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tu
         "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
         "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),
     }
-    if plan.path != "dense":
+    if plan.path == "prefill":
+        ring, hidden = plan.gate_up.ring * BLOCK, geometry.hidden_size
+        fields |= {
+            "ring": (ring * hidden, torch.float8_e4m3fn),
+            "ring_scale": (ring * hidden // BLOCK, torch.float32),
+            "before": (bound.rows, torch.int32),
+            "added": ((bound.tiles + 1) * hidden // (2 * BLOCK), torch.int32),
+            "copied": (bound.tiles, torch.int32),
+            "used": (bound.tiles, torch.int32),
+        }
+    elif plan.path != "dense":
         fields["rows"] = (bound.rows * bound.blocks * BLOCK, torch.bfloat16)
     elif plan.down.split > 1:
         fields["rows"] = (plan.down.split * tokens * geometry.hidden_size, torch.float32)
@@ -110,9 +121,12 @@ class Round:
     programs: int  # bound on the grids of the sorted and wide paths
     sm_count: int
 
-    def launch(self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int) -> Launch:
-        """`arguments` are TMA descriptors, then slots, then numbers."""
+    def launch(
+        self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int, *, cooperative: bool = False
+    ) -> Launch:
+        """`arguments` are TMA descriptors, then slots, then numbers. Programs that wait for each other are `cooperative`."""
         described = sum(isinstance(a, Descriptor) for a in arguments)
         count = described + sum(isinstance(a, Slot) for a in arguments)
         slots, numbers = arguments[described:count], arguments[count:]
-        return Launch(kernel, programs, slots, numbers, constants, num_warps, self.plan.pdl, arguments[:described])
+        pdl = self.plan.pdl and not cooperative
+        return Launch(kernel, programs, slots, numbers, constants, num_warps, pdl, arguments[:described], cooperative)

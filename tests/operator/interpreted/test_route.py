@@ -7,7 +7,7 @@ import torch
 from blockmoe.geometry import TINY, MoEGeometry
 from blockmoe.operator.launch import interpret
 from blockmoe.operator.pipeline import stages
-from blockmoe.operator.plan import choose_plan
+from blockmoe.operator.plan import Plan, PrefillTile, RouteTile, choose_plan
 from blockmoe.operator.workspace import layout, sizes, slots
 from blockmoe.reference import route as reference_route
 
@@ -27,6 +27,9 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
     pairs, row_of = {}, {}
     tiles = list(zip(lists["tile_expert"], lists["tile_begin"], lists["tile_end"], strict=True))[:count]
     assert [t[0] for t in tiles] == sorted(t[0] for t in tiles)
+    if plan.path == "prefill":
+        assert [begin for _, begin, _ in tiles] == [128 * t for t in range(count)]
+        assert not any(lists["copied"][: bound.tiles] + lists["used"][: bound.tiles])
     for expert, begin, end in tiles:
         assert 0 < end - begin <= plan.gate_up.block_n and end <= bound.rows
         listed = lists["pair_token"][begin:end]
@@ -62,6 +65,12 @@ def agree(inputs, g, offset, plan) -> None:
 @pytest.mark.parametrize("tokens", [1, 5, 50])
 def test_as_the_reference(g, name, tokens):
     agree(layer.make(g, tokens, seed=tokens), g, min(8, g.num_experts - g.num_local_experts), layer.PLANS[name])
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 700])
+def test_aligned_tiles(tokens):
+    plan = Plan("prefill", RouteTile(16, 16, 4, False), PrefillTile(4, 64), PrefillTile(3))
+    agree(layer.make(TINY, tokens, seed=tokens), TINY, 8, plan)
 
 
 @pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])

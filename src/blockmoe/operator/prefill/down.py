@@ -1,0 +1,177 @@
+"""GEMM2 of the prefill engine: finished tiles are added to the output, and no row is kept.
+
+Four warps add a tile's rows, in the order of their experts, so that every bit is the same from call to call. They wait for
+the tiles that hold these tokens' pairs before (`before`, per pair) to have been added (`added`, per tile and column block).
+Programs take tiles in ascending order and all run at once, so what is waited for is always under way.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from blockmoe.geometry import BLOCK
+from blockmoe.operator.launch import Launch, Slot, descriptor
+from blockmoe.operator.prefill.parts import CODES, ROWS, K, load_scales, load_tiles, multiply, skip, stage_buffers, wait_until
+from blockmoe.operator.workspace import Round
+
+REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the adding warps
+
+
+@gluon.jit
+def put(at, values, how):
+    """Store (how 1) or add (2) 16 bytes, 8 bfloat16, of every pair of 64-bit words; 0: neither."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p, q;
+        .reg .b32 a, b, c, d;
+        mov.b64 {a, b}, $3;
+        mov.b64 {c, d}, $4;
+        setp.eq.s32 p, $5, 1;
+        setp.eq.s32 q, $5, 2;
+        @p st.global.v4.b32 [$1], {a, b, c, d};
+        @q red.relaxed.gpu.global.add.noftz.v4.bf16x2 [$1], {a, b, c, d};
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,l,l,l,r,r", [at, values, how], dtype=gl.int16, is_pure=False, pack=2,
+    )  # fmt: skip
+
+
+@gluon.jit
+def add_group(
+    GROUP: gl.constexpr, out, words, done, taken, pair_token, before, begin, end, c, tiles, HIDDEN: gl.constexpr,
+):  # fmt: skip
+    """What consumer GROUP left of the tile at `begin` into columns 256 c ... of the output (here of 4-column words)."""
+    PART: gl.constexpr = 32  # rows at a time
+    WORDS: gl.constexpr = K // 4
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
+    column = c * (2 * WORDS) + gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    mbarrier.wait(done.index(GROUP), tiles & 1)
+    for part in gl.static_range(ROWS // PART):
+        row = begin + part * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, LAYOUT))
+        there = row < end
+        token = gl.load(pair_token + row, mask=there, other=0)
+        how = gl.where(there, gl.where(gl.load(before + row, mask=there, other=-1) >= 0, 2, 1), 0)
+        how = gl.expand_dims(how, 1) + gl.zeros([PART, WORDS], gl.int32, LAYOUT)
+        at = out + gl.expand_dims(token.to(gl.int64) * (HIDDEN // 4), 1) + column
+        put(at, words.index(2 * GROUP).slice(part * PART, PART).load(LAYOUT), how)
+        put(at + WORDS, words.index(2 * GROUP + 1).slice(part * PART, PART).load(LAYOUT), how)
+    gl.thread_barrier()
+    mbarrier.arrive(taken.index(GROUP), count=1)
+
+
+@gluon.jit
+def add_rows(
+    out, done_buffers, done, taken, pair_token, before, added, tile_count, tile_begin, tile_end, HIDDEN: gl.constexpr,
+):  # fmt: skip
+    """Four warps."""
+    ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    COLUMNS: gl.constexpr = HIDDEN // (2 * K)
+    words = done_buffers._reinterpret(gl.int64, [4, ROWS, K // 4], gl.SwizzledSharedLayout(2, 1, 8, [1, 0]))
+    one = gl.zeros([128], gl.int32, ONE_EACH) + 1
+    tiles = 0
+    large_tiles = 0
+    units = gl.load(tile_count) * COLUMNS
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile = unit // COLUMNS
+        c = unit % COLUMNS
+        begin = gl.load(tile_begin + tile)
+        end = gl.load(tile_end + tile)
+        row = begin + gl.arange(0, 2 * ROWS, layout=ONE_EACH)
+        earlier = gl.load(before + row, mask=row < end, other=-1)
+        # tile -1 is the entry ahead of the first, and always set
+        wait_until(added + ((earlier + 1) * COLUMNS + c), one)
+        gl.thread_barrier()
+        add_group(0, out, words, done, taken, pair_token, before, begin, end, c, tiles, HIDDEN)
+        if begin + ROWS < end:
+            add_group(1, out, words, done, taken, pair_token, before, begin + ROWS, end, c, large_tiles, HIDDEN)
+            large_tiles += 1
+        tiles += 1  # noqa: SIM113
+        gl.thread_barrier()
+        gl.atomic_xchg(added + ((tile + 1) * COLUMNS + c), 1, sem="release")
+
+
+@gluon.jit
+def down_consumer(
+    GROUP: gl.constexpr, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w_scale,
+    tile_count, tile_expert, tile_begin, tile_end,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    BLOCKS: gl.constexpr = INTER // K
+    COLUMNS: gl.constexpr = HIDDEN // (2 * K)
+    step = 0
+    tiles = 0  # that this consumer had a part in
+    units = gl.load(tile_count) * COLUMNS
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile = unit // COLUMNS
+        begin = gl.load(tile_begin + tile) + GROUP * ROWS
+        if begin < gl.load(tile_end + tile):
+            scale = w_scale + (gl.load(tile_expert + tile) * (2 * COLUMNS) + 2 * (unit % COLUMNS)) * BLOCKS
+            left, right, step = multiply(GROUP, x_buffers, w_buffers, s_buffers, full, empty, step, scale, scale + BLOCKS, BLOCKS, STAGES)
+            mbarrier.wait(taken.index(GROUP), (tiles & 1) ^ 1)
+            done_buffers.index(2 * GROUP).store(left.to(gl.bfloat16))
+            done_buffers.index(2 * GROUP + 1).store(right.to(gl.bfloat16))
+            gl.thread_barrier()
+            mbarrier.arrive(done.index(GROUP), count=1)
+            tiles += 1
+        else:
+            step = skip(full, empty, step, BLOCKS, STAGES)
+
+
+@gluon.jit(do_not_specialize=["pitch"])
+def down_kernel(
+    middle, w, out, middle_scale, w_scale, pair_token, before, added, tile_count, tile_expert, tile_begin, tile_end, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    LOADERS: gl.constexpr, ADDERS: gl.constexpr,
+):  # fmt: skip
+    """out[t, h] in bfloat16: the sum over the token's pairs, in the order of their experts, rounded after each.
+
+    middle [pitch, I] and w [L * H, I]: descriptors.
+    """
+    BLOCKS: gl.constexpr = INTER // K
+    COLUMNS: gl.constexpr = HIDDEN // (2 * K)
+    x_buffers, w_buffers, s_buffers, full, empty = stage_buffers(STAGES)
+    done_buffers = gl.allocate_shared_memory(gl.bfloat16, [4, ROWS, K], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(done.index(i), count=1)
+        mbarrier.init(taken.index(i), count=1)
+    gl.warp_specialize(
+        [
+            (down_consumer, (
+                0, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w_scale, tile_count, tile_expert,
+                tile_begin, tile_end, HIDDEN, INTER, STAGES,
+            )),
+            (down_consumer, (
+                1, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w_scale, tile_count, tile_expert,
+                tile_begin, tile_end, HIDDEN, INTER, STAGES,
+            )),
+            (add_rows, (
+                out, done_buffers, done, taken, pair_token, before, added, tile_count, tile_begin, tile_end, HIDDEN,
+            )),
+            (load_tiles, (
+                middle, w, x_buffers, w_buffers, full, empty, added, tile_count, tile_expert, tile_begin, tile_end,
+                HIDDEN, K, 2 * K, COLUMNS, BLOCKS, STAGES, 0,
+            )),
+            (load_scales, (
+                middle_scale, s_buffers, full, empty, added, tile_count, tile_begin, pitch, COLUMNS, BLOCKS, STAGES, 0,
+            )),
+        ],
+        [4, 4, 1, 1],
+        [CONSUMERS, ADDERS, LOADERS, LOADERS],
+    )  # fmt: skip
+
+
+def down(w: Slot, w_scale: Slot, out: Slot, round: Round) -> list[Launch]:
+    """GEMM2, the output's last sum included."""
+    g, tile, b = round.geometry, round.plan.down, round.memory
+    middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64, BLOCK), CODES.value)
+    weights = descriptor(w, (g.num_local_experts * g.hidden_size, g.intermediate_size), (BLOCK, BLOCK), CODES.value)
+    lists = tuple(b[n] for n in ("pair_token", "before", "added", "tile_count", "tile_expert", "tile_begin", "tile_end"))
+    words = Slot(out.tensor, torch.int64)
+    arguments = (middle, weights, words, b["middle_scale"], w_scale, *lists, round.sizes.rows)
+    shape = (g.hidden_size, g.intermediate_size, tile.stages)
+    return [round.launch(down_kernel, round.sm_count, arguments, (*shape, *REGISTERS), 4, cooperative=True)]

@@ -1,0 +1,164 @@
+"""What both kernels of the prefill engine are made of: stages in shared memory, who fills them, and who multiplies.
+
+A multiprocessor runs one program. Two consumer warpgroups hold 64 pairs each by 2 x 128 weight rows in registers; a warp
+issues the TMA loads of stages of K = 128, another brings the pairs' scales to shared memory. A product of one K block goes to
+registers of its own and is added to the sum times both scales. Where a tile has at most 64 pairs, the second consumer idles.
+
+Pairs are sorted by expert; tile t holds pairs t * 128 ..., so that whole tiles can be stored: those past an expert's end are
+rubbish that nobody reads.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+K = gl.constexpr(128)  # columns a stage, and a scale
+ROWS = gl.constexpr(64)  # of a consumer
+CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
+SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
+
+
+@gluon.jit
+def stage_buffers(STAGES: gl.constexpr):
+    """Buffers of pairs, weights and scales; barriers of full and of empty stages."""
+    x_buffers = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, K], CODES)
+    w_buffers = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, K, K], CODES)
+    s_buffers = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(empty.index(i), count=2)
+    return x_buffers, w_buffers, s_buffers, full, empty
+
+
+@gluon.jit
+def wait_until(counter, least):
+    """Spin, every thread for its own, until `counter` is at least `least`; what was written before is then visible, to TMA too."""
+    return gl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        again:
+        ld.acquire.gpu.global.s32 $0, [$1];
+        setp.lt.s32 p, $0, $2;
+        @p bra again;
+        fence.proxy.async;
+        }""",
+        "=r,l,r", [counter, least], dtype=gl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_tiles(
+    x, w, x_buffers, w_buffers, full, empty, copied, tile_count, tile_expert, tile_begin, tile_end,
+    EXPERT_ROWS: gl.constexpr, OTHER_ROWS: gl.constexpr, STEP: gl.constexpr, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr,
+    STAGES: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """The TMA warp. Column tile j takes weight rows STEP * j and STEP * j + OTHER_ROWS, 128 of each.
+
+    x holds the pairs' rows, sorted: all of them (RING 0), or RING tiles that `copy_rows` fills.
+    """
+    one = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    step = 0
+    units = gl.load(tile_count) * COLUMNS
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile = unit // COLUMNS
+        first = gl.load(tile_expert + tile) * EXPERT_ROWS + (unit % COLUMNS) * STEP
+        begin = gl.load(tile_begin + tile)
+        two = gl.load(tile_end + tile) - begin > ROWS
+        if RING > 0:
+            begin = (tile % RING) * (2 * ROWS)
+            wait_until(copied + tile + one, one + COLUMNS)
+        for k in range(BLOCKS):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            if two:
+                mbarrier.expect(bar, 2 * ROWS * K + 2 * K * K)
+                tma.async_copy_global_to_shared(x, [begin, k * K], bar, x_buffers.index(2 * stage))
+                tma.async_copy_global_to_shared(x, [begin + ROWS, k * K], bar, x_buffers.index(2 * stage + 1))
+            else:
+                mbarrier.expect(bar, ROWS * K + 2 * K * K)
+                tma.async_copy_global_to_shared(x, [begin, k * K], bar, x_buffers.index(2 * stage))
+            tma.async_copy_global_to_shared(w, [first, k * K], bar, w_buffers.index(2 * stage))
+            tma.async_copy_global_to_shared(w, [first + OTHER_ROWS, k * K], bar, w_buffers.index(2 * stage + 1))
+            step += 1
+
+
+@gluon.jit
+def load_scales(
+    scale, s_buffers, full, empty, copied, tile_count, tile_begin, pitch,
+    COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
+):  # fmt: skip
+    """The scale warp: `scale` [BLOCKS, pitch] of the pairs as they are sorted; of a ring as in `load_tiles`.
+
+    A load runs a stage ahead. Gathered by token instead, 128 scales a stage took longer than the stage's products.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    one = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    step = 0
+    units = gl.load(tile_count) * COLUMNS
+    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile = unit // COLUMNS
+        if RING > 0:
+            begin = (tile % RING) * (2 * ROWS)
+            wait_until(copied + tile + one, one + COLUMNS)
+        else:
+            begin = gl.load(tile_begin + tile)
+        at = scale + begin + gl.arange(0, ROWS, layout=LAYOUT)
+        s_a = gl.load(at, cache_modifier=".cg")
+        s_b = gl.load(at + ROWS, cache_modifier=".cg")
+        for k in range(BLOCKS):
+            ahead = gl.minimum(k + 1, BLOCKS - 1) * pitch
+            next_a = gl.load(at + ahead, cache_modifier=".cg")
+            next_b = gl.load(at + ahead + ROWS, cache_modifier=".cg")
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            s_buffers.index(2 * stage).store(s_a)
+            s_buffers.index(2 * stage + 1).store(s_b)
+            mbarrier.arrive(full.index(stage), count=1)
+            s_a = next_a
+            s_b = next_b
+            step += 1
+
+
+@gluon.jit
+def multiply(
+    GROUP: gl.constexpr, x_buffers, w_buffers, s_buffers, full, empty, step, scale_0, scale_1,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Both sums [64, 128] of a consumer's tile; scale_0 and scale_1 point to the weight blocks' scales along K."""
+    BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
+    zero = gl.zeros([ROWS, K], gl.float32, SUMS)
+    sum_0 = gl.zeros([ROWS, K], gl.float32, SUMS)
+    sum_1 = gl.zeros([ROWS, K], gl.float32, SUMS)
+    for k in range(BLOCKS):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        rows = x_buffers.index(2 * stage + GROUP)
+        product = warpgroup_mma(rows, w_buffers.index(2 * stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = s_buffers.index(2 * stage + GROUP).load(BY_ROW)
+        by_0 = s * gl.load(scale_0 + k)
+        by_1 = s * gl.load(scale_1 + k)
+        product = warpgroup_mma_wait(0, deps=(product,))
+        sum_0 += product * gl.expand_dims(by_0, 1)
+        # nothing is outstanding: this only keeps ptxas from issuing the next product early, which costs 60 registers
+        sum_0 = warpgroup_mma_wait(0, deps=(sum_0,))
+        product = warpgroup_mma(rows, w_buffers.index(2 * stage + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        product = warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(empty.index(stage), count=1)
+        sum_1 += product * gl.expand_dims(by_1, 1)
+        step += 1
+    return sum_0, sum_1, step
+
+
+@gluon.jit
+def skip(full, empty, step, BLOCKS: gl.constexpr, STAGES: gl.constexpr):
+    for _ in range(BLOCKS):
+        stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        mbarrier.arrive(empty.index(stage), count=1)
+        step += 1
+    return step
