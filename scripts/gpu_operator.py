@@ -15,7 +15,6 @@ import os
 import statistics
 import time
 import traceback
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +26,7 @@ from blockmoe.geometry import BLOCK, GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.launch import Prepared, _compiled
 from blockmoe.operator.pipeline import stages
-from blockmoe.operator.plan import DownTile, GateUpTile, Plan, StreamTile, choose_plan, with_tiles, without_tma
+from blockmoe.operator.plan import DownTile, GateUpTile, Plan, PrefillTile, StreamTile, choose_plan, with_tiles, without_tma
 from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_reference
 from blockmoe.reference import route as reference_route
@@ -247,10 +246,11 @@ def candidates(tokens: int) -> dict[str, Plan]:
         found |= {"sorted 32": small, "no pdl": with_tiles(base, pdl=False)}
         if tokens > 1500:
             found |= {"sorted 64": medium, "wide": wide}
-    else:
-        found["wide 4s 3s"] = with_tiles(wide, down=dict(stages=3))
-        for megabytes in (64, 256, 512):
-            found[f"rows {megabytes} MB"] = replace(wide, row_buffer=megabytes << 20)
+    if tokens > 500:
+        for ring in (32, 64, 128):
+            found[f"prefill ring {ring}"] = Plan("prefill", base.route, PrefillTile(4, ring), PrefillTile(3))
+    if tokens > 5000:
+        found["wide"] = wide
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 
 

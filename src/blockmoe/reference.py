@@ -114,7 +114,8 @@ def moe_oracle(
     Products are summed over 128 of K in float32, multiplied by the product of both scales, and accumulated in float32.
     C is rounded once: to e4m3 with a scale of max(amax, AMAX_FLOOR) / 448 for each 1 x `group` (a divisor of 128), or to
     bfloat16. A pair's row, times its weight, is rounded to bfloat16 where `rows` says so. A token's experts are summed in
-    float32 in ascending order, and the output is rounded to bfloat16; "running bf16" rounds the sum after every expert. A chosen expert of weight 0 counts for nothing.
+    float32 in ascending order, and the output is rounded to bfloat16; "running bf16" rounds the sum after every expert.
+    A chosen expert of weight 0 counts for nothing.
     """
     if intermediate not in ("e4m3", "bf16"):
         raise ValueError(f"intermediate: expected e4m3 or bf16, got {intermediate!r}")

@@ -40,34 +40,34 @@ def put(at, values, how):
 
 
 @gluon.jit
-def add_group(
-    GROUP: gl.constexpr, out, words, done, taken, pair_token, before, begin, end, c, tiles, HIDDEN: gl.constexpr,
-):  # fmt: skip
-    """What consumer GROUP left of the tile at `begin` into columns 256 c ... of the output (here of 4-column words)."""
-    PART: gl.constexpr = 32  # rows at a time
+def read_targets(PART: gl.constexpr, pair_token, before, begin, end, LAYOUT: gl.constexpr):
+    """4 * token + how of rows 32 * PART ... of the tile at `begin`; how: 0 no pair, 1 the token's first, 2 another."""
+    row = begin + PART * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))
+    there = row < end
+    token = gl.load(pair_token + row, mask=there, other=0)
+    earlier = gl.load(before + row, mask=there, other=-1)
+    return 4 * token + gl.where(there, gl.where(earlier >= 0, 2, 1), 0)
+
+
+@gluon.jit
+def put_part(PART: gl.constexpr, targets, out, words, c, HIDDEN: gl.constexpr, LAYOUT: gl.constexpr):
+    """Rows 32 * PART ... of a tile into columns 256 c ... of the output (here of 4-column words)."""
     WORDS: gl.constexpr = K // 4
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
-    column = c * (2 * WORDS) + gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    mbarrier.wait(done.index(GROUP), tiles & 1)
-    for part in gl.static_range(ROWS // PART):
-        row = begin + part * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, LAYOUT))
-        there = row < end
-        token = gl.load(pair_token + row, mask=there, other=0)
-        how = gl.where(there, gl.where(gl.load(before + row, mask=there, other=-1) >= 0, 2, 1), 0)
-        how = gl.expand_dims(how, 1) + gl.zeros([PART, WORDS], gl.int32, LAYOUT)
-        at = out + gl.expand_dims(token.to(gl.int64) * (HIDDEN // 4), 1) + column
-        put(at, words.index(2 * GROUP).slice(part * PART, PART).load(LAYOUT), how)
-        put(at + WORDS, words.index(2 * GROUP + 1).slice(part * PART, PART).load(LAYOUT), how)
-    gl.thread_barrier()
-    mbarrier.arrive(taken.index(GROUP), count=1)
+    at = out + gl.expand_dims((targets >> 2).to(gl.int64) * (HIDDEN // 4), 1)
+    at += c * (2 * WORDS) + gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+    how = gl.expand_dims(targets & 3, 1) + gl.zeros([32, WORDS], gl.int32, LAYOUT)
+    buffer: gl.constexpr = 2 * (PART // 2)
+    put(at, words.index(buffer).slice((PART % 2) * 32, 32).load(LAYOUT), how)
+    put(at + WORDS, words.index(buffer + 1).slice((PART % 2) * 32, 32).load(LAYOUT), how)
 
 
 @gluon.jit
 def add_rows(
     out, done_buffers, done, taken, pair_token, before, added, tile_count, tile_begin, tile_end, HIDDEN: gl.constexpr,
 ):  # fmt: skip
-    """Four warps."""
+    """Four warps. What is known of a tile ahead is read ahead: the next tile with the same tokens waits for this one."""
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
     words = done_buffers._reinterpret(gl.int64, [4, ROWS, K // 4], gl.SwizzledSharedLayout(2, 1, 8, [1, 0]))
     one = gl.zeros([128], gl.int32, ONE_EACH) + 1
@@ -81,15 +81,26 @@ def add_rows(
         end = gl.load(tile_end + tile)
         row = begin + gl.arange(0, 2 * ROWS, layout=ONE_EACH)
         earlier = gl.load(before + row, mask=row < end, other=-1)
+        targets_0 = read_targets(0, pair_token, before, begin, end, LAYOUT)
+        targets_1 = read_targets(1, pair_token, before, begin, end, LAYOUT)
+        targets_2 = read_targets(2, pair_token, before, begin, end, LAYOUT)
+        targets_3 = read_targets(3, pair_token, before, begin, end, LAYOUT)
         # tile -1 is the entry ahead of the first, and always set
-        wait_until(added + ((earlier + 1) * COLUMNS + c), one)
+        wait_until(added + ((earlier + 1) * COLUMNS + c), one, one + 40)
         gl.thread_barrier()
-        add_group(0, out, words, done, taken, pair_token, before, begin, end, c, tiles, HIDDEN)
+        mbarrier.wait(done.index(0), tiles & 1)
+        put_part(0, targets_0, out, words, c, HIDDEN, LAYOUT)
+        put_part(1, targets_1, out, words, c, HIDDEN, LAYOUT)
+        gl.thread_barrier()
+        mbarrier.arrive(taken.index(0), count=1)
         if begin + ROWS < end:
-            add_group(1, out, words, done, taken, pair_token, before, begin + ROWS, end, c, large_tiles, HIDDEN)
+            mbarrier.wait(done.index(1), large_tiles & 1)
+            put_part(2, targets_2, out, words, c, HIDDEN, LAYOUT)
+            put_part(3, targets_3, out, words, c, HIDDEN, LAYOUT)
+            gl.thread_barrier()
+            mbarrier.arrive(taken.index(1), count=1)
             large_tiles += 1
         tiles += 1  # noqa: SIM113
-        gl.thread_barrier()
         gl.atomic_xchg(added + ((tile + 1) * COLUMNS + c), 1, sem="release")
 
 

@@ -56,7 +56,7 @@ def copy_rows(
         end = gl.load(tile_end + tile)
         slot = (tile % RING) * (2 * ROWS)
         if tile >= RING:
-            wait_until(used + (tile - RING) + one, one + COLUMNS)
+            wait_until(used + (tile - RING) + one, one + COLUMNS, one + 1000)
             gl.thread_barrier()
         for i in gl.static_range((WIDTH + AT_ONCE - 1) // AT_ONCE):
             byte = i * AT_ONCE + gl.expand_dims(gl.arange(0, AT_ONCE, layout=gl.SliceLayout(0, LAYOUT)), 0)
