@@ -94,7 +94,7 @@ class StreamTile:
 
     def __post_init__(self) -> None:
         assert self.rows in (64, 128), "wgmma's M, and a half stays in one scale block"
-        assert self.block_n in (16, 32, 64)
+        assert self.block_n in (16, 32, 64, 128), "128 as two halves, of which the second is skipped where there are no pairs for it"
         assert self.burst <= self.stages
 
     def __str__(self) -> str:
@@ -206,7 +206,7 @@ def without_tma(plan: Plan) -> Plan:
         return replace(plan, path="wide", gate_up=GateUpTile(128, 128, 4, 8), down=DownTile(128, 128, 4, 8))
     if plan.path != "stream":
         return plan
-    block_i, block_n = plan.gate_up.rows, plan.gate_up.block_n
+    block_i, block_n = plan.gate_up.rows, min(plan.gate_up.block_n, 64)
     gate_up = GateUpTile(block_i, block_n, 3 if block_n == 16 else 4, 4 if block_i == 64 else 8)
     small = block_n < 64
     return replace(plan, path="sorted", gate_up=gate_up, down=DownTile(64 if small else 128, block_n, 4, 4))
