@@ -238,11 +238,12 @@ def candidates(tokens: int) -> dict[str, Plan]:
         few = Plan("sorted", base.route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4))
         found |= {"sorted": few, "no pdl": with_tiles(base, pdl=False)}
     elif tokens <= 5000:
-        stream((128, 64, 5, 2), (128, 64, 5, 2))
-        stream((128, 64, 5, 2, 256), (128, 64, 5, 2, 256))
-        stream((128, 64, 4, 2), (128, 64, 4, 2))
-        stream((128, 64, 2), (128, 64, 2))
-        stream((128, 32, 3), (128, 32, 3))
+        # predictions for T = 901: one tile an expert, so a read of the weights once (325 + 168 us) and 20 us of the rest
+        stream((128, 128, 4, 2), (128, 128, 4, 2))  # 513
+        stream((128, 128, 4, 2, 256), (128, 128, 4, 2, 256))  # 508
+        stream((128, 128, 4, 2), (128, 128, 4))  # 518; unlike tiles of 64 pairs, no two units share weights, so bursts win in GEMM2 too
+        stream((128, 128, 2), (128, 128, 2))  # 522: as a read of 64 KB ahead
+        stream((128, 64, 5, 2, 256), (128, 64, 5, 2, 256))  # 560
         found |= {"sorted 32": small, "no pdl": with_tiles(base, pdl=False)}
         if tokens > 1500:
             found |= {"sorted 64": medium, "wide": wide}

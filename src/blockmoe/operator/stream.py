@@ -2,14 +2,15 @@
 
 Weights stand on wgmma's M side, sorted pairs on the N side, as in `gate_up_kernel` and `down_sorted_kernel`, whose buffers
 and tile lists these serve. A tile is twice ROWS weight rows by BLOCK_N pairs: ROWS up rows and their gate rows, or two runs
-of ROWS output columns. It has two accumulators, so SwiGLU moves nothing.
+of ROWS output columns. It has two accumulators, so SwiGLU moves nothing. 128 pairs are two halves of 64 (N) that share a
+stage's weights, each with accumulators of its own; a tile of at most 64 pairs neither loads nor multiplies the second half.
 
   producer of weights   one warp: TMA, two boxes of [ROWS, 128] a K block, STAGES deep; runs on into the next tile
-  producer of pairs     one warp: cp.async of the pairs' rows (gathered by token in GEMM1) and of all scales
+  producer of pairs     a warp a half: cp.async of the pairs' rows (gathered by token in GEMM1) and of all scales
   consumers             ROWS / 16 warps: wgmma, promotion by scales that lie in shared memory, epilogue
 
-`full` takes 1 arrival of TMA and 32 of the pairs' warp; `empty` 1 of the consumers. In GEMM2 weights are asked for before
-GEMM1 is complete: the tile list, all that their producer reads, is.
+`full` takes 1 arrival of TMA and one of each thread of the pairs' warps; `empty` 1 of the consumers. In GEMM2 weights are asked
+for before GEMM1 is complete: the tile list, all that their producer reads, is.
 """
 
 from __future__ import annotations
@@ -19,10 +20,8 @@ from dataclasses import replace
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    async_copy,
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -31,103 +30,35 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
 from blockmoe.operator.plan import StreamTile
+from blockmoe.operator.stream_load import pairs_producer, weights_producer
 from blockmoe.operator.workspace import Round
 
 WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
 
 @gluon.jit
-def weights_producer(
-    w, w_bufs, full, empty, tile_count, tile_expert, first_row, blocks,
-    ROWS: gl.constexpr, BLOCK_STEP: gl.constexpr, OTHER_HALF: gl.constexpr, EXPERT_ROWS: gl.constexpr, KBLOCKS: gl.constexpr,
-    STAGES: gl.constexpr, BURST: gl.constexpr,
-):  # fmt: skip
-    tiles = gl.load(tile_count)
-    it = 0
-    for unit in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
-        # tiles of one expert side by side: they share the weights in L2
-        row = gl.load(tile_expert + unit % tiles) * EXPERT_ROWS + first_row + (unit // tiles) * BLOCK_STEP
-        for k in range(0, KBLOCKS, BURST):
-            for j in gl.static_range(BURST):
-                at = (it + j) % STAGES
-                mbarrier.wait(empty.index(at), (((it + j) // STAGES) & 1) ^ 1)
-                mbarrier.expect(full.index(at), 2 * ROWS * 128)
-            for half in gl.static_range(2):
-                for j in gl.static_range(BURST):
-                    at = (it + j) % STAGES
-                    coordinates = [row + half * OTHER_HALF, (k + j) * 128]
-                    tma.async_copy_global_to_shared(w, coordinates, full.index(at), w_bufs.index(2 * at + half))
-            it += BURST
-
-
-@gluon.jit
-def pairs_producer(
-    x, x_scale, w_scale, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_expert, tile_begin, tile_end, pair_token,
-    tokens, first_row, blocks,
-    BLOCK_N: gl.constexpr, BLOCK_STEP: gl.constexpr, OTHER_HALF: gl.constexpr, EXPERT_ROWS: gl.constexpr,
-    KBLOCKS: gl.constexpr, PARTS: gl.constexpr, GATHER: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [1, 1], [1, 0])
-    V: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    if PDL and not GATHER:
-        gdc_wait()  # GEMM1's intermediate
-        gdc_launch_dependents()
-    tiles = gl.load(tile_count)
-    it = 0
-    for unit in range(gl.program_id(0), tiles * blocks, gl.num_programs(0)):
-        tile = unit % tiles
-        begin = gl.load(tile_begin + tile)
-        end = gl.load(tile_end + tile)
-        row = gl.load(tile_expert + tile) * EXPERT_ROWS + first_row + (unit // tiles) * BLOCK_STEP
-        w_s_at = w_scale + (row // 128) * KBLOCKS + gl.arange(0, 1, layout=V)
-        w_s_other = w_scale + ((row + OTHER_HALF) // 128) * KBLOCKS + gl.arange(0, 1, layout=V)
-        line = begin + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, X))
-        s_line = begin + gl.arange(0, BLOCK_N, layout=V)
-        inside = gl.expand_dims(line < end, 1)
-        s_inside = s_line < end
-        if GATHER:
-            line = gl.load(pair_token + line, mask=line < end, other=0)
-            s_line = gl.load(pair_token + s_line, mask=s_inside, other=0)
-            s_at = x_scale + s_line
-        else:
-            s_at = x_scale + s_line * (KBLOCKS * PARTS)
-        k = gl.arange(0, 128, layout=gl.SliceLayout(0, X))
-        x_at = x + gl.expand_dims(line * (KBLOCKS * 128), 1) + gl.expand_dims(k, 0)
-        for kb in range(KBLOCKS):
-            at = it % STAGES
-            mbarrier.wait(empty.index(at), ((it // STAGES) & 1) ^ 1)
-            async_copy.async_copy_global_to_shared(x_bufs.index(at), x_at + kb * 128, mask=inside)
-            for part in gl.static_range(PARTS):
-                s_step = kb * tokens if GATHER else kb * PARTS + part
-                async_copy.async_copy_global_to_shared(s_bufs.index(PARTS * at + part), s_at + s_step, mask=s_inside)
-            async_copy.async_copy_global_to_shared(w_s_bufs.index(2 * at), w_s_at + kb)
-            async_copy.async_copy_global_to_shared(w_s_bufs.index(2 * at + 1), w_s_other + kb)
-            async_copy.mbarrier_arrive(full.index(at), increment_count=False)
-            it += 1
-
-
-@gluon.jit
 def sums_of_tile(
     it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty,
-    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
+    ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr,
+    STAGES: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
-    """Scaled sums over K of both halves of a tile, [ROWS, BLOCK_N] each."""
+    """Scaled sums over K of both runs of weight rows, [ROWS, N] each."""
     S: gl.constexpr = gl.SliceLayout(0, M)
     PART: gl.constexpr = 128 // PARTS
-    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, M)
-    first = gl.zeros([ROWS, BLOCK_N], gl.float32, M)
-    second = gl.zeros([ROWS, BLOCK_N], gl.float32, M)
+    zero = gl.zeros([ROWS, N], gl.float32, M)
+    first = gl.zeros([ROWS, N], gl.float32, M)
+    second = gl.zeros([ROWS, N], gl.float32, M)
     for _ in range(KBLOCKS):
         at = it % STAGES
         mbarrier.wait(full.index(at), (it // STAGES) & 1)
         fence_async_shared()  # the pairs' rows came by cp.async, wgmma reads them by the other proxy
         for part in gl.static_range(PARTS):
-            b_x = x_bufs.index(at).slice(part * PART, PART, dim=1).permute((1, 0))
+            b_x = x_bufs.index(HALVES * at).slice(part * PART, PART, dim=1).permute((1, 0))
             b_first = w_bufs.index(2 * at).slice(part * PART, PART, dim=1)
             b_second = w_bufs.index(2 * at + 1).slice(part * PART, PART, dim=1)
             d_first = warpgroup_mma(b_first, b_x, zero, use_acc=False, is_async=True)
             d_second = warpgroup_mma(b_second, b_x, zero, use_acc=False, is_async=True)
-            s = s_bufs.index(PARTS * at + part).load(S)
+            s = s_bufs.index((PARTS * at + part) * HALVES).load(S)
             s_first = s * w_s_bufs.index(2 * at).load(S)
             s_second = s * w_s_bufs.index(2 * at + 1).load(S)
             d_first, d_second = warpgroup_mma_wait(0, deps=(d_first, d_second))
@@ -140,15 +71,76 @@ def sums_of_tile(
 
 
 @gluon.jit
-def gate_up_consumer(
-    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, pair_weight, middle, middle_scale,
-    INTER: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, KBLOCKS: gl.constexpr, STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
+def add_product(sum, weights, pairs, s_buf, w_s_buf, zero, S: gl.constexpr):
+    product = warpgroup_mma(weights, pairs, zero, use_acc=False, is_async=True)
+    product = warpgroup_mma_wait(0, deps=(product,))
+    scale = s_buf.load(S) * w_s_buf.load(S)  # not before the wait: registers
+    sum += product * gl.expand_dims(scale, 0)
+    # nothing is outstanding: this only keeps ptxas from issuing the next product early, which costs its registers
+    return warpgroup_mma_wait(0, deps=(sum,))
+
+
+@gluon.jit
+def sums_of_halves(
+    it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty,
+    ROWS: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
+):  # fmt: skip
+    """The same of both halves of the pairs; a product at a time."""
+    S: gl.constexpr = gl.SliceLayout(0, M)
+    PART: gl.constexpr = 128 // PARTS
+    zero = gl.zeros([ROWS, N], gl.float32, M)
+    first_0 = gl.zeros([ROWS, N], gl.float32, M)
+    second_0 = gl.zeros([ROWS, N], gl.float32, M)
+    first_1 = gl.zeros([ROWS, N], gl.float32, M)
+    second_1 = gl.zeros([ROWS, N], gl.float32, M)
+    for _ in range(KBLOCKS):
+        at = it % STAGES
+        mbarrier.wait(full.index(at), (it // STAGES) & 1)
+        fence_async_shared()
+        w_first = w_s_bufs.index(2 * at)
+        w_second = w_s_bufs.index(2 * at + 1)
+        for part in gl.static_range(PARTS):
+            b_0 = x_bufs.index(2 * at).slice(part * PART, PART, dim=1).permute((1, 0))
+            b_1 = x_bufs.index(2 * at + 1).slice(part * PART, PART, dim=1).permute((1, 0))
+            b_first = w_bufs.index(2 * at).slice(part * PART, PART, dim=1)
+            b_second = w_bufs.index(2 * at + 1).slice(part * PART, PART, dim=1)
+            s_0 = s_bufs.index((PARTS * at + part) * 2)
+            first_0 = add_product(first_0, b_first, b_0, s_0, w_first, zero, S)
+            second_0 = add_product(second_0, b_second, b_0, s_0, w_second, zero, S)
+            s_1 = s_bufs.index((PARTS * at + part) * 2 + 1)
+            first_1 = add_product(first_1, b_first, b_1, s_1, w_first, zero, S)
+            second_1 = add_product(second_1, b_second, b_1, s_1, w_second, zero, S)
+        mbarrier.arrive(empty.index(at), count=1)
+        it += 1
+    return first_0, second_0, first_1, second_1, it
+
+
+@gluon.jit
+def store_middle(
+    up, gate, weight, begin, end, block, middle, middle_scale,
+    INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     BLOCKS: gl.constexpr = INTER // ROWS
-    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 32])
-    S: gl.constexpr = gl.SliceLayout(0, M)
     OUT: gl.constexpr = gl.BlockedLayout([16, 1], [ROWS // 16, 512 // ROWS], [1, WARPS], [0, 1])
+    s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
+    c = gate / (1.0 + gl.exp(-gate)) * up
+    scale = gl.maximum(gl.max(gl.abs(c), 0), 1e-34) * (1.0 / 448.0)
+    codes = gl.convert_layout((c / gl.expand_dims(scale, 0)).to(gl.float8e4nv), OUT)
+    gl.store(middle_scale + s_pair * BLOCKS + block, scale * weight, mask=s_pair < end)
+    pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
+    column = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+    to = middle + gl.expand_dims(pair * INTER, 0) + gl.expand_dims(column, 1)
+    gl.store(to, codes, mask=gl.expand_dims(pair < end, 0))
+
+
+@gluon.jit
+def gate_up_consumer(
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, pair_weight, middle, middle_scale,
+    INTER: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    BLOCKS: gl.constexpr = INTER // ROWS
+    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
     tiles = gl.load(tile_count)
     it = 0
     for unit in range(gl.program_id(0), tiles * BLOCKS, gl.num_programs(0)):
@@ -156,29 +148,43 @@ def gate_up_consumer(
         block = unit // tiles
         begin = gl.load(tile_begin + tile)
         end = gl.load(tile_end + tile)
-        s_pair = begin + gl.arange(0, BLOCK_N, layout=S)
-        weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
-        up, gate, it = sums_of_tile(
-            it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, BLOCK_N, KBLOCKS, 1, STAGES, M
-        )  # fmt: skip
-        c = gate / (1.0 + gl.exp(-gate)) * up
-        scale = gl.maximum(gl.max(gl.abs(c), 0), 1e-34) * (1.0 / 448.0)
-        codes = gl.convert_layout((c / gl.expand_dims(scale, 0)).to(gl.float8e4nv), OUT)
-        gl.store(middle_scale + s_pair * BLOCKS + block, scale * weight, mask=s_pair < end)
-        pair = begin + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, OUT))
-        column = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
-        to = middle + gl.expand_dims(pair * INTER, 0) + gl.expand_dims(column, 1)
-        gl.store(to, codes, mask=gl.expand_dims(pair < end, 0))
+        s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
+        if HALVES == 2 and end - begin > N:
+            up, gate, up_1, gate_1, it = sums_of_halves(
+                it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, KBLOCKS, 1, STAGES, M
+            )  # fmt: skip
+            weight = gl.load(pair_weight + s_pair)
+            store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, M)
+            weight = gl.load(pair_weight + s_pair + N, mask=s_pair + N < end, other=0.0)
+            store_middle(up_1, gate_1, weight, begin + N, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, M)
+        else:
+            weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
+            up, gate, it = sums_of_tile(
+                it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, HALVES, N, KBLOCKS, 1, STAGES, M
+            )  # fmt: skip
+            store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, M)
+
+
+@gluon.jit
+def store_rows(
+    first, second, begin, end, column, columns, rows, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr
+):  # fmt: skip
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, WARPS], [0, 1])
+    pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
+    at = column + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+    to = rows + gl.expand_dims(pair.to(gl.int64) * columns, 0) + gl.expand_dims(at, 1)
+    there = gl.expand_dims(pair < end, 0)
+    gl.store(to, gl.convert_layout(first.to(gl.bfloat16), OUT), mask=there)
+    gl.store(to + ROWS, gl.convert_layout(second.to(gl.bfloat16), OUT), mask=there)
 
 
 @gluon.jit
 def down_consumer(
     w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, rows, blocks,
-    ROWS: gl.constexpr, BLOCK_N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
+    ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr,
+    STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_N, 32])
-    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, WARPS], [0, 1])
+    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
     tiles = gl.load(tile_count)
     columns = blocks * (2 * ROWS)
     it = 0
@@ -186,29 +192,32 @@ def down_consumer(
         tile = unit % tiles
         begin = gl.load(tile_begin + tile)
         end = gl.load(tile_end + tile)
-        first, second, it = sums_of_tile(
-            it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, BLOCK_N, KBLOCKS, PARTS, STAGES, M
-        )  # fmt: skip
-        pair = begin + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, OUT))
-        column = (unit // tiles) * (2 * ROWS) + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
-        to = rows + gl.expand_dims(pair.to(gl.int64) * columns, 0) + gl.expand_dims(column, 1)
-        there = gl.expand_dims(pair < end, 0)
-        gl.store(to, gl.convert_layout(first.to(gl.bfloat16), OUT), mask=there)
-        gl.store(to + ROWS, gl.convert_layout(second.to(gl.bfloat16), OUT), mask=there)
+        column = (unit // tiles) * (2 * ROWS)
+        if HALVES == 2 and end - begin > N:
+            first, second, first_1, second_1, it = sums_of_halves(
+                it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, KBLOCKS, PARTS, STAGES, M
+            )  # fmt: skip
+            store_rows(first, second, begin, end, column, columns, rows, ROWS, N, WARPS)
+            store_rows(first_1, second_1, begin + N, end, column, columns, rows, ROWS, N, WARPS)
+        else:
+            first, second, it = sums_of_tile(
+                it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, HALVES, N, KBLOCKS, PARTS, STAGES, M
+            )  # fmt: skip
+            store_rows(first, second, begin, end, column, columns, rows, ROWS, N, WARPS)
 
 
 @gluon.jit
-def buffers(ROWS: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
+def buffers(ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
     CODES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     w_bufs = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, 128], CODES)
-    x_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, BLOCK_N, 128], CODES)
-    s_bufs = gl.allocate_shared_memory(gl.float32, [PARTS * STAGES, BLOCK_N], VECTOR)
+    x_bufs = gl.allocate_shared_memory(gl.float8e4nv, [HALVES * STAGES, N, 128], CODES)
+    s_bufs = gl.allocate_shared_memory(gl.float32, [PARTS * HALVES * STAGES, N], VECTOR)
     w_s_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], VECTOR)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + 32)
+        mbarrier.init(full.index(i), count=1 + 32 * HALVES)
         mbarrier.init(empty.index(i), count=1)
     return w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty
 
@@ -216,12 +225,12 @@ def buffers(ROWS: gl.constexpr, BLOCK_N: gl.constexpr, PARTS: gl.constexpr, STAG
 @gluon.jit(do_not_specialize=["tokens"])
 def gate_up_stream_kernel(
     w, x, x_scale, w_scale, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, middle, middle_scale, tokens,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     KBLOCKS: gl.constexpr = HIDDEN // 128
     BLOCKS: gl.constexpr = INTER // ROWS
-    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = buffers(ROWS, BLOCK_N, 1, STAGES)
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = buffers(ROWS, HALVES, N, 1, STAGES)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -229,7 +238,7 @@ def gate_up_stream_kernel(
         [
             (gate_up_consumer, (
                 w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, pair_weight, middle, middle_scale,
-                INTER, ROWS, BLOCK_N, KBLOCKS, STAGES, WARPS,
+                INTER, ROWS, HALVES, N, KBLOCKS, STAGES, WARPS,
             )),
             (weights_producer, (
                 w, w_bufs, full, empty, tile_count, tile_expert, 0, BLOCKS,
@@ -238,10 +247,10 @@ def gate_up_stream_kernel(
             (pairs_producer, (
                 x, x_scale, w_scale, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_expert, tile_begin, tile_end,
                 pair_token, tokens, 0, BLOCKS,
-                BLOCK_N, ROWS, INTER, 2 * INTER, KBLOCKS, 1, True, STAGES, PDL,
+                HALVES, N, ROWS, INTER, 2 * INTER, KBLOCKS, 1, True, STAGES, PDL,
             )),
         ],
-        [1, 1],
+        [1, HALVES],
         [REGISTERS, REGISTERS],
     )  # fmt: skip
 
@@ -249,19 +258,19 @@ def gate_up_stream_kernel(
 @gluon.jit(do_not_specialize=["first_block", "blocks"])
 def down_stream_kernel(
     w, middle, middle_scale, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_block, blocks,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, BLOCK_N: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr,
     STAGES: gl.constexpr, BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     KBLOCKS: gl.constexpr = INTER // 128
     PARTS: gl.constexpr = 128 // GROUP
-    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = buffers(ROWS, BLOCK_N, PARTS, STAGES)
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = buffers(ROWS, HALVES, N, PARTS, STAGES)
     first_row = first_block * 128
     tile_blocks = blocks * 128 // (2 * ROWS)
     gl.warp_specialize(
         [
             (down_consumer, (
                 w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, rows, tile_blocks,
-                ROWS, BLOCK_N, KBLOCKS, PARTS, STAGES, WARPS,
+                ROWS, HALVES, N, KBLOCKS, PARTS, STAGES, WARPS,
             )),
             (weights_producer, (
                 w, w_bufs, full, empty, tile_count, tile_expert, first_row, tile_blocks,
@@ -270,18 +279,20 @@ def down_stream_kernel(
             (pairs_producer, (
                 middle, middle_scale, w_scale, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_expert, tile_begin, tile_end,
                 tile_begin, 0, first_row, tile_blocks,
-                BLOCK_N, 2 * ROWS, ROWS, HIDDEN, KBLOCKS, PARTS, False, STAGES, PDL,
+                HALVES, N, 2 * ROWS, ROWS, HIDDEN, KBLOCKS, PARTS, False, STAGES, PDL,
             )),
         ],
-        [1, 1],
+        [1, HALVES],
         [REGISTERS, REGISTERS],
     )  # fmt: skip
 
 
 def constants(tile: StreamTile, blocks: int) -> tuple[int, ...]:
-    """ROWS, BLOCK_N, STAGES, BURST, REGISTERS (of a producer's thread), WARPS (of consumers) for `blocks` blocks of K."""
+    """ROWS, HALVES, N, STAGES, BURST, REGISTERS (of a producer's thread), WARPS (of consumers) for `blocks` blocks of K."""
     burst = tile.burst if blocks % tile.burst == 0 else 1
-    return tile.rows, tile.block_n, tile.stages, burst, 80 if tile.block_n > 32 else 56, tile.num_warps
+    halves = 2 if tile.block_n == 128 else 1
+    registers = {16: 56, 32: 56, 64: 80, 128: 88}[tile.block_n]
+    return tile.rows, halves, tile.block_n // halves, tile.stages, burst, registers, tile.num_warps
 
 
 def weight_boxes(w: Slot, rows: int, columns: int, tile: StreamTile) -> Descriptor:
@@ -303,7 +314,7 @@ def down(w: Slot, w_scale: Slot, out: Slot, first_block: int, round: Round) -> l
     """GEMM2 into `rows` over 128-column blocks first_block ... of the output."""
     g, tile, b, blocks = round.geometry, round.plan.down, round.memory, round.sizes.blocks
     if blocks * BLOCK % (2 * tile.rows):
-        tile = replace(tile, rows=64, stages=2 * tile.stages)
+        tile = replace(tile, rows=64, stages=tile.stages * (256 + tile.block_n) // (128 + tile.block_n))  # as much memory
     weights = weight_boxes(w, g.num_local_experts * g.hidden_size, g.intermediate_size, tile)
     lists = tuple(b[n] for n in ("tile_count", "tile_expert", "tile_begin", "tile_end"))
     arguments = (weights, b["middle"], b["middle_scale"], w_scale, *lists, b["rows"], first_block, blocks)
