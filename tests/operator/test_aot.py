@@ -27,8 +27,8 @@ BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, capability=100) for t i
 @pytest.mark.parametrize("key", HOPPER, ids=lambda key: f"{key[0]}-{'x'.join(str(c) for c in key[1])}")
 def test_hopper(key):
     usage = aot.compiled(HOPPER[key], 90)
-    # the prefill kernels keep up to four arguments of their warps on the stack, read once a launch
-    assert usage.stack <= (16 if HOPPER[key].cooperative else 0)
+    # the prefill kernels keep a few arguments of their warps on the stack, read once a launch or tile
+    assert usage.stack <= (24 if HOPPER[key].cooperative else 0)
     assert usage.registers <= 255 and usage.shared <= SHARED_LIMIT
     if usage.kernel.startswith(("gate_up", "down")):
         assert "QGMMA" in usage.sass and "HMMA" not in usage.sass.replace("QGMMA", "")

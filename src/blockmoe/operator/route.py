@@ -230,11 +230,11 @@ def choose_kernel(
 @triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "tiles"])
 def place_kernel(
     token_weight, chunk_count, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, copied, used, chunks, tokens, chunk_tokens, tiles,
+    token_pairs, copied, used, gate_up_ticket, down_ticket, chunks, tokens, chunk_tokens, tiles,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     COUNTS: tl.constexpr, ONCE: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. ALIGNED also zeroes two counts a tile."""
+    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. ALIGNED also zeroes the prefill kernels' counts."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     if ALIGNED:
@@ -242,6 +242,8 @@ def place_kernel(
             tile = first + tl.arange(0, 128)
             tl.store(copied + tile, 0, mask=tile < tiles)
             tl.store(used + tile, 0, mask=tile < tiles)
+        tl.store(gate_up_ticket, 0)
+        tl.store(down_ticket, 0)
     expert = tl.arange(0, CELLS)
     real = (expert < LOCAL)[None, :]
     past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
@@ -294,7 +296,7 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, (*choosing, plan.pdl), tile.num_warps)
     aligned = plan.path == "prefill"
-    counts = (b["copied"], b["used"]) if aligned else (b["tile_count"], b["tile_count"])
+    counts = tuple(b[n] for n in ("copied", "used", "gate_up_ticket", "down_ticket")) if aligned else 4 * (b["tile_count"],)
     arguments = (*weights, *lists, *counts, sizes.chunks, sizes.tokens, sizes.chunk_tokens, sizes.tiles)
     constants = (local, cells, g.top_k, tile.place_t, block_n, max(1, min(64, 2048 // cells)), tile.once, aligned, plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)

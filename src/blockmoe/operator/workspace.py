@@ -79,6 +79,8 @@ def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tu
             "added": ((bound.tiles + 1) * hidden // (2 * BLOCK), torch.int32),
             "copied": (bound.tiles, torch.int32),
             "used": (bound.tiles, torch.int32),
+            "gate_up_ticket": (1, torch.int32),
+            "down_ticket": (1, torch.int32),
         }
     elif plan.path != "dense":
         fields["rows"] = (bound.rows * bound.blocks * BLOCK, torch.bfloat16)

@@ -14,7 +14,19 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Launch, Slot, descriptor
-from blockmoe.operator.prefill.parts import CODES, ROWS, K, load_scales, load_tiles, multiply, skip, stage_buffers, wait_until
+from blockmoe.operator.prefill.parts import (
+    CODES,
+    ROWS,
+    K,
+    hear,
+    load_scales,
+    load_tiles,
+    multiply,
+    skip,
+    stage_buffers,
+    unit_queue,
+    wait_until,
+)
 from blockmoe.operator.workspace import Round
 
 REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the adding warps
@@ -63,7 +75,7 @@ def put_part(PART: gl.constexpr, targets, out, words, c, HIDDEN: gl.constexpr, L
 
 @gluon.jit
 def add_rows(
-    out, done_buffers, done, taken, pair_token, before, added, tile_count, tile_begin, tile_end, HIDDEN: gl.constexpr,
+    out, done_buffers, done, taken, queue, told, heard, pair_token, before, added, tile_count, tile_begin, tile_end, HIDDEN: gl.constexpr,
 ):  # fmt: skip
     """Four warps. What is known of a tile ahead is read ahead: the next tile with the same tokens waits for this one."""
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
@@ -74,7 +86,9 @@ def add_rows(
     tiles = 0
     large_tiles = 0
     units = gl.load(tile_count) * COLUMNS
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+    n = 0
+    unit = hear(queue, told, heard, n, 4)
+    while unit < units:
         tile = unit // COLUMNS
         c = unit % COLUMNS
         begin = gl.load(tile_begin + tile)
@@ -100,13 +114,15 @@ def add_rows(
             gl.thread_barrier()
             mbarrier.arrive(taken.index(1), count=1)
             large_tiles += 1
-        tiles += 1  # noqa: SIM113
+        tiles += 1
         gl.atomic_xchg(added + ((tile + 1) * COLUMNS + c), 1, sem="release")
+        n += 1
+        unit = hear(queue, told, heard, n, 4)
 
 
 @gluon.jit
 def down_consumer(
-    GROUP: gl.constexpr, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w_scale,
+    GROUP: gl.constexpr, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, done, taken, w_scale,
     tile_count, tile_expert, tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -115,7 +131,9 @@ def down_consumer(
     step = 0
     tiles = 0  # that this consumer had a part in
     units = gl.load(tile_count) * COLUMNS
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+    n = 0
+    unit = hear(queue, told, heard, n, 4)
+    while unit < units:
         tile = unit // COLUMNS
         begin = gl.load(tile_begin + tile) + GROUP * ROWS
         if begin < gl.load(tile_end + tile):
@@ -129,11 +147,14 @@ def down_consumer(
             tiles += 1
         else:
             step = skip(full, empty, step, BLOCKS, STAGES)
+        n += 1
+        unit = hear(queue, told, heard, n, 4)
 
 
 @gluon.jit(do_not_specialize=["pitch"])
 def down_kernel(
-    middle, w, out, middle_scale, w_scale, pair_token, before, added, tile_count, tile_expert, tile_begin, tile_end, pitch,
+    middle, w, out, middle_scale, w_scale, pair_token, before, added, ticket, tile_count, tile_expert, tile_begin, tile_end,
+    pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     LOADERS: gl.constexpr, ADDERS: gl.constexpr,
 ):  # fmt: skip
@@ -144,6 +165,7 @@ def down_kernel(
     BLOCKS: gl.constexpr = INTER // K
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
     x_buffers, w_buffers, s_buffers, full, empty = stage_buffers(STAGES)
+    queue, told, heard = unit_queue(4)
     done_buffers = gl.allocate_shared_memory(gl.bfloat16, [4, ROWS, K], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
@@ -153,22 +175,24 @@ def down_kernel(
     gl.warp_specialize(
         [
             (down_consumer, (
-                0, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w_scale, tile_count, tile_expert,
-                tile_begin, tile_end, HIDDEN, INTER, STAGES,
+                0, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, done, taken, w_scale,
+                tile_count, tile_expert, tile_begin, tile_end, HIDDEN, INTER, STAGES,
             )),
             (down_consumer, (
-                1, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w_scale, tile_count, tile_expert,
-                tile_begin, tile_end, HIDDEN, INTER, STAGES,
+                1, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, done, taken, w_scale,
+                tile_count, tile_expert, tile_begin, tile_end, HIDDEN, INTER, STAGES,
             )),
             (add_rows, (
-                out, done_buffers, done, taken, pair_token, before, added, tile_count, tile_begin, tile_end, HIDDEN,
+                out, done_buffers, done, taken, queue, told, heard, pair_token, before, added, tile_count, tile_begin,
+                tile_end, HIDDEN,
             )),
             (load_tiles, (
-                middle, w, x_buffers, w_buffers, full, empty, added, tile_count, tile_expert, tile_begin, tile_end,
-                HIDDEN, K, 2 * K, COLUMNS, BLOCKS, STAGES, 0,
+                middle, w, x_buffers, w_buffers, full, empty, queue, told, heard, ticket, added, tile_count, tile_expert,
+                tile_begin, tile_end, HIDDEN, K, 2 * K, COLUMNS, BLOCKS, STAGES, 0,
             )),
             (load_scales, (
-                middle_scale, s_buffers, full, empty, added, tile_count, tile_begin, pitch, COLUMNS, BLOCKS, STAGES, 0,
+                middle_scale, s_buffers, full, empty, queue, told, heard, added, tile_count, tile_begin, pitch, COLUMNS,
+                BLOCKS, STAGES, 0,
             )),
         ],
         [4, 4, 1, 1],
@@ -181,7 +205,7 @@ def down(w: Slot, w_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     g, tile, b = round.geometry, round.plan.down, round.memory
     middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64, BLOCK), CODES.value)
     weights = descriptor(w, (g.num_local_experts * g.hidden_size, g.intermediate_size), (BLOCK, BLOCK), CODES.value)
-    lists = tuple(b[n] for n in ("pair_token", "before", "added", "tile_count", "tile_expert", "tile_begin", "tile_end"))
+    lists = tuple(b[n] for n in ("pair_token", "before", "added", "down_ticket", "tile_count", "tile_expert", "tile_begin", "tile_end"))
     words = Slot(out.tensor, torch.int64)
     arguments = (middle, weights, words, b["middle_scale"], w_scale, *lists, round.sizes.rows)
     shape = (g.hidden_size, g.intermediate_size, tile.stages)

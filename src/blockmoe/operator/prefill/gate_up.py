@@ -14,7 +14,20 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Launch, Slot, descriptor
-from blockmoe.operator.prefill.parts import CODES, ROWS, SUMS, K, load_scales, load_tiles, multiply, skip, stage_buffers, wait_until
+from blockmoe.operator.prefill.parts import (
+    CODES,
+    ROWS,
+    SUMS,
+    K,
+    hear,
+    load_scales,
+    load_tiles,
+    multiply,
+    skip,
+    stage_buffers,
+    unit_queue,
+    wait_until,
+)
 from blockmoe.operator.workspace import Round
 
 REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the copying warps; more for the consumers spill (ptxas 12.9)
@@ -116,7 +129,7 @@ def reciprocal(x):
 
 @gluon.jit
 def gate_up_consumer(
-    GROUP: gl.constexpr, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, w_scale, pair_weight,
+    GROUP: gl.constexpr, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, w_scale, pair_weight,
     middle_scale, token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
@@ -126,7 +139,9 @@ def gate_up_consumer(
         prepare_adding(token_pair, token_pairs, before, added, tile_count, tokens, TOP_K, HIDDEN // (2 * K))
     step = 0
     units = gl.load(tile_count) * COLUMNS
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+    n = 0
+    unit = hear(queue, told, heard, n, 4)
+    while unit < units:
         tile = unit // COLUMNS
         column = unit % COLUMNS
         begin = gl.load(tile_begin + tile) + GROUP * ROWS
@@ -154,13 +169,15 @@ def gate_up_consumer(
             step = skip(full, empty, step, BLOCKS, STAGES)
         if GROUP == 0:
             gl.atomic_add(used + tile, 1, sem="relaxed")
+        n += 1
+        unit = hear(queue, told, heard, n, 4)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["tokens", "pitch"])
 def gate_up_kernel(
     ring, w, middle, x, x_scale, ring_rows, ring_scale, out, w_scale, middle_scale, pair_token, pair_weight, token_pair,
-    token_pairs, before, added, copied, used, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
+    token_pairs, before, added, copied, used, ticket, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
     CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, COPIERS: gl.constexpr,
 ):  # fmt: skip
@@ -172,30 +189,31 @@ def gate_up_kernel(
     BLOCKS: gl.constexpr = HIDDEN // K
     COLUMNS: gl.constexpr = INTER // K
     x_buffers, w_buffers, s_buffers, full, empty = stage_buffers(STAGES)
+    queue, told, heard = unit_queue(3)
     out_buffers = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
     gl.warp_specialize(
         [
             (gate_up_consumer, (
-                0, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, w_scale, pair_weight, middle_scale,
-                token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
-                HIDDEN, INTER, TOP_K, STAGES,
+                0, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, w_scale, pair_weight,
+                middle_scale, token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end,
+                tokens, pitch, HIDDEN, INTER, TOP_K, STAGES,
             )),
             (gate_up_consumer, (
-                1, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, w_scale, pair_weight, middle_scale,
-                token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
-                HIDDEN, INTER, TOP_K, STAGES,
+                1, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, w_scale, pair_weight,
+                middle_scale, token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end,
+                tokens, pitch, HIDDEN, INTER, TOP_K, STAGES,
             )),
             (copy_rows, (
-                x, x_scale, ring_rows, ring_scale, out, pair_token, token_pairs, copied, used, tile_count, tile_begin, tile_end,
-                tokens, HIDDEN, COLUMNS, RING,
+                x, x_scale, ring_rows, ring_scale, out, pair_token, token_pairs, copied, used, tile_count, tile_begin,
+                tile_end, tokens, HIDDEN, COLUMNS, RING,
             )),
             (load_tiles, (
-                ring, w, x_buffers, w_buffers, full, empty, copied, tile_count, tile_expert, tile_begin, tile_end,
-                2 * INTER, INTER, K, COLUMNS, BLOCKS, STAGES, RING,
+                ring, w, x_buffers, w_buffers, full, empty, queue, told, heard, ticket, copied, tile_count, tile_expert,
+                tile_begin, tile_end, 2 * INTER, INTER, K, COLUMNS, BLOCKS, STAGES, RING,
             )),
             (load_scales, (
-                ring_scale, s_buffers, full, empty, copied, tile_count, tile_begin, RING * 2 * ROWS, COLUMNS, BLOCKS, STAGES,
-                RING,
+                ring_scale, s_buffers, full, empty, queue, told, heard, copied, tile_count, tile_begin, RING * 2 * ROWS,
+                COLUMNS, BLOCKS, STAGES, RING,
             )),
         ],
         [4, 4, 1, 1],
@@ -210,8 +228,8 @@ def gate_up(x: Slot, x_scale: Slot, w: Slot, w_scale: Slot, out: Slot, round: Ro
     ring = descriptor(b["ring"], (tile.ring * BLOCK, g.hidden_size), box, CODES.value)
     weights = descriptor(w, (g.num_local_experts * 2 * g.intermediate_size, g.hidden_size), (BLOCK, BLOCK), CODES.value)
     middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), box, CODES.value)
-    lists = tuple(b[n] for n in ("pair_token", "pair_weight", "token_pair", "token_pairs", "before", "added", "copied", "used"))
-    lists += tuple(b[n] for n in ("tile_count", "tile_expert", "tile_begin", "tile_end"))
+    lists = tuple(b[n] for n in ("pair_token", "pair_weight", "token_pair", "token_pairs", "before", "added"))
+    lists += tuple(b[n] for n in ("copied", "used", "gate_up_ticket", "tile_count", "tile_expert", "tile_begin", "tile_end"))
     words = Slot(out.tensor, torch.int64)
     arguments = (
         ring, weights, middle, x, x_scale, b["ring"], b["ring_scale"], words, w_scale, b["middle_scale"], *lists,

@@ -16,6 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 K = gl.constexpr(128)  # columns a stage, and a scale
 ROWS = gl.constexpr(64)  # of a consumer
+QUEUE = gl.constexpr(2)
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 
@@ -32,6 +33,38 @@ def stage_buffers(STAGES: gl.constexpr):
         mbarrier.init(full.index(i), count=2)
         mbarrier.init(empty.index(i), count=2)
     return x_buffers, w_buffers, s_buffers, full, empty
+
+
+@gluon.jit
+def unit_queue(READERS: gl.constexpr):
+    """What the TMA warp tells the others: which unit (a tile by a column tile) comes next."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    queue = gl.allocate_shared_memory(gl.int32, [QUEUE, 32], LAYOUT)
+    told = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(QUEUE):
+        mbarrier.init(told.index(i), count=1)
+        mbarrier.init(heard.index(i), count=READERS)
+    return queue, told, heard
+
+
+@gluon.jit
+def tell(queue, told, heard, n, unit):
+    """The TMA warp's nth unit, to be followed by one past the last."""
+    slot = n % QUEUE
+    mbarrier.wait(heard.index(slot), ((n // QUEUE) & 1) ^ 1)
+    queue.index(slot).store(gl.full([32], unit, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    mbarrier.arrive(told.index(slot), count=1)
+
+
+@gluon.jit
+def hear(queue, told, heard, n, WARPS: gl.constexpr):
+    slot = n % QUEUE
+    mbarrier.wait(told.index(slot), (n // QUEUE) & 1)
+    unit = gl.max(queue.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    gl.thread_barrier()
+    mbarrier.arrive(heard.index(slot), count=1)
+    return unit
 
 
 @gluon.jit
@@ -58,22 +91,28 @@ def wait_until(counter, least, pause):
 
 @gluon.jit
 def load_tiles(
-    x, w, x_buffers, w_buffers, full, empty, copied, tile_count, tile_expert, tile_begin, tile_end,
+    x, w, x_buffers, w_buffers, full, empty, queue, told, heard, ticket, copied, tile_count, tile_expert, tile_begin, tile_end,
     EXPERT_ROWS: gl.constexpr, OTHER_ROWS: gl.constexpr, STEP: gl.constexpr, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr,
     STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """The TMA warp. Column tile j takes weight rows STEP * j and STEP * j + OTHER_ROWS, 128 of each.
 
-    x holds the pairs' rows, sorted: all of them (RING 0), or RING tiles that `copy_rows` fills.
+    x holds the pairs' rows, sorted: all of them (RING 0), or RING tiles that `copy_rows` fills. Units are drawn in ascending
+    order from `ticket`, so that those that share weights run at the same time, and whoever is waited for is running.
     """
     one = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    step = 0
     units = gl.load(tile_count) * COLUMNS
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+    step = 0
+    n = 0
+    unit = gl.atomic_add(ticket, 1, sem="relaxed")
+    tell(queue, told, heard, n, unit)
+    while unit < units:
         tile = unit // COLUMNS
         first = gl.load(tile_expert + tile) * EXPERT_ROWS + (unit % COLUMNS) * STEP
         begin = gl.load(tile_begin + tile)
         two = gl.load(tile_end + tile) - begin > ROWS
+        unit = gl.atomic_add(ticket, 1, sem="relaxed")
+        n += 1
         if RING > 0:
             begin = (tile % RING) * (2 * ROWS)
             wait_until(copied + tile + one, one + COLUMNS, one + 100)
@@ -91,11 +130,12 @@ def load_tiles(
             tma.async_copy_global_to_shared(w, [first, k * K], bar, w_buffers.index(2 * stage))
             tma.async_copy_global_to_shared(w, [first + OTHER_ROWS, k * K], bar, w_buffers.index(2 * stage + 1))
             step += 1
+        tell(queue, told, heard, n, unit)
 
 
 @gluon.jit
 def load_scales(
-    scale, s_buffers, full, empty, copied, tile_count, tile_begin, pitch,
+    scale, s_buffers, full, empty, queue, told, heard, copied, tile_count, tile_begin, pitch,
     COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
     """The scale warp: `scale` [BLOCKS, pitch] of the pairs as they are sorted; of a ring as in `load_tiles`.
@@ -106,7 +146,9 @@ def load_scales(
     one = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     step = 0
     units = gl.load(tile_count) * COLUMNS
-    for unit in range(gl.program_id(0), units, gl.num_programs(0)):
+    n = 0
+    unit = hear(queue, told, heard, n, 1)
+    while unit < units:
         tile = unit // COLUMNS
         if RING > 0:
             begin = (tile % RING) * (2 * ROWS)
@@ -128,6 +170,8 @@ def load_scales(
             s_a = next_a
             s_b = next_b
             step += 1
+        n += 1
+        unit = hear(queue, told, heard, n, 1)
 
 
 @gluon.jit
