@@ -18,6 +18,7 @@ class Encoder:
 
     def __init__(self):
         self.addresses = []
+        self.promoted = []
 
     def __call__(self, argument, meta):
         self.addresses.append(argument.base.data_ptr())
@@ -33,6 +34,7 @@ def stub(monkeypatch):
     compiled = SimpleNamespace(run=run, packed_metadata=(4, 1, 0), function=7, metadata=SimpleNamespace(tensordesc_meta=meta))
     monkeypatch.setattr(launch, "c_launcher", lambda compiled: lambda *arguments: sent.append(arguments))
     monkeypatch.setattr("triton.backends.nvidia.driver.make_tensordesc_arg", encoder)
+    monkeypatch.setattr(tma, "_encode_again", lambda made, address, kind, meta: encoder.promoted.append((address, kind.promotion)))
     monkeypatch.setattr(launch, "_compiled", {})
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, *arguments, **options: compiled)
     driver = SimpleNamespace(get_current_stream=lambda device: 5)
@@ -55,7 +57,8 @@ def test_descriptors_are_encoded_once_an_address(stub):
     for _ in range(3):
         assert one.run(addresses)
     w1, w2 = addresses[launch.W1], addresses[launch.W2]
-    assert encoder.addresses == [w1, w2] and len(sent) == 2 * len(one.launches)
+    assert encoder.addresses == [w1, w2] and encoder.promoted == [(w1, 256), (w2, 256)]
+    assert len(sent) == 2 * len(one.launches)
     assert one.run([a + 256 for a in addresses])  # other weights, then the first again
     assert one.run(addresses) and encoder.addresses == [w1, w2, w1 + 256, w2 + 256]
     other, _ = prepared(32)  # another T shares what was encoded

@@ -61,7 +61,7 @@ def stages(
 
         return {
             "route": route(logits, bias, offset, factor, this),
-            "gate_up": sorting.gate_up(x, x_scale, w1, w1_scale, out, this),
+            "gate_up": sorting.gate_up(x, x_scale, w1, w1_scale, this),
             "down": adding.down(w2, w2_scale, out, this),
             "combine": [],
         }

@@ -24,6 +24,7 @@ Path = Literal["dense", "sorted", "stream", "wide", "prefill"]
 DENSE_TOKENS = 7  # T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
 ONE_LAUNCH_TOKENS = 8  # of routing, a warp each
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
+PREFILL_ROWS = 56  # the same for the prefill kernels, which win earlier. T = 2048 (64 rows): 593 us, stream 600; 4096: 707, 823
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 MOST_CHUNKS = 128  # programs that sort; each reads the counts of all
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
@@ -154,16 +155,17 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
     """The plan for `tokens` tokens on a GPU with `sm_count` multiprocessors and compute capability `capability`."""
     pdl = capability >= 90
     route = route_tile(geometry, tokens)
-    if tokens <= DENSE_TOKENS and route.one_launch:
+    if tokens <= DENSE_TOKENS and route.one_launch and capability != 90:
         return _dense(geometry, tokens, route, sm_count, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
-    if rows >= WIDE_ROWS and capability == 90 and geometry.hidden_size % (2 * BLOCK) == 0:
-        return Plan("prefill", route, PrefillTile(4, 64), PrefillTile(3), pdl)
+    if rows >= PREFILL_ROWS and capability == 90 and geometry.hidden_size % (2 * BLOCK) == 0:
+        # GEMM1 at T = 11948: 3 stages 700 us, 4 726; rings of 32, 64, 128 tiles 769, 730, 726. T = 14107: 952; 1009, 993, 966
+        return Plan("prefill", route, PrefillTile(3, 128), PrefillTile(3), pdl)
     if rows >= WIDE_ROWS:
         # T = 14107, stages of (gate_up, down): (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
         return Plan("wide", route, GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8), pdl)
     if capability == 90:
-        return Plan("stream", route, *_stream(rows), pdl)
+        return Plan("stream", route, *_stream(tokens, rows), pdl)
     if rows <= 6:
         # 3 and 4 stages of gate_up: T = 16: 206 us and 208; 32: 335 and 344; 55: 390 and 391; 80: 509 and 513
         return Plan("sorted", route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4), pdl)
@@ -187,17 +189,19 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     return RouteTile(block_t, place_t, block_t, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK)
 
 
-def _stream(rows: float) -> tuple[StreamTile, StreamTile]:
+def _stream(tokens: int, rows: float) -> tuple[StreamTile, StreamTile]:
     """Tiles of both GEMMs for so many mean rows an expert. Bursts of two K blocks, 256 adjacent bytes of a row, read 3 to 5 % faster."""
-    if rows <= 1:
-        # narrower tiles of gate_up waste less of the last wave. T = 16 (0.5 rows): 199 us, with 256 rows 201; T = 80 (2.5): 495, 491
-        return StreamTile(64, 16, 12, 2), StreamTile(128, 16, 6, 2)
+    narrow, broad = StreamTile(64, 16, 12, 2, 256), StreamTile(128, 16, 6, 2, 256)
+    if tokens <= 8:
+        # T = 1: 61.9 us, with broad GEMM2 62.8, dense 62.9; T = 7: 106.8, 108.2, 110.0
+        return narrow, narrow
     if rows <= 6:
-        return StreamTile(128, 16, 6, 2), StreamTile(128, 16, 6, 2)
+        # T = 16: 190.4 us, not promoted 192.0; T = 80: 478.4, 482.9
+        return narrow, broad
     if rows <= 14:
-        return StreamTile(128, 32, 6, 2), StreamTile(128, 32, 6, 2)
-    # T = 901 (28): 567 us; 32 pairs with 3 stages each 573
-    return StreamTile(128, 64, 5, 2), StreamTile(128, 64, 2)
+        return StreamTile(128, 32, 6, 2, 256), StreamTile(128, 32, 6, 2, 256)
+    # T = 901 (28): 544.7 us; 5 stages 552.5, promoted 549.5; 128 pairs, 4 stages, promoted 555.7; 32 pairs, 3 stages 569.5
+    return StreamTile(128, 64, 4, 2), StreamTile(128, 64, 4, 2)
 
 
 def without_tma(plan: Plan) -> Plan:

@@ -7,7 +7,6 @@ more. Programs take tiles in ascending order and all run at once, so what is wai
 
 from __future__ import annotations
 
-import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
@@ -49,13 +48,10 @@ def copy_part(source, target, inside, token, count, HIDDEN: gl.constexpr):
 
 @gluon.jit
 def copy_rows(
-    x, x_scale, ring, ring_scale, out, pair_token, token_pairs, copied, used, tile_count, tile_begin, tile_end, tokens,
+    x, x_scale, ring, ring_scale, pair_token, copied, used, tile_count, tile_begin, tile_end, tokens,
     HIDDEN: gl.constexpr, COLUMNS: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """Four warps. Part j of a tile is a run of columns, and the scales of K blocks j, j + COLUMNS, ...
-
-    When all is copied, tokens without a pair get their zeros: long before the last products are done.
-    """
+    """Four warps. Part j of a tile is a run of columns, and the scales of K blocks j, j + COLUMNS, ..."""
     WIDTH: gl.constexpr = 16 * ((HIDDEN // 16 + COLUMNS - 1) // COLUMNS)  # bytes
     AT_ONCE: gl.constexpr = 512  # a warp a row, 16 bytes a lane
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [1, 32], [4, 1], [1, 0])
@@ -83,23 +79,6 @@ def copy_rows(
             gl.store(ring_scale + k * (RING * 2 * ROWS) + slot + row, gl.load(x_scale + k * tokens + token, mask=there, other=0.0))
         gl.thread_barrier()
         gl.atomic_add(copied + tile, 1, sem="release")
-    zero_rows(out, token_pairs, tokens, HIDDEN)
-
-
-@gluon.jit
-def zero_rows(out, token_pairs, tokens, HIDDEN: gl.constexpr):
-    """Zeros for tokens without a pair; out [T, H / 4] of 4-column words."""
-    PART: gl.constexpr = 32  # tokens at a time
-    WORDS: gl.constexpr = K // 4
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
-    zeros = gl.zeros([PART, WORDS], gl.int64, LAYOUT)
-    for first in range(gl.program_id(0) * PART, tokens, gl.num_programs(0) * PART):
-        token = first + gl.arange(0, PART, layout=gl.SliceLayout(1, LAYOUT))
-        none = gl.expand_dims(gl.load(token_pairs + token, mask=token < tokens, other=1) == 0, 1)
-        at = out + gl.expand_dims(token.to(gl.int64) * (HIDDEN // 4), 1)
-        at += gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
-        for c in range(0, HIDDEN // 4, WORDS):
-            gl.store(at + c, zeros, mask=none)
 
 
 @gluon.jit
@@ -176,7 +155,7 @@ def gate_up_consumer(
 
 @gluon.jit(do_not_specialize=["tokens", "pitch"])
 def gate_up_kernel(
-    ring, w, middle, x, x_scale, ring_rows, ring_scale, out, w_scale, middle_scale, pair_token, pair_weight, token_pair,
+    ring, w, middle, x, x_scale, ring_rows, ring_scale, w_scale, middle_scale, pair_token, pair_weight, token_pair,
     token_pairs, before, added, copied, used, ticket, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
     CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, COPIERS: gl.constexpr,
@@ -204,8 +183,8 @@ def gate_up_kernel(
                 tokens, pitch, HIDDEN, INTER, TOP_K, STAGES,
             )),
             (copy_rows, (
-                x, x_scale, ring_rows, ring_scale, out, pair_token, token_pairs, copied, used, tile_count, tile_begin,
-                tile_end, tokens, HIDDEN, COLUMNS, RING,
+                x, x_scale, ring_rows, ring_scale, pair_token, copied, used, tile_count, tile_begin, tile_end, tokens,
+                HIDDEN, COLUMNS, RING,
             )),
             (load_tiles, (
                 ring, w, x_buffers, w_buffers, full, empty, queue, told, heard, ticket, copied, tile_count, tile_expert,
@@ -221,8 +200,8 @@ def gate_up_kernel(
     )  # fmt: skip
 
 
-def gate_up(x: Slot, x_scale: Slot, w: Slot, w_scale: Slot, out: Slot, round: Round) -> list[Launch]:
-    """GEMM1; it also writes the zeros of tokens without a pair to `out`."""
+def gate_up(x: Slot, x_scale: Slot, w: Slot, w_scale: Slot, round: Round) -> list[Launch]:
+    """GEMM1."""
     g, tile, b = round.geometry, round.plan.gate_up, round.memory
     box = (64, BLOCK)
     ring = descriptor(b["ring"], (tile.ring * BLOCK, g.hidden_size), box, CODES.value)
@@ -230,9 +209,8 @@ def gate_up(x: Slot, x_scale: Slot, w: Slot, w_scale: Slot, out: Slot, round: Ro
     middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), box, CODES.value)
     lists = tuple(b[n] for n in ("pair_token", "pair_weight", "token_pair", "token_pairs", "before", "added"))
     lists += tuple(b[n] for n in ("copied", "used", "gate_up_ticket", "tile_count", "tile_expert", "tile_begin", "tile_end"))
-    words = Slot(out.tensor, torch.int64)
     arguments = (
-        ring, weights, middle, x, x_scale, b["ring"], b["ring_scale"], words, w_scale, b["middle_scale"], *lists,
+        ring, weights, middle, x, x_scale, b["ring"], b["ring_scale"], w_scale, b["middle_scale"], *lists,
         round.sizes.tokens, round.sizes.rows,
     )  # fmt: skip
     shape = (g.hidden_size, g.intermediate_size, g.top_k, tile.stages, tile.ring)
