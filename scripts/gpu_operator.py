@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import time
-import traceback
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
+from gpu_session import Journal
 
 from blockmoe.bench.routing_logits import routing_inputs
 from blockmoe.geometry import BLOCK, GEOMETRIES, HEADLINE, MoEGeometry
@@ -34,27 +33,8 @@ from blockmoe.reference import route as reference_route
 DEVICE = "cuda"
 FLUSH_BYTES = 2 * 50 * 1024 * 1024
 REPEATS = 15
-START = time.time()
-out_folder = Path(os.environ.get("OUT", "results/tmp"))
-out_folder.mkdir(parents=True, exist_ok=True)
-log = (out_folder / "gpu_operator.jsonl").open("a")
-
-
-def say(kind: str, **fields) -> None:
-    fields = {"kind": kind, "at_s": round(time.time() - START, 1), **fields}
-    log.write(json.dumps(fields, default=str) + "\n")
-    log.flush()
-    print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()), flush=True)
-
-
-def attempt(label: str, work):
-    try:
-        return work()
-    except Exception as error:  # one failing variant must not end the session
-        say("failed", label=label, error=f"{type(error).__name__}: {str(error)[:300]}")
-        log.write(json.dumps({"kind": "traceback", "text": traceback.format_exc()}) + "\n")
-        torch.cuda.synchronize()
-        return None
+journal = Journal("gpu_operator")
+say, attempt, START = journal.say, journal.attempt, journal.start
 
 
 def codes(*shape: int) -> torch.Tensor:

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
 import statistics
 import sys
 import tempfile
@@ -29,6 +27,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from gpu_session import Journal
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator import route as route_module
@@ -39,26 +38,8 @@ from blockmoe.operator.workspace import Round, layout, sizes, slots
 from blockmoe.reference import route as reference_route
 
 DEVICE, OFFSET, FACTOR = "cuda", 32, 2.5
-START = time.time()
-out_folder = Path(os.environ.get("OUT", "results/tmp"))
-out_folder.mkdir(parents=True, exist_ok=True)
-log = (out_folder / "gpu_route.jsonl").open("a")
-
-
-def say(kind: str, **fields) -> None:
-    fields = {"kind": kind, "at_s": round(time.time() - START, 1), **fields}
-    log.write(json.dumps(fields, default=str) + "\n")
-    log.flush()
-    print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()), flush=True)
-
-
-def attempt(label: str, work):
-    try:
-        return work()
-    except Exception as error:  # one failing variant must not end the session
-        say("failed", label=label, error=f"{type(error).__name__}: {str(error)[:300]}")
-        torch.cuda.synchronize()
-        return None
+journal = Journal("gpu_route")
+say, attempt, START = journal.say, journal.attempt, journal.start
 
 
 @triton.jit

@@ -1,6 +1,5 @@
-"""What gpu_stress.py and gpu_curve.py share: flushed lines, failures passed over, a time budget, a table at the end.
-
-Lines go to the terminal and, as JSONL, to NAME.jsonl in $OUT (default results/tmp).
+"""What the scripts for a GPU share: flushed lines, failures passed over; of gpu_stress.py and gpu_curve.py also the time budget and
+the table at the end.
 """
 
 from __future__ import annotations
@@ -20,22 +19,44 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests/operator"))  # `layer`: the call and the oracle as the tests have them
 
 
-class Session:
+class Journal:
+    """Lines for the terminal and, as JSONL, for NAME.jsonl in $OUT (default results/tmp)."""
+
+    def __init__(self, name: str, mode: str = "a") -> None:
+        self.start = time.time()
+        folder = Path(os.environ.get("OUT", "results/tmp"))
+        folder.mkdir(parents=True, exist_ok=True)
+        self._log = (folder / f"{name}.jsonl").open(mode)
+
+    def say(self, kind: str, **fields: Any) -> None:
+        fields = {"kind": kind, "at_s": round(time.time() - self.start, 1), **fields}
+        self.write(fields)
+        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()), flush=True)
+
+    def write(self, fields: dict) -> None:
+        self._log.write(json.dumps(fields, default=str) + "\n")
+        self._log.flush()
+
+    def attempt(self, label: str, work: Callable[[], Any]) -> Any:
+        """Do `work`; an error is said, and the script goes on unless the GPU's context is gone."""
+        try:
+            return work()
+        except Exception as error:
+            self.say("failed", label=label, error=f"{type(error).__name__}: {str(error)[:400]}")
+            self.write({"kind": "traceback", "text": traceback.format_exc()})
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            return None
+
+
+class Session(Journal):
     """Results by section; `finish` prints them and gives the exit code."""
 
     def __init__(self, name: str, seconds: float) -> None:
-        self._start = time.time()
+        super().__init__(name, "w")
         self._seconds = seconds
-        folder = Path(os.environ.get("OUT", "results/tmp"))
-        folder.mkdir(parents=True, exist_ok=True)
-        self._log = (folder / f"{name}.jsonl").open("w")
         self._section, self._begun = "start", 0.0
         self._counts: dict[str, dict[str, float]] = {}
-
-    def say(self, kind: str, **fields: Any) -> None:
-        fields = {"kind": kind, "at_s": round(time.time() - self._start, 1), **fields}
-        self._write(fields)
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()), flush=True)
 
     def section(self, name: str) -> dict[str, float]:
         """Begin a section, or go on with it; its numbers."""
@@ -58,7 +79,7 @@ class Session:
 
     def attempt(self, label: str, work: Callable[[], Any]) -> Any:
         """Do `work`, unless time is up; an error is a failed check, and the session goes on."""
-        if time.time() - self._start > self._seconds:
+        if time.time() - self.start > self._seconds:
             self._counts[self._section]["cut"] += 1
             self.say("cut", section=self._section, label=label)
             return None
@@ -69,7 +90,7 @@ class Session:
             return result
         except Exception as error:
             self.check(label, False, error=f"{type(error).__name__}: {str(error)[:300]}")
-            self._write({"kind": "traceback", "text": traceback.format_exc()})
+            self.write({"kind": "traceback", "text": traceback.format_exc()})
             return None
 
     def finish(self) -> int:
@@ -79,13 +100,9 @@ class Session:
         names = list(dict.fromkeys(name for counts in self._counts.values() for name in counts))
         print(" | ".join(["section", *names]), flush=True)
         for section, counts in self._counts.items():
-            self._write({"kind": "section", "section": section, **counts})
+            self.write({"kind": "section", "section": section, **counts})
             print(" | ".join([section, *(f"{counts[n]:.3g}" if n in counts else "-" for n in names)]), flush=True)
         bad = sum(counts["failed"] + counts["cut"] for counts in self._counts.values())
         checks = sum(counts["checks"] for counts in self._counts.values())
         self.say("PASSED" if checks and not bad else "NOT PASSED", checks=int(checks), failed_or_cut=int(bad))
         return int(bad > 0 or checks == 0)
-
-    def _write(self, fields: dict) -> None:
-        self._log.write(json.dumps(fields, default=str) + "\n")
-        self._log.flush()

@@ -14,16 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import subprocess
 import sys
 import threading
 import time
-import traceback
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 SILENCE_S = 20
 READS = ((128, 16, 6), (128, 16, 6, 2), (128, 16, 6, 1, 256), (128, 16, 6, 2, 256), (64, 16, 12, 2), (64, 16, 12, 4), (128, 16, 3))
@@ -69,13 +66,12 @@ class Session:
     def __init__(self) -> None:
         import gpu_operator as common
         import torch
+        from gpu_session import Journal
 
         from blockmoe.geometry import HEADLINE
 
-        self.start, self.g, self.common, self.torch = time.time(), HEADLINE, common, torch
-        folder = Path(os.environ.get("OUT", "results/tmp"))
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = (folder / "gpu_stream.jsonl").open("a")
+        self.g, self.common, self.torch, self.journal = HEADLINE, common, torch, Journal("gpu_stream")
+        self.say = self.journal.say
         self.skip, self.summary = set(json.loads(options.skip)), []
         torch.manual_seed(1)
         self.say("device", name=torch.cuda.get_device_name(), torch=torch.__version__)
@@ -84,12 +80,6 @@ class Session:
         words = 32 * self.g.expert_bytes // 4 + 4096
         self.floor_data = torch.randint(0, 2**31 - 1, (words,), dtype=torch.int32, device="cuda")
 
-    def say(self, kind: str, **fields) -> None:
-        fields = {"kind": kind, "at_s": round(time.time() - self.start, 1), **fields}
-        self.log.write(json.dumps(fields, default=str) + "\n")
-        self.log.flush()
-        print(" ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in fields.items()), flush=True)
-
     def attempt(self, label: str, work):
         if label in self.skip:
             return
@@ -97,12 +87,7 @@ class Session:
             self.say("no time", label=label)
             return
         print(f"begin {label}", flush=True)
-        try:
-            work()
-        except Exception as error:
-            self.say("failed", label=label, error=f"{type(error).__name__}: {str(error)[:400]}")
-            self.log.write(json.dumps({"kind": "traceback", "text": traceback.format_exc()}) + "\n")
-            self.torch.cuda.synchronize()  # raises where the context is gone: the next child goes on
+        self.journal.attempt(label, work)  # raises where the context is gone: the next child goes on
 
     def note(self, tokens: int, stage: str, kernel: str, us: float, mb: float, **more) -> None:
         self.say(stage, tokens=tokens, kernel=kernel, us=us, tb_s=mb / us, **more)
