@@ -149,6 +149,9 @@ def test_retry_failed(tmp_path):
     assert [entry[2] for entry in traces(tmp_path)[0]] == ["COMPILE_ERROR"]
     assert start(tmp_path, "--resume", "--retry-failed").wait(60) == 0
     assert [entry[1:3] for entry in traces(tmp_path)[0]] == [("moody", "COMPILE_ERROR"), ("reference", "PASSED"), ("moody", "PASSED")]
+    other = start(tmp_path, "--resume", "--iterations", "5")
+    said = other.communicate(timeout=60)[1]
+    assert other.returncode == 0 and "the earlier run had iterations 4 (now 5)" in " ".join(said.split())
 
 
 def test_key_changes_with_all_that_an_evaluation_depends_on(tmp_path):

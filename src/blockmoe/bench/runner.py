@@ -182,6 +182,17 @@ class Run:
         for trace in traces:
             if trace.evaluation and (key := (trace.evaluation.extra or {}).get("key")):
                 self._kept[key] = trace
+        if self._kept and (changed := self._settings_that_differ()):
+            self.observer.note(f"the earlier run had {changed}: its evaluations are kept beside this run's, and are not of it")
+
+    def _settings_that_differ(self) -> str:
+        """Of every earlier evaluation; empty where one was made with this run's settings."""
+        now = self.settings.identity()
+        found = []
+        for trace in self._kept.values():
+            before = trace.evaluation.extra.get("settings", {})
+            found.append([f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value])
+        return "" if not all(found) else ", ".join(min(found, key=len))
 
     def _done_before(self, contender: Contender, workload: Workload) -> bool:
         trace = self._kept.get(resume_key(contender, workload.to_json(), self.settings, self._hardware.name))

@@ -44,6 +44,7 @@ class Session:
             torch.cuda.set_device(self.device)
         self.timer = make_timer(self.device, use_cupti)
         self._sleep = time.sleep
+        self._give_back = torch.cuda.empty_cache if self.device.type == "cuda" else None
         self.inputs = Inputs(definition, root, self.device, mode, seed)
         self.solution: Solution | None = None
         self.outputs: list[torch.Tensor] = []
@@ -86,7 +87,9 @@ class Session:
 
     def open(self, workload: Workload) -> str:
         """Make a workload's inputs and outputs; returns the digest of the inputs of call 0."""
-        self.outputs, self._timed, self._known = [], {}, {}
+        self.outputs, self._timed, self._known, self._arguments = [], {}, {}, []
+        if self._give_back:
+            self._give_back()  # blocks of the workload before fit no other, and all contenders share one card
         self.inputs.open(workload)
         if self.solution.spec.destination_passing_style:
             for name, spec in self.definition.outputs.items():
