@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from blockmoe.geometry import BLOCK, GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.launch import Prepared, _compiled
 from blockmoe.operator.pipeline import stages
-from blockmoe.operator.plan import DownTile, GateUpTile, Plan, PrefillTile, StreamTile, choose_plan, with_tiles, without_tma
+from blockmoe.operator.plan import DownTile, GateUpTile, Plan, PrefillTile, StreamTile, choose_plan, without_tma
 from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_reference
 from blockmoe.reference import route as reference_route
@@ -216,15 +217,14 @@ def candidates(tokens: int) -> dict[str, Plan]:
         stream((64, 16, 12, 4), broad)
         stream((*narrow, 256), (*broad, 256))
         few = Plan("sorted", base.route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4))
-        found |= {"sorted": few, "no pdl": with_tiles(base, pdl=False)}
+        found |= {"sorted": few, "no pdl": replace(base, pdl=False)}
     elif tokens <= 5000:
-        # predictions for T = 901: one tile an expert, so a read of the weights once (325 + 168 us) and 20 us of the rest
-        stream((128, 128, 4, 2), (128, 128, 4, 2))  # 513
-        stream((128, 128, 4, 2, 256), (128, 128, 4, 2, 256))  # 508
-        stream((128, 128, 4, 2), (128, 128, 4))  # 518; unlike tiles of 64 pairs, no two units share weights, so bursts win in GEMM2 too
-        stream((128, 128, 2), (128, 128, 2))  # 522: as a read of 64 KB ahead
-        stream((128, 64, 5, 2, 256), (128, 64, 5, 2, 256))  # 560
-        found |= {"sorted 32": small, "no pdl": with_tiles(base, pdl=False)}
+        stream((128, 64, 5, 2), (128, 64, 5, 2))
+        stream((128, 64, 5, 2, 256), (128, 64, 5, 2, 256))
+        stream((128, 64, 4, 2), (128, 64, 4, 2))
+        stream((128, 64, 2), (128, 64, 2))
+        stream((128, 32, 3), (128, 32, 3))
+        found |= {"sorted 32": small, "no pdl": replace(base, pdl=False)}
         if tokens > 1500:
             found |= {"sorted 64": medium, "wide": wide}
     if tokens > 500:

@@ -3,9 +3,6 @@
 First TMA alone: the weights' producer and a consumer that only frees, all experts, by box and depth. Then for each T (routing
 of the bundled workload where there is one): route by the pipeline's kernels; GEMM1 and GEMM2 by the pipeline's kernels and by
 the streaming ones over the same tile lists, outputs compared; each stage timed cold; the whole call, route to combine.
-Tiles of 128 pairs (two halves): predictions at T = 901 (1,331 pairs), of GEMM1, GEMM2, whole call, where 64 pairs took 359, 190, 567:
-burst 2: 325, 168, 513; the same promoted 256: 322, 166, 508; 2 stages: 332, 171, 524; GEMM2 by 128 rows, 6 stages: 172. At T = 2,048
-(64 rows an expert): burst 2: 330, 180, 545; 64 pairs: 385, 205, 630.
 The work runs in a child process, which names each variant before it begins; a child that says nothing for 20 s, or dies, is
 begun anew without the variants it had begun. Every line is flushed; JSONL goes to $OUT (default results/tmp).
 """
@@ -24,8 +21,7 @@ from functools import partial
 
 SILENCE_S = 20
 READS = ((128, 16, 6), (128, 16, 6, 2), (128, 16, 6, 1, 256), (128, 16, 6, 2, 256), (64, 16, 12, 2), (64, 16, 12, 4), (128, 16, 3))
-STAGES = {(128, 16): 6, (128, 32): 6, (128, 64): 5, (128, 128): 4}  # by rows, block_n
-STAGES |= {(64, 16): 12, (64, 32): 10, (64, 64): 8, (64, 128): 6}
+STAGES = {(128, 16): 6, (128, 32): 6, (128, 64): 5, (64, 16): 12, (64, 32): 10, (64, 64): 8}  # by rows, block_n
 
 
 def watch(seconds: float, arguments: list[str]) -> None:
@@ -121,7 +117,7 @@ class Session:
         sink, read = self.timer.sink, self.common.read_kernel
         floor = self.timer.median_us(lambda: read[(1056,)](self.floor_data, sink, words, 4096, num_warps=8))
         self.say("floor", tokens=tokens, pairs=pairs, active=active, read_us=floor)
-        few, some = ((128, 16), (64, 16)), ((128, 128), (128, 64))
+        few, some = ((128, 16), (64, 16)), ((128, 64), (128, 32))
         for block_i, block_n in few if tokens <= 100 else some:
             Setting(self, tokens, inputs, offset, pairs, active, floor, block_i, block_n).all()
 
@@ -139,10 +135,7 @@ class Setting:
         small = block_i == 64
         gate_up = GateUpTile(block_i, block_n, 3 if block_n == 16 else 4, 4 if small else 8)
         down = DownTile(64 if small else 128, block_n, 5 if small else 4, 4)
-        if block_n == 128:
-            gate_up, down = GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8)
-        path = "wide" if block_n == 128 else "sorted"
-        plan = Plan(path, choose_plan(g, tokens).route, gate_up, down, row_buffer=1 << 30)
+        plan = Plan("sorted", choose_plan(g, tokens).route, gate_up, down, row_buffer=1 << 30)
         self.s, self.t, self.group, self.block_n, self.pairs, self.floor = session, tokens, block_i, block_n, pairs, floor
         self.tile = StreamTile(block_i, block_n, STAGES[block_i, block_n])
         self.out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16, device="cuda")
@@ -188,7 +181,7 @@ class Setting:
         other = 192 - self.group
         for stage in ("gate_up", "down"):
             tiles = [replace(self.tile, burst=2), replace(self.tile, stages=self.tile.stages // 2)]
-            tiles += [replace(tile, promotion=256) for tile in tiles[: 1 if self.block_n == 128 else 2]]
+            tiles += [replace(tile, promotion=256) for tile in tiles]
             if stage == "down":
                 tiles.insert(1, replace(self.tile, rows=other, stages=STAGES[other, self.block_n]))
             for tile in tiles:

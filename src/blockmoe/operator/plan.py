@@ -10,6 +10,9 @@ Five paths, by how many rows an expert meets:
 - prefill: the same by the persistent, warp-specialised kernels of `blockmoe.operator.prefill`: compute capability 9.0 only.
 
 A plan depends on T only through powers of two and thresholds: the compiled variants are few (`plans`).
+
+Times beside a choice are of whole calls of the headline geometry on an H100, the lesser of eager and graph unless said; the runs are
+in results/h100/operator, what was learnt in docs/kernel-log.md.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ Path = Literal["dense", "sorted", "stream", "wide", "prefill"]
 DENSE_TOKENS = 7  # T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
 ONE_LAUNCH_TOKENS = 8  # of routing, a warp each
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
-PREFILL_ROWS = 56  # the same for the prefill kernels, which win earlier. T = 2048 (64 rows): 593 us, stream 600; 4096: 707, 823
+PREFILL_ROWS = 56  # the same for prefill. T = 2048 (64 rows): 593 us, stream 600; 4096: 707, 823 (prefill-adhoc.txt, section 4)
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 MOST_CHUNKS = 128  # programs that sort; each reads the counts of all
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
@@ -84,7 +87,7 @@ class StreamTile:
     """Twice `rows` weight rows by `block_n` pairs; `stages` K blocks of 128 in shared memory, asked for `burst` at a time.
 
     GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns. `promotion`: bytes that the
-    L2 reads at once (128 or 256).
+    L2 reads at once (128 or 256). `burst` is 1 where it doesn't divide the K blocks.
     """
 
     rows: int
@@ -94,8 +97,8 @@ class StreamTile:
     promotion: int = 128
 
     def __post_init__(self) -> None:
-        assert self.rows in (64, 128), "wgmma's M, and a half stays in one scale block"
-        assert self.block_n in (16, 32, 64, 128), "128 as two halves, of which the second is skipped where there are no pairs for it"
+        assert self.rows in (64, 128), "wgmma's M, and each run of rows stays in one scale block"
+        assert self.block_n in (16, 32, 64), "128 needs four accumulators: T = 901: 555.7 us, in the same run 64 pairs 549.2"
         assert self.burst <= self.stages
 
     def __str__(self) -> str:
@@ -155,11 +158,12 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
     """The plan for `tokens` tokens on a GPU with `sm_count` multiprocessors and compute capability `capability`."""
     pdl = capability >= 90
     route = route_tile(geometry, tokens)
-    if tokens <= DENSE_TOKENS and route.one_launch and capability != 90:
+    if tokens <= DENSE_TOKENS and capability != 90:
         return _dense(geometry, tokens, route, sm_count, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
     if rows >= PREFILL_ROWS and capability == 90 and geometry.hidden_size % (2 * BLOCK) == 0:
-        # GEMM1 at T = 11948: 3 stages 700 us, 4 726; rings of 32, 64, 128 tiles 769, 730, 726. T = 14107: 952; 1009, 993, 966
+        # GEMM1 at T = 11948: 3 stages 700 us, 4 726; rings of 32, 64, 128 tiles 769, 730, 726. T = 14107: 952, 966; 1009, 993, 966
+        # (prefill-adhoc.txt, section 5). With zeros in GEMM2 3 and 4 stages are alike: 637, 628; 910, 905 (prefill-zeros.jsonl)
         return Plan("prefill", route, PrefillTile(3, 128), PrefillTile(3), pdl)
     if rows >= WIDE_ROWS:
         # T = 14107, stages of (gate_up, down): (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
@@ -171,7 +175,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
         return Plan("sorted", route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4), pdl)
     if rows <= 14:
         return Plan("sorted", route, GateUpTile(64, 32, 4, 4), DownTile(64, 32, 5, 4), pdl)
-    block_n = 32 if rows <= 48 else 64  # at 28 (T = 901): 585 us and 602; between it and 128 nothing is measured
+    block_n = 32 if rows <= 48 else 64  # at 28 (T = 901): 586 us and 602; between it and 128 nothing is measured
     return Plan("sorted", route, GateUpTile(128, block_n, 4, 8), DownTile(128, block_n, 4, 4), pdl)
 
 
@@ -190,17 +194,20 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
 
 
 def _stream(tokens: int, rows: float) -> tuple[StreamTile, StreamTile]:
-    """Tiles of both GEMMs for so many mean rows an expert. Bursts of two K blocks, 256 adjacent bytes of a row, read 3 to 5 % faster."""
+    """Tiles of both GEMMs for so many mean rows an expert. Times are eager (operator-third.jsonl).
+
+    Bursts of two K blocks, 256 adjacent bytes of a row, make both GEMMs 2 to 5 % faster; TMA alone reads W1 in 318 us for 328.
+    """
     narrow, broad = StreamTile(64, 16, 12, 2, 256), StreamTile(128, 16, 6, 2, 256)
     if tokens <= 8:
-        # T = 1: 61.9 us, with broad GEMM2 62.8, dense 62.9; T = 7: 106.8, 108.2, 110.0
+        # T = 1: 61.9 us, with broad GEMM2 62.8, dense 62.8; T = 7: 106.8, 108.2, 110.0
         return narrow, narrow
     if rows <= 6:
         # T = 16: 190.4 us, not promoted 192.0; T = 80: 478.4, 482.9
         return narrow, broad
     if rows <= 14:
         return StreamTile(128, 32, 6, 2, 256), StreamTile(128, 32, 6, 2, 256)
-    # T = 901 (28): 544.7 us; 5 stages 552.5, promoted 549.5; 128 pairs, 4 stages, promoted 555.7; 32 pairs, 3 stages 569.5
+    # T = 901 (28): 544.7 us; 5 stages 552.5, promoted 549.5; 32 pairs, 3 stages 569.5
     return StreamTile(128, 64, 4, 2), StreamTile(128, 64, 4, 2)
 
 
@@ -210,7 +217,7 @@ def without_tma(plan: Plan) -> Plan:
         return replace(plan, path="wide", gate_up=GateUpTile(128, 128, 4, 8), down=DownTile(128, 128, 4, 8))
     if plan.path != "stream":
         return plan
-    block_i, block_n = plan.gate_up.rows, min(plan.gate_up.block_n, 64)
+    block_i, block_n = plan.gate_up.rows, plan.gate_up.block_n
     gate_up = GateUpTile(block_i, block_n, 3 if block_n == 16 else 4, 4 if block_i == 64 else 8)
     small = block_n < 64
     return replace(plan, path="sorted", gate_up=gate_up, down=DownTile(64 if small else 128, block_n, 4, 4))
@@ -236,13 +243,3 @@ def plans(geometry: MoEGeometry, *, sm_count: int = 132, capability: int = 90) -
         found[choose_plan(geometry, tokens, sm_count=sm_count, capability=capability)] = None
         tokens += max(1, tokens // 16)
     return list(found)
-
-
-def with_tiles(plan: Plan, *, gate_up: dict | None = None, down: dict | None = None, pdl: bool | None = None) -> Plan:
-    """`plan` with some tile fields replaced, for measuring candidates."""
-    return replace(
-        plan,
-        gate_up=replace(plan.gate_up, **(gate_up or {})),
-        down=replace(plan.down, **(down or {})),
-        pdl=plan.pdl if pdl is None else pdl,
-    )

@@ -1,15 +1,14 @@
 """Both GEMMs where reading the weights is the bound: persistent, warp-specialised, one program a multiprocessor (Gluon, Hopper).
 
 Weights stand on wgmma's M side, sorted pairs on the N side, as in `gate_up_kernel` and `down_sorted_kernel`, whose buffers
-and tile lists these serve. A tile is twice ROWS weight rows by BLOCK_N pairs: ROWS up rows and their gate rows, or two runs
-of ROWS output columns. It has two accumulators, so SwiGLU moves nothing. 128 pairs are two halves of 64 (N) that share a
-stage's weights, each with accumulators of its own; a tile of at most 64 pairs neither loads nor multiplies the second half.
+and tile lists these serve. A tile is twice ROWS weight rows by N pairs: ROWS up rows and their gate rows, or two runs of ROWS
+output columns. It has two accumulators, so SwiGLU moves nothing.
 
   producer of weights   one warp: TMA, two boxes of [ROWS, 128] a K block, STAGES deep; runs on into the next tile
-  producer of pairs     a warp a half: cp.async of the pairs' rows (gathered by token in GEMM1) and of all scales
+  producer of pairs     one warp: cp.async of the pairs' rows (gathered by token in GEMM1) and of all scales
   consumers             ROWS / 16 warps: wgmma, promotion by scales that lie in shared memory, epilogue
 
-`full` takes 1 arrival of TMA and one of each thread of the pairs' warps; `empty` 1 of the consumers. In GEMM2 weights are asked
+`full` takes 1 arrival of TMA and one of each thread of the pairs' warp; `empty` 1 of the consumers. In GEMM2 weights are asked
 for before GEMM1 is complete: the tile list, all that their producer reads, is.
 """
 
@@ -39,8 +38,7 @@ WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8,
 @gluon.jit
 def sums_of_tile(
     it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty,
-    ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr, M: gl.constexpr,
+    ROWS: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     """Scaled sums over K of both runs of weight rows, [ROWS, N] each."""
     S: gl.constexpr = gl.SliceLayout(0, M)
@@ -53,12 +51,12 @@ def sums_of_tile(
         mbarrier.wait(full.index(at), (it // STAGES) & 1)
         fence_async_shared()  # the pairs' rows came by cp.async, wgmma reads them by the other proxy
         for part in gl.static_range(PARTS):
-            b_x = x_bufs.index(HALVES * at).slice(part * PART, PART, dim=1).permute((1, 0))
+            b_x = x_bufs.index(at).slice(part * PART, PART, dim=1).permute((1, 0))
             b_first = w_bufs.index(2 * at).slice(part * PART, PART, dim=1)
             b_second = w_bufs.index(2 * at + 1).slice(part * PART, PART, dim=1)
             d_first = warpgroup_mma(b_first, b_x, zero, use_acc=False, is_async=True)
             d_second = warpgroup_mma(b_second, b_x, zero, use_acc=False, is_async=True)
-            s = s_bufs.index((PARTS * at + part) * HALVES).load(S)
+            s = s_bufs.index(PARTS * at + part).load(S)
             s_first = s * w_s_bufs.index(2 * at).load(S)
             s_second = s * w_s_bufs.index(2 * at + 1).load(S)
             d_first, d_second = warpgroup_mma_wait(0, deps=(d_first, d_second))
@@ -68,51 +66,6 @@ def sums_of_tile(
             second += d_second * gl.expand_dims(s_second, 0)
         it += 1
     return first, second, it
-
-
-@gluon.jit
-def add_product(sum, weights, pairs, s_buf, w_s_buf, zero, S: gl.constexpr):
-    product = warpgroup_mma(weights, pairs, zero, use_acc=False, is_async=True)
-    product = warpgroup_mma_wait(0, deps=(product,))
-    scale = s_buf.load(S) * w_s_buf.load(S)  # not before the wait: registers
-    sum += product * gl.expand_dims(scale, 0)
-    # nothing is outstanding: this only keeps ptxas from issuing the next product early, which costs its registers
-    return warpgroup_mma_wait(0, deps=(sum,))
-
-
-@gluon.jit
-def sums_of_halves(
-    it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty,
-    ROWS: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
-):  # fmt: skip
-    """The same of both halves of the pairs; a product at a time."""
-    S: gl.constexpr = gl.SliceLayout(0, M)
-    PART: gl.constexpr = 128 // PARTS
-    zero = gl.zeros([ROWS, N], gl.float32, M)
-    first_0 = gl.zeros([ROWS, N], gl.float32, M)
-    second_0 = gl.zeros([ROWS, N], gl.float32, M)
-    first_1 = gl.zeros([ROWS, N], gl.float32, M)
-    second_1 = gl.zeros([ROWS, N], gl.float32, M)
-    for _ in range(KBLOCKS):
-        at = it % STAGES
-        mbarrier.wait(full.index(at), (it // STAGES) & 1)
-        fence_async_shared()
-        w_first = w_s_bufs.index(2 * at)
-        w_second = w_s_bufs.index(2 * at + 1)
-        for part in gl.static_range(PARTS):
-            b_0 = x_bufs.index(2 * at).slice(part * PART, PART, dim=1).permute((1, 0))
-            b_1 = x_bufs.index(2 * at + 1).slice(part * PART, PART, dim=1).permute((1, 0))
-            b_first = w_bufs.index(2 * at).slice(part * PART, PART, dim=1)
-            b_second = w_bufs.index(2 * at + 1).slice(part * PART, PART, dim=1)
-            s_0 = s_bufs.index((PARTS * at + part) * 2)
-            first_0 = add_product(first_0, b_first, b_0, s_0, w_first, zero, S)
-            second_0 = add_product(second_0, b_second, b_0, s_0, w_second, zero, S)
-            s_1 = s_bufs.index((PARTS * at + part) * 2 + 1)
-            first_1 = add_product(first_1, b_first, b_1, s_1, w_first, zero, S)
-            second_1 = add_product(second_1, b_second, b_1, s_1, w_second, zero, S)
-        mbarrier.arrive(empty.index(at), count=1)
-        it += 1
-    return first_0, second_0, first_1, second_1, it
 
 
 @gluon.jit
@@ -136,8 +89,7 @@ def store_middle(
 @gluon.jit
 def gate_up_consumer(
     w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, pair_weight, middle, middle_scale,
-    INTER: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr,
+    INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     BLOCKS: gl.constexpr = INTER // ROWS
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
@@ -149,20 +101,9 @@ def gate_up_consumer(
         begin = gl.load(tile_begin + tile)
         end = gl.load(tile_end + tile)
         s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
-        if HALVES == 2 and end - begin > N:
-            up, gate, up_1, gate_1, it = sums_of_halves(
-                it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, KBLOCKS, 1, STAGES, M
-            )  # fmt: skip
-            weight = gl.load(pair_weight + s_pair)
-            store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, M)
-            weight = gl.load(pair_weight + s_pair + N, mask=s_pair + N < end, other=0.0)
-            store_middle(up_1, gate_1, weight, begin + N, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, M)
-        else:
-            weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
-            up, gate, it = sums_of_tile(
-                it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, HALVES, N, KBLOCKS, 1, STAGES, M
-            )  # fmt: skip
-            store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, M)
+        weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
+        up, gate, it = sums_of_tile(it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, KBLOCKS, 1, STAGES, M)
+        store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, M)
 
 
 @gluon.jit
@@ -181,8 +122,7 @@ def store_rows(
 @gluon.jit
 def down_consumer(
     w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, rows, blocks,
-    ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr,
-    STAGES: gl.constexpr, WARPS: gl.constexpr,
+    ROWS: gl.constexpr, N: gl.constexpr, KBLOCKS: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
     tiles = gl.load(tile_count)
@@ -193,31 +133,22 @@ def down_consumer(
         begin = gl.load(tile_begin + tile)
         end = gl.load(tile_end + tile)
         column = (unit // tiles) * (2 * ROWS)
-        if HALVES == 2 and end - begin > N:
-            first, second, first_1, second_1, it = sums_of_halves(
-                it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, KBLOCKS, PARTS, STAGES, M
-            )  # fmt: skip
-            store_rows(first, second, begin, end, column, columns, rows, ROWS, N, WARPS)
-            store_rows(first_1, second_1, begin + N, end, column, columns, rows, ROWS, N, WARPS)
-        else:
-            first, second, it = sums_of_tile(
-                it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, HALVES, N, KBLOCKS, PARTS, STAGES, M
-            )  # fmt: skip
-            store_rows(first, second, begin, end, column, columns, rows, ROWS, N, WARPS)
+        first, second, it = sums_of_tile(it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, KBLOCKS, PARTS, STAGES, M)
+        store_rows(first, second, begin, end, column, columns, rows, ROWS, N, WARPS)
 
 
 @gluon.jit
-def buffers(ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
+def buffers(ROWS: gl.constexpr, N: gl.constexpr, PARTS: gl.constexpr, STAGES: gl.constexpr):
     CODES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     w_bufs = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, 128], CODES)
-    x_bufs = gl.allocate_shared_memory(gl.float8e4nv, [HALVES * STAGES, N, 128], CODES)
-    s_bufs = gl.allocate_shared_memory(gl.float32, [PARTS * HALVES * STAGES, N], VECTOR)
+    x_bufs = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, N, 128], CODES)
+    s_bufs = gl.allocate_shared_memory(gl.float32, [PARTS * STAGES, N], VECTOR)
     w_s_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], VECTOR)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + 32 * HALVES)
+        mbarrier.init(full.index(i), count=1 + 32)
         mbarrier.init(empty.index(i), count=1)
     return w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty
 
@@ -225,12 +156,12 @@ def buffers(ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, PARTS: gl
 @gluon.jit(do_not_specialize=["tokens"])
 def gate_up_stream_kernel(
     w, x, x_scale, w_scale, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, middle, middle_scale, tokens,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, BURST: gl.constexpr,
+    REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     KBLOCKS: gl.constexpr = HIDDEN // 128
     BLOCKS: gl.constexpr = INTER // ROWS
-    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = buffers(ROWS, HALVES, N, 1, STAGES)
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = buffers(ROWS, N, 1, STAGES)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -238,7 +169,7 @@ def gate_up_stream_kernel(
         [
             (gate_up_consumer, (
                 w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, pair_weight, middle, middle_scale,
-                INTER, ROWS, HALVES, N, KBLOCKS, STAGES, WARPS,
+                INTER, ROWS, N, KBLOCKS, STAGES, WARPS,
             )),
             (weights_producer, (
                 w, w_bufs, full, empty, tile_count, tile_expert, 0, BLOCKS,
@@ -247,10 +178,10 @@ def gate_up_stream_kernel(
             (pairs_producer, (
                 x, x_scale, w_scale, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_expert, tile_begin, tile_end,
                 pair_token, tokens, 0, BLOCKS,
-                HALVES, N, ROWS, INTER, 2 * INTER, KBLOCKS, 1, True, STAGES, PDL,
+                N, ROWS, INTER, 2 * INTER, KBLOCKS, 1, True, STAGES, PDL,
             )),
         ],
-        [1, HALVES],
+        [1, 1],
         [REGISTERS, REGISTERS],
     )  # fmt: skip
 
@@ -258,19 +189,19 @@ def gate_up_stream_kernel(
 @gluon.jit(do_not_specialize=["first_block", "blocks"])
 def down_stream_kernel(
     w, middle, middle_scale, w_scale, tile_count, tile_expert, tile_begin, tile_end, rows, first_block, blocks,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, HALVES: gl.constexpr, N: gl.constexpr,
-    STAGES: gl.constexpr, BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     KBLOCKS: gl.constexpr = INTER // 128
     PARTS: gl.constexpr = 128 // GROUP
-    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = buffers(ROWS, HALVES, N, PARTS, STAGES)
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = buffers(ROWS, N, PARTS, STAGES)
     first_row = first_block * 128
     tile_blocks = blocks * 128 // (2 * ROWS)
     gl.warp_specialize(
         [
             (down_consumer, (
                 w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_begin, tile_end, rows, tile_blocks,
-                ROWS, HALVES, N, KBLOCKS, PARTS, STAGES, WARPS,
+                ROWS, N, KBLOCKS, PARTS, STAGES, WARPS,
             )),
             (weights_producer, (
                 w, w_bufs, full, empty, tile_count, tile_expert, first_row, tile_blocks,
@@ -279,20 +210,18 @@ def down_stream_kernel(
             (pairs_producer, (
                 middle, middle_scale, w_scale, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_expert, tile_begin, tile_end,
                 tile_begin, 0, first_row, tile_blocks,
-                HALVES, N, 2 * ROWS, ROWS, HIDDEN, KBLOCKS, PARTS, False, STAGES, PDL,
+                N, 2 * ROWS, ROWS, HIDDEN, KBLOCKS, PARTS, False, STAGES, PDL,
             )),
         ],
-        [1, HALVES],
+        [1, 1],
         [REGISTERS, REGISTERS],
     )  # fmt: skip
 
 
 def constants(tile: StreamTile, blocks: int) -> tuple[int, ...]:
-    """ROWS, HALVES, N, STAGES, BURST, REGISTERS (of a producer's thread), WARPS (of consumers) for `blocks` blocks of K."""
+    """ROWS, N, STAGES, BURST, REGISTERS (of a producer's thread), WARPS (of consumers) for `blocks` blocks of K."""
     burst = tile.burst if blocks % tile.burst == 0 else 1
-    halves = 2 if tile.block_n == 128 else 1
-    registers = {16: 56, 32: 56, 64: 80, 128: 88}[tile.block_n]
-    return tile.rows, halves, tile.block_n // halves, tile.stages, burst, registers, tile.num_warps
+    return tile.rows, tile.block_n, tile.stages, burst, 80 if tile.block_n == 64 else 56, tile.num_warps
 
 
 def weight_boxes(w: Slot, rows: int, columns: int, tile: StreamTile) -> Descriptor:

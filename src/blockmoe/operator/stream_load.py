@@ -54,25 +54,14 @@ def pairs_at(
 
 
 @gluon.jit
-def copy_pairs(
-    half, x_at, s_at, inside, s_inside, x_bufs, s_bufs, at, kb, s_step,
-    HALVES: gl.constexpr, PARTS: gl.constexpr,
-):  # fmt: skip
-    async_copy.async_copy_global_to_shared(x_bufs.index(HALVES * at + half), x_at + kb * 128, mask=inside)
-    for part in gl.static_range(PARTS):
-        to = s_bufs.index((PARTS * at + part) * HALVES + half)
-        async_copy.async_copy_global_to_shared(to, s_at + (s_step + part), mask=s_inside)
-
-
-@gluon.jit
 def pairs_producer(
     x, x_scale, w_scale, x_bufs, s_bufs, w_s_bufs, full, empty, tile_count, tile_expert, tile_begin, tile_end, pair_token,
     tokens, first_row, blocks,
-    HALVES: gl.constexpr, N: gl.constexpr, BLOCK_STEP: gl.constexpr, OTHER_HALF: gl.constexpr, EXPERT_ROWS: gl.constexpr,
-    KBLOCKS: gl.constexpr, PARTS: gl.constexpr, GATHER: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    N: gl.constexpr, BLOCK_STEP: gl.constexpr, OTHER_HALF: gl.constexpr, EXPERT_ROWS: gl.constexpr, KBLOCKS: gl.constexpr,
+    PARTS: gl.constexpr, GATHER: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [HALVES, 1], [1, 0])
-    V: gl.constexpr = gl.BlockedLayout([1], [32], [HALVES], [0])
+    X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [1, 1], [1, 0])
+    V: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     if PDL and not GATHER:
         gdc_wait()  # GEMM1's intermediate
         gdc_launch_dependents()
@@ -85,17 +74,14 @@ def pairs_producer(
         row = gl.load(tile_expert + tile) * EXPERT_ROWS + first_row + (unit // tiles) * BLOCK_STEP
         w_s_at = w_scale + (row // 128) * KBLOCKS + gl.arange(0, 1, layout=V)
         w_s_other = w_scale + ((row + OTHER_HALF) // 128) * KBLOCKS + gl.arange(0, 1, layout=V)
-        two = HALVES == 2 and end - begin > N
-        at_0 = pairs_at(x, x_scale, begin, end, pair_token, N, KBLOCKS, PARTS, GATHER, X, V)
-        if HALVES == 2:
-            at_1 = pairs_at(x, x_scale, begin + N, end, pair_token, N, KBLOCKS, PARTS, GATHER, X, V)
+        x_at, s_at, inside, s_inside = pairs_at(x, x_scale, begin, end, pair_token, N, KBLOCKS, PARTS, GATHER, X, V)
         for kb in range(KBLOCKS):
             at = it % STAGES
             mbarrier.wait(empty.index(at), ((it // STAGES) & 1) ^ 1)
             s_step = kb * tokens if GATHER else kb * PARTS
-            copy_pairs(0, *at_0, x_bufs, s_bufs, at, kb, s_step, HALVES, PARTS)
-            if HALVES == 2 and two:
-                copy_pairs(1, *at_1, x_bufs, s_bufs, at, kb, s_step, HALVES, PARTS)
+            async_copy.async_copy_global_to_shared(x_bufs.index(at), x_at + kb * 128, mask=inside)
+            for part in gl.static_range(PARTS):
+                async_copy.async_copy_global_to_shared(s_bufs.index(PARTS * at + part), s_at + (s_step + part), mask=s_inside)
             async_copy.async_copy_global_to_shared(w_s_bufs.index(2 * at), w_s_at + kb)
             async_copy.async_copy_global_to_shared(w_s_bufs.index(2 * at + 1), w_s_other + kb)
             async_copy.mbarrier_arrive(full.index(at), increment_count=False)
