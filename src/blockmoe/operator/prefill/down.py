@@ -1,8 +1,9 @@
 """GEMM2 of the prefill engine: finished tiles are added to the output, and no row is kept; zeros for tokens without a pair.
 
-Four warps add a tile's rows, in the order of their experts, so that every bit is the same from call to call. They wait for
-the tiles that hold these tokens' pairs before (`before`, per pair) to have been added (`added`, per tile and column block).
-Programs take tiles in ascending order and all run at once, so what is waited for is always under way.
+Four warps bring a unit's rows from shared memory to the output in the order of their experts, so that every bit is the same from
+call to call: a token's first pair stores, the others add, each rounding the running sum to bfloat16. They wait until the tiles that
+hold these tokens' pairs before (`before`, by pair) have been added (`added`, by tile and column tile). See the package for why
+nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def put(at, values, how):
 
 @gluon.jit
 def read_targets(PART: gl.constexpr, pair_token, before, begin, end, LAYOUT: gl.constexpr):
-    """4 * token + how of rows 32 * PART ... of the tile at `begin`; how: 0 no pair, 1 the token's first, 2 another."""
+    """4 * token + how of rows 32 * PART ... of the tile at `begin`; how: 0 no pair, 1 the token's first pair, 2 another."""
     row = begin + PART * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))
     there = row < end
     token = gl.load(pair_token + row, mask=there, other=0)
@@ -63,7 +64,7 @@ def read_targets(PART: gl.constexpr, pair_token, before, begin, end, LAYOUT: gl.
 
 @gluon.jit
 def put_part(PART: gl.constexpr, targets, out, words, c, HIDDEN: gl.constexpr, LAYOUT: gl.constexpr):
-    """Rows 32 * PART ... of a tile into columns 256 c ... of the output (here of 4-column words)."""
+    """Rows 32 * PART ... of a tile into columns 256 * c ... of the output (here in words of 4 columns)."""
     WORDS: gl.constexpr = K // 4
     at = out + gl.expand_dims((targets >> 2).to(gl.int64) * (HIDDEN // 4), 1)
     at += c * (2 * WORDS) + gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
@@ -75,13 +76,17 @@ def put_part(PART: gl.constexpr, targets, out, words, c, HIDDEN: gl.constexpr, L
 
 @gluon.jit
 def zero_parts(tokens, HIDDEN: gl.constexpr):
+    """How many parts `zero_part` knows."""
     return (tokens + 31) // 32 * ((HIDDEN + 8 * K - 1) // (8 * K))
 
 
 @gluon.jit
 def zero_part(part, out, token_pairs, tokens, HIDDEN: gl.constexpr, LAYOUT: gl.constexpr):
-    """1024 columns of 32 tokens, where a token has no pair: zeros. A tile's share follows the tile: written all at once,
-    100 MB of zeros cost GEMM1 its L2 and 75 to 95 us (T = 14107, 11948)."""
+    """1024 columns of 32 tokens, where a token has no pair: zeros. Each unit is followed by its share of the parts.
+
+    Written all at once by GEMM1's copying warps, 100 MB of zeros cost it 74 us at T = 14107 (976, without zeros 902) and 95 at 11948
+    (735 and 640; both with units dealt out statically: results/h100/operator/prefill-adhoc.txt, section 5).
+    """
     WORDS: gl.constexpr = K // 4
     RUNS: gl.constexpr = (HIDDEN + 8 * K - 1) // (8 * K)
     token = part // RUNS * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))
@@ -99,7 +104,7 @@ def add_rows(
     out, done_buffers, done, taken, queue, told, heard, pair_token, token_pairs, before, added, tile_count, tile_begin,
     tile_end, tokens, HIDDEN: gl.constexpr,
 ):  # fmt: skip
-    """Four warps. What is known of a tile ahead is read ahead: the next tile with the same tokens waits for this one."""
+    """Four warps. All that is known beforehand is read before the wait: another tile with the same tokens may wait for this one."""
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
@@ -126,7 +131,7 @@ def add_rows(
         targets_1 = read_targets(1, pair_token, before, begin, end, LAYOUT)
         targets_2 = read_targets(2, pair_token, before, begin, end, LAYOUT)
         targets_3 = read_targets(3, pair_token, before, begin, end, LAYOUT)
-        # tile -1 is the entry ahead of the first, and always set
+        # tile -1 is the entry ahead of the first tile's, and always 1
         wait_until(added + ((earlier + 1) * COLUMNS + c), one, one + 40)
         gl.thread_barrier()
         mbarrier.wait(done.index(0), tiles & 1)
@@ -155,6 +160,7 @@ def down_consumer(
     tile_count, tile_expert, tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Four warps: pairs GROUP * 64 ... of each tile, as bfloat16 into two of `done_buffers`, for `add_rows` to take."""
     BLOCKS: gl.constexpr = INTER // K
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
     step = 0
@@ -189,7 +195,8 @@ def down_kernel(
 ):  # fmt: skip
     """out[t, h] in bfloat16: the sum over the token's pairs, in the order of their experts, rounded after each.
 
-    middle [pitch, I] and w [L * H, I]: descriptors.
+    Descriptors: middle [pitch, I], w [L * H, I]. out [T, H] in 64-bit words; middle_scale [I / 128, pitch]. before [pitch] and added
+    [tiles + 1, H / 256] as GEMM1 left them; ticket begins at 0.
     """
     BLOCKS: gl.constexpr = INTER // K
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)

@@ -1,8 +1,11 @@
 """GEMM1 of the prefill engine: hidden states sorted on the way, SwiGLU and quantisation in the epilogue.
 
-Four warps copy the hidden states of tiles to come into a ring of sorted tiles, from where TMA loads them. A tile's copy is
-shared out to the programs of its column tiles: `copied` counts the parts that are done, `used` the programs that need it no
-more. Programs take tiles in ascending order and all run at once, so what is waited for is always under way.
+TMA can't gather rows by token. So in every program four warps copy hidden states of tiles to come, and their scales, into a ring
+of RING sorted tiles, from where they are loaded. A tile is copied in COLUMNS parts, part after part dealt out to the programs in
+turn. `copied` counts a tile's parts that are done, `used` its units that are multiplied: after COLUMNS of those tile + RING may
+take the place. See the package for why nobody waits for ever.
+
+The first consumer also prepares GEMM2's order of addition (`prepare_adding`) while it would wait for the first stages.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the copying w
 
 @gluon.jit
 def copy_part(source, target, inside, token, count, HIDDEN: gl.constexpr):
-    """Rows token[0 ... count] of source to rows 0 ... of target, 16 bytes a lane."""
+    """Rows token[0 ... count - 1] of source to rows 0 ... of target, 16 bytes a lane, a warp a row."""
     PART: gl.constexpr = 32
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [1, 32], [4, 1], [1, 0])
     row = gl.arange(0, PART, layout=gl.SliceLayout(1, LAYOUT))
@@ -51,12 +54,12 @@ def copy_rows(
     x, x_scale, ring, ring_scale, pair_token, copied, used, tile_count, tile_begin, tile_end, tokens,
     HIDDEN: gl.constexpr, COLUMNS: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """Four warps. Part j of a tile is a run of columns, and the scales of K blocks j, j + COLUMNS, ..."""
+    """Four warps. Part j of a tile is the j-th run of columns, and the scales of K blocks j, j + COLUMNS, ..."""
     WIDTH: gl.constexpr = 16 * ((HIDDEN // 16 + COLUMNS - 1) // COLUMNS)  # bytes
     AT_ONCE: gl.constexpr = 512  # a warp a row, 16 bytes a lane
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [1, 32], [4, 1], [1, 0])
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    one = gl.zeros([128], gl.int32, ONE_EACH)
+    zeros = gl.zeros([128], gl.int32, ONE_EACH)
     units = gl.load(tile_count) * COLUMNS
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         tile = unit // COLUMNS
@@ -65,7 +68,7 @@ def copy_rows(
         end = gl.load(tile_end + tile)
         slot = (tile % RING) * (2 * ROWS)
         if tile >= RING:
-            wait_until(used + (tile - RING) + one, one + COLUMNS, one + 1000)
+            wait_until(used + (tile - RING) + zeros, zeros + COLUMNS, zeros + 1000)
             gl.thread_barrier()
         for i in gl.static_range((WIDTH + AT_ONCE - 1) // AT_ONCE):
             byte = i * AT_ONCE + gl.expand_dims(gl.arange(0, AT_ONCE, layout=gl.SliceLayout(0, LAYOUT)), 0)
@@ -85,7 +88,8 @@ def copy_rows(
 def prepare_adding(
     token_pair, token_pairs, before, added, tile_count, tokens, TOP_K: gl.constexpr, COLUMNS: gl.constexpr,
 ):  # fmt: skip
-    """before[pair]: the tile of the token's pair before, or -1; added: 0 but for the entries ahead of the first tile."""
+    """For GEMM2. before[pair]: the tile of the token's pair before (a lower expert's, so a lower tile), or -1. added
+    [tiles + 1, COLUMNS]: zeros, but ones ahead of the first tile, for the pairs that are their token's first."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     lane = gl.arange(0, 128, layout=LAYOUT)
     flags = (gl.load(tile_count) + 1) * COLUMNS
@@ -112,6 +116,7 @@ def gate_up_consumer(
     middle_scale, token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
+    """Four warps: pairs GROUP * 64 ... of each tile. GROUP 0, which has a part in every tile, counts `used`."""
     BLOCKS: gl.constexpr = HIDDEN // K
     COLUMNS: gl.constexpr = INTER // K
     if GROUP == 0:  # while the first stages are on their way
@@ -163,7 +168,8 @@ def gate_up_kernel(
     """middle[p, i] = silu(gate) * up as e4m3, middle_scale[i / 128, p] its scale times the pair's routing weight.
 
     Descriptors: ring [RING * 128, H] over ring_rows, w [L * 2 I, H], middle [pitch, I]. x [T, H]; x_scale [H / 128, T];
-    ring_scale [H / 128, RING * 128]; middle_scale [I / 128, pitch]. copied and used [tiles] begin at 0.
+    ring_scale [H / 128, RING * 128]; middle_scale [I / 128, pitch], pitch being the most rows that tiles can have. copied and used
+    [tiles], and ticket, begin at 0.
     """
     BLOCKS: gl.constexpr = HIDDEN // K
     COLUMNS: gl.constexpr = INTER // K

@@ -1,11 +1,13 @@
 """What both kernels of the prefill engine are made of: stages in shared memory, who fills them, and who multiplies.
 
-A multiprocessor runs one program. Two consumer warpgroups hold 64 pairs each by 2 x 128 weight rows in registers; a warp
-issues the TMA loads of stages of K = 128, another brings the pairs' scales to shared memory. A product of one K block goes to
-registers of its own and is added to the sum times both scales. Where a tile has at most 64 pairs, the second consumer idles.
+  load_tiles    one warp: draws units, issues the TMA loads of stages of one K block (128 columns)
+  load_scales   one warp: the pairs' scales to shared memory
+  multiply      two consumers, four warps each: 64 pairs by 2 x 128 weight rows in registers. A K block's product goes to
+                registers of its own and is added to the sum times both scales. Where a tile has at most 64 pairs, the second
+                consumer takes no part (`skip`)
 
-Pairs are sorted by expert; tile t holds pairs t * 128 ..., so that whole tiles can be stored: those past an expert's end are
-rubbish that nobody reads.
+`full` takes an arrival of each loading warp (and TMA's bytes), `empty` one of each consumer. Every tile begins at a multiple of 128
+pairs, so that whole tiles can be stored: rows past an expert's end are rubbish that nobody reads.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 K = gl.constexpr(128)  # columns a stage, and a scale
-ROWS = gl.constexpr(64)  # of a consumer
-QUEUE = gl.constexpr(2)
+ROWS = gl.constexpr(64)  # pairs of a consumer
+QUEUE = gl.constexpr(2)  # units told and not yet heard by all
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 
@@ -37,7 +39,7 @@ def stage_buffers(STAGES: gl.constexpr):
 
 @gluon.jit
 def unit_queue(READERS: gl.constexpr):
-    """What the TMA warp tells the others: which unit (a tile by a column tile) comes next."""
+    """How `load_tiles` tells the program's other roles, READERS of them, which unit comes next: numbers and two barriers a slot."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     queue = gl.allocate_shared_memory(gl.int32, [QUEUE, 32], LAYOUT)
     told = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
@@ -50,7 +52,7 @@ def unit_queue(READERS: gl.constexpr):
 
 @gluon.jit
 def tell(queue, told, heard, n, unit):
-    """The TMA warp's nth unit, to be followed by one past the last."""
+    """The nth unit of this program, once its slot has been heard by all. One past the last ends every role's loop."""
     slot = n % QUEUE
     mbarrier.wait(heard.index(slot), ((n // QUEUE) & 1) ^ 1)
     queue.index(slot).store(gl.full([32], unit, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
@@ -59,6 +61,7 @@ def tell(queue, told, heard, n, unit):
 
 @gluon.jit
 def hear(queue, told, heard, n, WARPS: gl.constexpr):
+    """The nth unit told, for a role of WARPS warps."""
     slot = n % QUEUE
     mbarrier.wait(told.index(slot), (n // QUEUE) & 1)
     unit = gl.max(queue.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
@@ -71,7 +74,8 @@ def hear(queue, told, heard, n, WARPS: gl.constexpr):
 def wait_until(counter, least, pause):
     """Until `counter` is at least `least`, every thread for its own; what was written before is then visible, to TMA too.
 
-    It looks again after `pause` ns: warps that only look take issue slots, L2 bandwidth and power from those that multiply.
+    Other threads see it after a barrier. It looks again after `pause` ns: warps that only look take issue slots, L2 bandwidth and
+    power from those that multiply.
     """
     return gl.inline_asm_elementwise(
         """{
@@ -95,12 +99,13 @@ def load_tiles(
     EXPERT_ROWS: gl.constexpr, OTHER_ROWS: gl.constexpr, STEP: gl.constexpr, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr,
     STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """The TMA warp. Column tile j takes weight rows STEP * j and STEP * j + OTHER_ROWS, 128 of each.
+    """One warp: draws units, tells them, loads them. Column tile j takes weight rows STEP * j and STEP * j + OTHER_ROWS, 128 of each.
 
-    x holds the pairs' rows, sorted: all of them (RING 0), or RING tiles that `copy_rows` fills. Units are drawn in ascending
-    order from `ticket`, so that those that share weights run at the same time, and whoever is waited for is running.
+    x holds the pairs' rows, sorted: all of them (RING 0), or RING tiles that `copy_rows` fills; `copied` is read for a ring only.
+    Units come from `ticket` in ascending order, so that those that share weights run at the same time. The next one is drawn
+    before this one is loaded (the answer takes a while) and told after.
     """
-    one = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     units = gl.load(tile_count) * COLUMNS
     step = 0
     n = 0
@@ -115,7 +120,7 @@ def load_tiles(
         n += 1
         if RING > 0:
             begin = (tile % RING) * (2 * ROWS)
-            wait_until(copied + tile + one, one + COLUMNS, one + 100)
+            wait_until(copied + tile + zeros, zeros + COLUMNS, zeros + 100)
         for k in range(BLOCKS):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -138,12 +143,12 @@ def load_scales(
     scale, s_buffers, full, empty, queue, told, heard, copied, tile_count, tile_begin, pitch,
     COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
 ):  # fmt: skip
-    """The scale warp: `scale` [BLOCKS, pitch] of the pairs as they are sorted; of a ring as in `load_tiles`.
+    """One warp: `scale` [BLOCKS, pitch] of the pairs as they are sorted; of a ring as in `load_tiles`.
 
     A load runs a stage ahead. Gathered by token instead, 128 scales a stage took longer than the stage's products.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    one = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     step = 0
     units = gl.load(tile_count) * COLUMNS
     n = 0
@@ -152,7 +157,7 @@ def load_scales(
         tile = unit // COLUMNS
         if RING > 0:
             begin = (tile % RING) * (2 * ROWS)
-            wait_until(copied + tile + one, one + COLUMNS, one + 100)
+            wait_until(copied + tile + zeros, zeros + COLUMNS, zeros + 100)
         else:
             begin = gl.load(tile_begin + tile)
         at = scale + begin + gl.arange(0, ROWS, layout=LAYOUT)
@@ -179,7 +184,7 @@ def multiply(
     GROUP: gl.constexpr, x_buffers, w_buffers, s_buffers, full, empty, step, scale_0, scale_1,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Both sums [64, 128] of a consumer's tile; scale_0 and scale_1 point to the weight blocks' scales along K."""
+    """Both sums [64, 128] of a consumer's half of a tile, and the next step; scale_0 and scale_1: where the weight blocks' scales begin."""
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
     zero = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_0 = gl.zeros([ROWS, K], gl.float32, SUMS)
@@ -206,6 +211,7 @@ def multiply(
 
 @gluon.jit
 def skip(full, empty, step, BLOCKS: gl.constexpr, STAGES: gl.constexpr):
+    """A unit that has no pairs for this consumer: its stages are freed unread."""
     for _ in range(BLOCKS):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
