@@ -1,1 +1,44 @@
 """Shared by all tests. That this file exists puts `tests/` on the path, for `toy_tree`."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def the_same_numbers_every_time():
+    """torch's generator begins with another seed in every process."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def interpreted(request):
+    """Passes if a file's tests pass in a child session under Triton's interpreter, which has to be chosen before triton is imported.
+
+    The children of all selected tests begin at once: each keeps one core busy.
+    """
+    files = [item.callspec.params["file"] for item in request.session.items if "interpreted" in item.fixturenames]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    children = {}
+    for file in files:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+        text = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        child = subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1])
+        children[file] = child, text
+
+    def passes(file: Path) -> None:
+        child, text = children[file]
+        code = child.wait()
+        text.seek(0)
+        assert code == 0, text.read()[-8000:]
+
+    yield passes
+    for child, text in children.values():
+        child.kill()
+        child.wait()
+        text.close()
