@@ -1,6 +1,6 @@
 """GEMM1 of the prefill engine: hidden states sorted on the way, SwiGLU and quantisation in the epilogue.
 
-TMA can't gather rows by token. So in every program four warps copy hidden states of tiles to come, and their scales, into a ring
+Hopper's TMA can't gather rows by token. So in every program four warps copy hidden states of tiles to come, and their scales, into a ring
 of RING sorted tiles, from where they are loaded. A tile is copied in COLUMNS parts, part after part dealt out to the programs in
 turn. `copied` counts a tile's parts that are done, `used` its units that are multiplied: after COLUMNS of those tile + RING may
 take the place. See the package for why nobody waits for ever.
