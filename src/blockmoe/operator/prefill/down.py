@@ -19,6 +19,7 @@ from blockmoe.operator.prefill.parts import (
     CODES,
     ROWS,
     K,
+    barrier,
     hear,
     load_scales,
     load_tiles,
@@ -133,17 +134,17 @@ def add_rows(
         targets_3 = read_targets(3, pair_token, before, begin, end, LAYOUT)
         # tile -1 is the entry ahead of the first tile's, and always 1
         wait_until(added + ((earlier + 1) * COLUMNS + c), one, one + 40)
-        gl.thread_barrier()
+        barrier()
         mbarrier.wait(done.index(0), tiles & 1)
         put_part(0, targets_0, out, words, c, HIDDEN, LAYOUT)
         put_part(1, targets_1, out, words, c, HIDDEN, LAYOUT)
-        gl.thread_barrier()
+        barrier()
         mbarrier.arrive(taken.index(0), count=1)
         if begin + ROWS < end:
             mbarrier.wait(done.index(1), large_tiles & 1)
             put_part(2, targets_2, out, words, c, HIDDEN, LAYOUT)
             put_part(3, targets_3, out, words, c, HIDDEN, LAYOUT)
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(taken.index(1), count=1)
             large_tiles += 1
         tiles += 1
@@ -177,7 +178,7 @@ def down_consumer(
             mbarrier.wait(taken.index(GROUP), (tiles & 1) ^ 1)
             done_buffers.index(2 * GROUP).store(left.to(gl.bfloat16))
             done_buffers.index(2 * GROUP + 1).store(right.to(gl.bfloat16))
-            gl.thread_barrier()
+            barrier()
             mbarrier.arrive(done.index(GROUP), count=1)
             tiles += 1
         else:

@@ -21,6 +21,7 @@ from blockmoe.operator.prefill.parts import (
     ROWS,
     SUMS,
     K,
+    barrier,
     hear,
     load_scales,
     load_tiles,
@@ -69,7 +70,7 @@ def copy_rows(
         slot = (tile % RING) * (2 * ROWS)
         if tile >= RING:
             wait_until(used + (tile - RING) + zeros, zeros + COLUMNS, zeros + 1000)
-            gl.thread_barrier()
+            barrier()
         for i in gl.static_range((WIDTH + AT_ONCE - 1) // AT_ONCE):
             byte = i * AT_ONCE + gl.expand_dims(gl.arange(0, AT_ONCE, layout=gl.SliceLayout(0, LAYOUT)), 0)
             column = part * WIDTH + byte
@@ -80,7 +81,7 @@ def copy_rows(
         token = gl.load(pair_token + begin + row, mask=there, other=0)
         for k in range(part, HIDDEN // K, COLUMNS):
             gl.store(ring_scale + k * (RING * 2 * ROWS) + slot + row, gl.load(x_scale + k * tokens + token, mask=there, other=0.0))
-        gl.thread_barrier()
+        barrier()
         gl.atomic_add(copied + tile, 1, sem="release")
 
 
@@ -143,10 +144,10 @@ def gate_up_consumer(
             codes = (value * gl.expand_dims(1.0 / scale, 1)).to(gl.float8e4nv)
             out = out_buffers.index(GROUP)
             tma.store_wait(0)
-            gl.thread_barrier()
+            barrier()
             out.store(codes)
             fence_async_shared()
-            gl.thread_barrier()
+            barrier()
             tma.async_copy_shared_to_global(middle, [begin, column * K], out)
             gl.store(middle_scale + column * pitch + row, scale * weight)
         else:

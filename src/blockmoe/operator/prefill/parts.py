@@ -21,6 +21,7 @@ ROWS = gl.constexpr(64)  # pairs of a consumer
 QUEUE = gl.constexpr(2)  # units told and not yet heard by all
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
+barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name in Triton 3.8
 
 
 @gluon.jit
@@ -65,7 +66,7 @@ def hear(queue, told, heard, n, WARPS: gl.constexpr):
     slot = n % QUEUE
     mbarrier.wait(told.index(slot), (n // QUEUE) & 1)
     unit = gl.max(queue.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
-    gl.thread_barrier()
+    barrier()
     mbarrier.arrive(heard.index(slot), count=1)
     return unit
 
