@@ -126,6 +126,7 @@ class PrefillTile:
         return f"128x256 {self.stages}s{f' ring {self.ring}' if self.ring else ''}"
 
 
+WIDE = (GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8))  # T = 14107, stages: (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
 TILES = {"stream": StreamTile, "prefill": PrefillTile}  # of the paths whose GEMMs have their own
 
 
@@ -166,8 +167,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
         # (prefill-adhoc.txt, section 5). With zeros in GEMM2 3 and 4 stages are alike: 637, 628; 910, 905 (prefill-zeros.jsonl)
         return Plan("prefill", route, PrefillTile(3, 128), PrefillTile(3), pdl)
     if rows >= WIDE_ROWS:
-        # T = 14107, stages of (gate_up, down): (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
-        return Plan("wide", route, GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8), pdl)
+        return Plan("wide", route, *WIDE, pdl)
     if capability == 90:
         return Plan("stream", route, *_stream(tokens, rows), pdl)
     if rows <= 6:
@@ -214,7 +214,7 @@ def _stream(tokens: int, rows: float) -> tuple[StreamTile, StreamTile]:
 def without_tma(plan: Plan) -> Plan:
     """A plan for pointers that are not 16-byte aligned."""
     if plan.path == "prefill":
-        return replace(plan, path="wide", gate_up=GateUpTile(128, 128, 4, 8), down=DownTile(128, 128, 4, 8))
+        return replace(plan, path="wide", gate_up=WIDE[0], down=WIDE[1])
     if plan.path != "stream":
         return plan
     block_i, block_n = plan.gate_up.rows, plan.gate_up.block_n

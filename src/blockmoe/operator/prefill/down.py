@@ -17,6 +17,7 @@ from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Launch, Slot, descriptor
 from blockmoe.operator.prefill.parts import (
     CODES,
+    REGISTERS,
     ROWS,
     K,
     barrier,
@@ -30,8 +31,6 @@ from blockmoe.operator.prefill.parts import (
     wait_until,
 )
 from blockmoe.operator.workspace import Round
-
-REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the adding warps
 
 
 @gluon.jit

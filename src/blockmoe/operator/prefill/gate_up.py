@@ -18,6 +18,7 @@ from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Launch, Slot, descriptor
 from blockmoe.operator.prefill.parts import (
     CODES,
+    REGISTERS,
     ROWS,
     SUMS,
     K,
@@ -32,8 +33,6 @@ from blockmoe.operator.prefill.parts import (
     wait_until,
 )
 from blockmoe.operator.workspace import Round
-
-REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the copying warps; more for the consumers spill (ptxas 12.9)
 
 
 @gluon.jit
