@@ -26,7 +26,7 @@ from blockmoe.geometry import BLOCK, GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.launch import Prepared, _compiled
 from blockmoe.operator.pipeline import stages
-from blockmoe.operator.plan import DownTile, GateUpTile, Plan, PrefillTile, StreamTile, choose_plan, without_tma
+from blockmoe.operator.plan import Plan, PrefillTile, StreamTile, choose_plan, without_tma
 from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_reference
 from blockmoe.reference import route as reference_route
@@ -197,41 +197,32 @@ def candidates(tokens: int) -> dict[str, Plan]:
     base = choose_plan(HEADLINE, tokens)
     found = {"default": base}
 
-    def stream(gate_up: tuple, down: tuple) -> None:
-        plan = Plan("stream", base.route, StreamTile(*gate_up), StreamTile(*down))
-        found[f"stream {plan.gate_up}; {plan.down}"] = plan
+    def stream(*tile, **more) -> None:
+        plan = Plan("stream", base.route, StreamTile(*tile, **more))
+        found[str(plan.gate_up)] = plan
 
-    narrow, broad = (64, 16, 12, 2), (128, 16, 6, 2)
-    small = Plan("sorted", base.route, GateUpTile(128, 32, 4, 8), DownTile(128, 32, 4, 4))
-    medium = Plan("sorted", base.route, GateUpTile(128, 64, 4, 8), DownTile(128, 64, 4, 4))
-    wide = Plan("wide", base.route, GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8))
-    if tokens <= 7:
-        stream(narrow, narrow)
-        stream(narrow, broad)
-        stream((64, 16, 12, 4), (64, 16, 12, 4))
-        stream(broad, broad)
-    elif tokens <= 100:
-        stream(narrow, narrow)
-        stream(narrow, broad)
-        stream(broad, broad)
-        stream((64, 16, 12, 4), broad)
-        stream((*narrow, 256), (*broad, 256))
-        few = Plan("sorted", base.route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4))
-        found |= {"sorted": few, "no pdl": replace(base, pdl=False)}
+    if tokens <= 16:
+        stream(64, 16, 10, 2, dense=True)
+        stream(64, 16, 11, 1, dense=True)
+        stream(64, 16, 8, 2, dense=True)
+        stream(64, 16, 12, 2)
+        stream(128, 16, 6, 2)
+    elif tokens <= 192:
+        stream(64, 16, 12, 2)
+        stream(64, 16, 12, 2, 128)
+        stream(64, 16, 12, 4)
+        stream(128, 16, 6, 2)
+        stream(128, 32, 5, 1)
+        found["sorted"] = without_tma(base)
     elif tokens <= 5000:
-        stream((128, 64, 5, 2), (128, 64, 5, 2))
-        stream((128, 64, 5, 2, 256), (128, 64, 5, 2, 256))
-        stream((128, 64, 4, 2), (128, 64, 4, 2))
-        stream((128, 64, 2), (128, 64, 2))
-        stream((128, 32, 3), (128, 32, 3))
-        found |= {"sorted 32": small, "no pdl": replace(base, pdl=False)}
-        if tokens > 1500:
-            found |= {"sorted 64": medium, "wide": wide}
+        for stages, burst, promotion in ((4, 2, 256), (4, 2, 128), (5, 1, 256), (3, 1, 256), (2, 1, 256)):
+            stream(128, 64, stages, burst, promotion)
+        stream(128, 32, 6, 2)
+        stream(128, 32, 3, 1)
     if tokens > 500:
-        for ring in (32, 64, 128):
-            found[f"prefill ring {ring}"] = Plan("prefill", base.route, PrefillTile(4, ring), PrefillTile(3))
-    if tokens > 5000:
-        found["wide"] = wide
+        for stages, ring, cluster in ((3, 128, 1), (3, 128, 2), (3, 64, 2), (3, 32, 2)):
+            plan = Plan("prefill", base.route, PrefillTile(stages, ring, cluster))
+            found[f"prefill {plan.gate_up}"] = plan
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 
 
@@ -351,10 +342,10 @@ def main() -> None:
                 attempt(g.definition_name, one)
                 torch.cuda.empty_cache()
     attempt("resources", resources)
-    print("T pairs active | floor compute | eager graph (x floor) | route (choose place) gate_up down combine | host | best", flush=True)
+    print("T pairs active | floor compute | eager graph (x floor) | route (choose place) and the other stages | host | best", flush=True)
     for tokens, pairs, active, floor, compute, eager, graph, parts, host, label, fastest in rows:
         split = f" ({parts['choose']:.1f} {parts['place']:.1f})" if "choose" in parts else ""
-        each = f"{parts.get('route', 0):.1f}{split} " + " ".join(f"{parts.get(s, 0):.1f}" for s in ("gate_up", "down", "combine"))
+        each = f"{parts.get('route', 0):.1f}{split} " + " ".join(f"{parts[s]:.1f}" for s in ("layer", "gate_up", "down", "combine") if s in parts)
         print(
             f"{tokens} {pairs} {active} | {floor:.1f} {compute:.1f} | {eager:.1f} {graph:.1f} "
             f"({min(eager, graph) / max(floor, compute):.2f}) | {each} | {host:.1f} | {label} {fastest:.1f} "

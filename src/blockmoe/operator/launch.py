@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from blockmoe.operator.ptx import let_hear
 from blockmoe.operator.tma import Address, Kind, c_launcher, kept
 
 ALIGNMENT = 256  # bytes; every buffer starts at a multiple of it, so that every pointer is specialised alike
@@ -64,6 +65,7 @@ class Launch:
     pdl: bool
     descriptors: tuple[Descriptor, ...] = ()
     cooperative: bool = False  # all programs run at once, or the launch waits
+    cluster: int = 1  # programs that run side by side and reach each other's shared memory
 
     @property
     def options(self) -> dict[str, Any]:
@@ -108,12 +110,8 @@ class Prepared:
         if not self._ready or (a | b | c | d | e | f | g | h | i | j) & 15:  # compiled for 16-byte aligned pointers
             return self._run_by_triton(addresses)
         stream = self._stream(self.device)
-        for run, programs, function, options, descriptors, slots, rest in self._ready:
-            if descriptors:
-                described = [value for t, at, maps in descriptors for value in maps[addresses[t] + at]]
-                run(programs, 1, 1, stream, function, *options, *described, *[addresses[t] + at for t, at in slots], *rest)
-            else:
-                run(programs, 1, 1, stream, function, *options, *[addresses[t] + at for t, at in slots], *rest)
+        for entry in self._ready:
+            _carry_out(entry, addresses, stream)
         return True
 
     def _run_by_triton(self, addresses: Sequence[int]) -> bool:
@@ -124,16 +122,34 @@ class Prepared:
         for launch in self.launches:
             described = [d.kind.argument(addresses[d.slot.tensor] + d.slot.offset) for d in launch.descriptors]
             pointers = [Address(addresses[s.tensor] + s.offset, s.dtype) for s in launch.slots]
-            compiled = launch.kernel[(launch.programs,)](*described, *pointers, *launch.numbers, *launch.constants, **launch.options)
+            arguments = (*described, *pointers, *launch.numbers, *launch.constants)
+            key = (*launch.key, self.device)
+            if launch.cluster > 1:  # Triton itself would launch no clusters
+                if key not in _compiled:
+                    _compiled[key] = let_hear(launch.kernel.warmup(*arguments, grid=(1,), **launch.options))
+                ready.append(_entry(launch, _compiled[key]))
+                _carry_out(ready[-1], addresses, self._stream(self.device))
+                continue
+            compiled = launch.kernel[(launch.programs,)](*arguments, **launch.options)
             if aligned:
-                ready.append(_entry(launch, _compiled.setdefault((*launch.key, self.device), compiled)))
+                ready.append(_entry(launch, _compiled.setdefault(key, compiled)))
         self._ready = ready
         return True
 
 
+def _carry_out(entry: tuple, addresses: Sequence[int], stream: int) -> None:
+    run, programs, function, options, descriptors, slots, rest = entry
+    if descriptors:
+        described = [value for t, at, maps in descriptors for value in maps[addresses[t] + at]]
+        run(programs, 1, 1, stream, function, *options, *described, *[addresses[t] + at for t, at in slots], *rest)
+    else:
+        run(programs, 1, 1, stream, function, *options, *[addresses[t] + at for t, at in slots], *rest)
+
+
 def _entry(launch: Launch, compiled: Any) -> tuple:
     """What `Prepared.run` reads."""
-    metadata = compiled.packed_metadata
+    warps, _, shared = compiled.packed_metadata
+    metadata = (warps, launch.cluster, shared)
     run = c_launcher(compiled)
     if run is None:
         options: tuple = (metadata, None, None, None)
@@ -143,14 +159,17 @@ def _entry(launch: Launch, compiled: Any) -> tuple:
         (d.slot.tensor, d.slot.offset, kept(d.kind, compiled, n, run is not None)) for n, d in enumerate(launch.descriptors)
     )
     slots = tuple((s.tensor, s.offset) for s in launch.slots)
-    return run or compiled.run, launch.programs, compiled.function, options, descriptors, slots, (*launch.numbers, *launch.constants)
+    rest = (*launch.numbers, *launch.constants)
+    return run or compiled.run, launch.programs // launch.cluster, compiled.function, options, descriptors, slots, rest
 
 
 def compile_only(launch: Launch) -> None:
     """Compile a launch's kernel for the current device, as a first launch with aligned pointers would."""
     described = [d.kind.argument(0) for d in launch.descriptors]
     pointers = [Address(0, slot.dtype) for slot in launch.slots]
-    launch.kernel.warmup(*described, *pointers, *launch.numbers, *launch.constants, grid=(1,), **launch.options)
+    compiled = launch.kernel.warmup(*described, *pointers, *launch.numbers, *launch.constants, grid=(1,), **launch.options)
+    if launch.cluster > 1:
+        let_hear(compiled)
 
 
 def interpret(launches: Sequence[Launch], tensors: Sequence[torch.Tensor]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import zip_longest
 
 import torch
 
@@ -43,7 +44,8 @@ def stages(
     logits_dtype: torch.dtype = torch.float32,
     bias_dtype: torch.dtype | None = torch.bfloat16,
 ) -> dict[str, list[Launch]]:
-    """The launches of a round of `tokens` tokens by stage; down and combine take turns where the columns come in blocks.
+    """The launches of a round of `tokens` tokens by stage: route and layer, where one kernel does all after routing; else route, gate_up,
+    down and combine, of which the last two take turns where the columns come in blocks.
 
     `bias_dtype` is None where there is no bias.
     """
@@ -55,29 +57,17 @@ def stages(
     bias = logits if bias_dtype is None else Slot(BIAS, bias_dtype)  # renormalize reads no bias
     x, x_scale, out = Slot(HIDDEN, E4M3), Slot(HIDDEN_SCALE, torch.float32), Slot(OUT, torch.bfloat16)
     w1, w1_scale, w2, w2_scale = Slot(W1, E4M3), Slot(W1_SCALE, torch.float32), Slot(W2, E4M3), Slot(W2_SCALE, torch.float32)
-    if plan.path == "prefill":
-        from blockmoe.operator.prefill import down as adding  # need Triton's Gluon
-        from blockmoe.operator.prefill import gate_up as sorting
+    found = {"route": route(logits, bias, offset, factor, this)}
+    if plan.down is None:
+        if plan.path == "stream":
+            from blockmoe.operator.stream.layer import layer  # need Triton's Gluon
+        else:
+            from blockmoe.operator.prefill.layer import layer
 
-        return {
-            "route": route(logits, bias, offset, factor, this),
-            "gate_up": sorting.gate_up(x, x_scale, w1, w1_scale, this),
-            "down": adding.down(w2, w2_scale, out, this),
-            "combine": [],
-        }
-    first, second = gate_up.gate_up, down.down
-    if plan.path == "stream":
-        from blockmoe.operator import stream  # needs Triton's Gluon
-
-        first, second = stream.gate_up, stream.down
-    found = {
-        "route": route(logits, bias, offset, factor, this),
-        "gate_up": first(x, x_scale, w1, w1_scale, this),
-        "down": [],
-        "combine": [],
-    }
+        return found | {"layer": layer(x, x_scale, w1, w1_scale, w2, w2_scale, out, this)}
+    found |= {"gate_up": gate_up.gate_up(x, x_scale, w1, w1_scale, this), "down": [], "combine": []}
     for first_block in range(0, geometry.hidden_blocks, bound.blocks):
-        found["down"] += second(w2, w2_scale, out, first_block, this)
+        found["down"] += down.down(w2, w2_scale, out, first_block, this)
         found["combine"] += combine(out, first_block, this)
     return found
 
@@ -85,10 +75,8 @@ def stages(
 def launches(*arguments, **options) -> list[Launch]:
     """`stages` in the order of launching."""
     found = stages(*arguments, **options)
-    first = found["route"] + found["gate_up"]
-    if not found["combine"]:
-        return first + found["down"]
-    return first + [launch for pair in zip(found["down"], found["combine"], strict=True) for launch in pair]
+    turns = [launch for pair in zip_longest(found.pop("down", ()), found.pop("combine", ())) for launch in pair if launch]
+    return [launch for stage in found.values() for launch in stage] + turns
 
 
 def compile_all(geometry: MoEGeometry, device: int | None, logits_dtype: torch.dtype | None) -> int:

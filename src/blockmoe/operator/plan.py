@@ -5,9 +5,9 @@ Five paths, by how many rows an expert meets:
 - dense:  few tokens. Every active expert's tile holds all tokens, those that did not choose it as zeros. In return there
   is no sort, and GEMM2 sums over the experts in its accumulator and writes the output itself.
 - sorted: pairs sorted by expert, tiles of 16 to 64 pairs on the N side, weights on the M side; a combine sums rows.
-- stream: the same by persistent, warp-specialised kernels whose weights come by TMA: compute capability 9.0 only.
+- stream: dense or sorted in one persistent, warp-specialised kernel whose weights come by TMA: compute capability 9.0 only.
 - wide:   pairs sorted by expert, 128 pairs on the M side.
-- prefill: the same by the persistent, warp-specialised kernels of `blockmoe.operator.prefill`: compute capability 9.0 only.
+- prefill: the same by the persistent, warp-specialised kernel of `blockmoe.operator.prefill`: compute capability 9.0 only.
 
 A plan depends on T only through powers of two and thresholds: the compiled variants are few (`plans`).
 
@@ -25,7 +25,7 @@ from blockmoe.geometry import BLOCK, MoEGeometry
 Path = Literal["dense", "sorted", "stream", "wide", "prefill"]
 
 DENSE_TOKENS = 7  # T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
-ONE_LAUNCH_TOKENS = 8  # of routing, a warp each
+ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
 PREFILL_ROWS = 56  # the same for prefill. T = 2048 (64 rows): 593 us, stream 600; 4096: 707, 823 (prefill-adhoc.txt, section 4)
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
@@ -86,24 +86,28 @@ class DownTile:
 class StreamTile:
     """Twice `rows` weight rows by `block_n` pairs; `stages` K blocks of 128 in shared memory, asked for `burst` at a time.
 
-    GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns. `promotion`: bytes that the
-    L2 reads at once (128 or 256). `burst` is 1 where it doesn't divide the K blocks.
+    GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns of a tile's pairs; where `dense`, a
+    tile lists all tokens, and `rows` columns are summed over all experts. `promotion`: bytes that the L2 reads at once (128 or 256).
+    `burst` is 1 where it doesn't divide the K blocks.
     """
 
     rows: int
     block_n: int
     stages: int
     burst: int = 1
-    promotion: int = 128
+    promotion: int = 256
+    dense: bool = False
 
     def __post_init__(self) -> None:
         assert self.rows in (64, 128), "wgmma's M, and each run of rows stays in one scale block"
         assert self.block_n in (16, 32, 64), "128 needs four accumulators: T = 901: 555.7 us, in the same run 64 pairs 549.2"
         assert self.burst <= self.stages
+        assert not self.dense or (self.rows == 64 and self.block_n == 16), "a stage of GEMM2 is two K blocks of 64 rows"
 
     def __str__(self) -> str:
         more = f" burst {self.burst}" if self.burst > 1 else ""
-        return f"{2 * self.rows}x{self.block_n} {self.stages}s{more}{f' promoted {self.promotion}' if self.promotion != 128 else ''}"
+        more += f" promoted {self.promotion}" if self.promotion != 128 else ""
+        return f"{2 * self.rows}x{self.block_n} {self.stages}s{more}{' dense' if self.dense else ''}"
 
     @property
     def block_i(self) -> int:
@@ -116,38 +120,48 @@ class StreamTile:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory; GEMM1 sorts hidden states into a `ring` of tiles."""
+    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory; GEMM1 sorts hidden states into a `ring` of tiles; programs in
+    clusters of `cluster`, 1 or 2, which share an operand by multicast."""
 
     stages: int
-    ring: int = 0
+    ring: int
+    cluster: int = 1
     block_i = block_n = BLOCK
+    dense = False
 
     def __str__(self) -> str:
-        return f"128x256 {self.stages}s{f' ring {self.ring}' if self.ring else ''}"
+        return f"128x256 {self.stages}s ring {self.ring}{f' cluster {self.cluster}' if self.cluster > 1 else ''}"
 
 
 WIDE = (GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8))  # T = 14107, stages: (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
-TILES = {"stream": StreamTile, "prefill": PrefillTile}  # of the paths whose GEMMs have their own
+TILES = {"stream": StreamTile, "prefill": PrefillTile}  # of the paths where one kernel does both GEMMs
 
 
 @dataclass(frozen=True)
 class Plan:
+    """`down` is None where `gate_up` is the tile of a kernel that does both GEMMs."""
+
     path: Path
     route: RouteTile
     gate_up: GateUpTile | StreamTile | PrefillTile
-    down: DownTile | StreamTile | PrefillTile
+    down: DownTile | None = None
     pdl: bool = True
     row_buffer: int = ROW_BUFFER
 
     def __post_init__(self) -> None:
-        assert self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"
+        assert isinstance(self.gate_up, TILES.get(self.path, GateUpTile)) and (self.down is None) == (self.path in TILES)
+        assert self.down is None or self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"
         assert self.path != "wide" or self.gate_up.block_i == self.gate_up.block_n == self.down.block_m == BLOCK
-        assert isinstance(self.gate_up, TILES.get(self.path, GateUpTile)) and isinstance(self.down, TILES.get(self.path, DownTile))
+
+    @property
+    def dense(self) -> bool:
+        """Whether an active expert's tile lists all tokens."""
+        return self.path == "dense" or (self.path == "stream" and self.gate_up.dense)
 
     def __str__(self) -> str:
         g, d = self.gate_up, self.down
-        if self.path in TILES:
-            tiles = f"gate_up {g}, down {d}"
+        if d is None:
+            tiles = str(g)
         else:
             tiles = f"gate_up {2 * g.block_i}x{g.block_n} {g.stages}s {g.num_warps}w, "
             tiles += f"down {d.block_m}x{d.block_n} {d.stages}s {d.num_warps}w split {d.split}"
@@ -163,13 +177,11 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
         return _dense(geometry, tokens, route, sm_count, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
     if rows >= PREFILL_ROWS and capability == 90 and geometry.hidden_size % (2 * BLOCK) == 0:
-        # GEMM1 at T = 11948: 3 stages 700 us, 4 726; rings of 32, 64, 128 tiles 769, 730, 726. T = 14107: 952, 966; 1009, 993, 966
-        # (prefill-adhoc.txt, section 5). With zeros in GEMM2 3 and 4 stages are alike: 637, 628; 910, 905 (prefill-zeros.jsonl)
-        return Plan("prefill", route, PrefillTile(3, 128), PrefillTile(3), pdl)
+        return Plan("prefill", route, PrefillTile(3, 128, 2), pdl=pdl)
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
     if capability == 90:
-        return Plan("stream", route, *_stream(tokens, rows), pdl)
+        return Plan("stream", route, _stream(geometry, tokens, rows), pdl=pdl)
     if rows <= 6:
         # 3 and 4 stages of gate_up: T = 16: 206 us and 208; 32: 335 and 344; 55: 390 and 391; 80: 509 and 513
         return Plan("sorted", route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4), pdl)
@@ -183,8 +195,9 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     local = power_of_two_at_least(geometry.num_local_experts)
     if tokens == 1:
         return RouteTile(1, 1, 1, True)
-    if tokens <= ONE_LAUNCH_TOKENS:
-        return RouteTile(8, 8, 8, True)
+    for block_t in (8, ONE_LAUNCH_TOKENS):
+        if tokens <= block_t:
+            return RouteTile(block_t, block_t, block_t, True)
     for block_t in (4, 8, 16):  # few warps a multiprocessor: its four schedulers take a token each
         if tokens <= block_t * MOST_CHUNKS:
             return RouteTile(block_t, block_t, block_t, False, True)
@@ -193,22 +206,15 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     return RouteTile(block_t, place_t, block_t, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK)
 
 
-def _stream(tokens: int, rows: float) -> tuple[StreamTile, StreamTile]:
-    """Tiles of both GEMMs for so many mean rows an expert. Times are eager (operator-third.jsonl).
-
-    Bursts of two K blocks, 256 adjacent bytes of a row, make both GEMMs 2 to 5 % faster; TMA alone reads W1 in 318 us for 328.
-    """
-    narrow, broad = StreamTile(64, 16, 12, 2, 256), StreamTile(128, 16, 6, 2, 256)
-    if tokens <= 8:
-        # T = 1: 61.9 us, with broad GEMM2 62.8, dense 62.8; T = 7: 106.8, 108.2, 110.0
-        return narrow, narrow
+def _stream(geometry: MoEGeometry, tokens: int, rows: float) -> StreamTile:
+    """The tile for so many mean rows an expert."""
+    if tokens <= ONE_LAUNCH_TOKENS and geometry.intermediate_size % (2 * BLOCK) == 0:
+        return StreamTile(64, 16, 10, 2, dense=True)
     if rows <= 6:
-        # T = 16: 190.4 us, not promoted 192.0; T = 80: 478.4, 482.9
-        return narrow, broad
+        return StreamTile(64, 16, 12, 2)
     if rows <= 14:
-        return StreamTile(128, 32, 6, 2, 256), StreamTile(128, 32, 6, 2, 256)
-    # T = 901 (28): 544.7 us; 5 stages 552.5, promoted 549.5; 32 pairs, 3 stages 569.5
-    return StreamTile(128, 64, 4, 2), StreamTile(128, 64, 4, 2)
+        return StreamTile(128, 32, 6, 2)
+    return StreamTile(128, 64, 4, 2)
 
 
 def without_tma(plan: Plan) -> Plan:

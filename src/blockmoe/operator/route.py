@@ -143,7 +143,7 @@ def choose_experts(
 
 @triton.jit
 def list_tiles(
-    total, step, steps, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N: tl.constexpr, DENSE: tl.constexpr,
+    total, step, steps, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N: tl.constexpr, DENSE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """First row of each local expert, given its rows; stores the tiles whose number in their expert is step modulo steps.
@@ -159,6 +159,7 @@ def list_tiles(
     for i in range(step, 1 if DENSE else tl.cdiv(tokens, BLOCK_N), steps):
         begin = start + i * BLOCK_N
         tl.store(tile_expert + first_tile + i, expert, mask=i < tiles)
+        tl.store(tile_group + first_tile + i, 4096 * first_tile + tiles, mask=i < tiles)
         tl.store(tile_begin + first_tile + i, begin, mask=i < tiles)
         tl.store(tile_end + first_tile + i, tl.minimum(begin + BLOCK_N, start + total), mask=i < tiles)
     return start
@@ -177,15 +178,24 @@ def list_rows(weight, token, there, base, pair_token, pair_weight, token_pair, t
     tl.store(token_pairs + (token[:, None] + 0 * row), past, mask=there[:, None] & (expert == weight.shape[1] - 1)[None, :])
 
 
-@triton.jit(do_not_specialize=["tokens", "offset", "rounds"])
+@triton.jit
+def zero_counters(counters, program, programs, count):
+    """A program's share of what the next kernel counts in."""
+    for first in range(program * 128, count, programs * 128):
+        at = first + tl.arange(0, 128)
+        tl.store(counters + at, 0, mask=at < count)
+
+
+@triton.jit(do_not_specialize=["tokens", "offset", "rounds", "counter_count"])
 def route_kernel(
-    logits, bias, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs,
-    tokens, offset, factor, rounds,
+    logits, bias, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, counters,
+    tokens, offset, factor, rounds, counter_count,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr, DENSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     before_next_kernel(PDL)
+    zero_counters(counters, 0, 1, counter_count)
     token = tl.arange(0, BLOCK_T)
     weight = choose_experts(
         logits, bias, token[:, None, None], tokens, offset, factor, rounds,
@@ -193,14 +203,14 @@ def route_kernel(
     )  # fmt: skip
     if DENSE:
         active = tl.max((weight != 0.0).to(tl.int32), 0)
-        start = list_tiles(active * tokens, 0, 1, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N, True, True)
+        start = list_tiles(active * tokens, 0, 1, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, True, True)
         row = start[None, :] + token[:, None]
         listed = (active[None, :] > 0) & (token < tokens)[:, None]
         tl.store(pair_token + row, token[:, None] + tl.zeros_like(row), mask=listed)
         tl.store(pair_weight + row, weight, mask=listed)
     else:
         total = tl.sum((weight != 0.0).to(tl.int32), 0)
-        start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N, False, False)
+        start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, False)
         list_rows(weight, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, TOP_K)
 
 
@@ -227,23 +237,17 @@ def choose_kernel(
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
-@triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "tiles"])
+@triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count"])
 def place_kernel(
-    token_weight, chunk_count, tile_count, tile_expert, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, copied, used, gate_up_ticket, down_ticket, chunks, tokens, chunk_tokens, tiles,
+    token_weight, chunk_count, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
+    token_pairs, counters, chunks, tokens, chunk_tokens, counter_count,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
     COUNTS: tl.constexpr, ONCE: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. ALIGNED also zeroes the prefill kernels' counts."""
+    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
-    if ALIGNED:
-        for first in range(chunk * 128, tiles, chunks * 128):
-            tile = first + tl.arange(0, 128)
-            tl.store(copied + tile, 0, mask=tile < tiles)
-            tl.store(used + tile, 0, mask=tile < tiles)
-        tl.store(gate_up_ticket, 0)
-        tl.store(down_ticket, 0)
+    zero_counters(counters, chunk, chunks, counter_count)
     expert = tl.arange(0, CELLS)
     real = (expert < LOCAL)[None, :]
     past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
@@ -256,7 +260,7 @@ def place_kernel(
         sums += tl.sum(tl.where(other < chunk, count * 65537, count), 0)  # of the chunks before in the upper half
     base = sums >> 16
     base += list_tiles(
-        sums & 65535, chunk, chunks, tokens, tile_count, tile_expert, tile_begin, tile_end, BLOCK_N, False, ALIGNED
+        sums & 65535, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, ALIGNED
     )  # fmt: skip
     if ONCE:
         list_rows(weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, TOP_K)
@@ -284,20 +288,20 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
         g.num_experts, local, power_of_two_at_least(g.num_experts), warp_lanes(g, logits, bias if deepseek else logits), cells,
         g.n_group, g.topk_group, deepseek, tile.block_t,
     )  # fmt: skip
-    lists = tuple(b[n] for n in ("tile_count", "tile_expert", "tile_begin", "tile_end", "pair_token", "pair_weight"))
-    lists += (b["token_pair"], b["token_pairs"])
+    lists = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
+    lists = tuple(b[n] for n in (*lists, "counters"))
+    counter_count = b["counters"].count
     if tile.one_launch:
         assert sizes.tokens <= tile.block_t, f"one launch routes {tile.block_t} tokens, not {sizes.tokens}"
-        arguments = (logits, bias, *lists, sizes.tokens, offset, factor, g.top_k)
-        constants = (*choosing, g.top_k, block_n, plan.path == "dense", plan.pdl)
+        arguments = (logits, bias, *lists, sizes.tokens, offset, factor, g.top_k, counter_count)
+        constants = (*choosing, g.top_k, block_n, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, (*choosing, plan.pdl), tile.num_warps)
-    aligned = plan.path == "prefill"
-    counts = tuple(b[n] for n in ("copied", "used", "gate_up_ticket", "down_ticket")) if aligned else 4 * (b["tile_count"],)
-    arguments = (*weights, *lists, *counts, sizes.chunks, sizes.tokens, sizes.chunk_tokens, sizes.tiles)
-    constants = (local, cells, g.top_k, tile.place_t, block_n, max(1, min(64, 2048 // cells)), tile.once, aligned, plan.pdl)
+    arguments = (*weights, *lists, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
+    counts, aligned = max(1, min(64, 2048 // cells)), plan.path == "prefill"
+    constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, aligned, plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
     return [choose, place]

@@ -34,7 +34,7 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
     per_token = min(geometry.top_k, geometry.num_local_experts)
     pairs = tokens * per_token
     block_n = plan.gate_up.block_n
-    if plan.path == "dense":
+    if plan.dense:
         tiles = min(geometry.num_local_experts, pairs)
         return Sizes(tokens, tiles * block_n, tiles, 1, tokens, geometry.hidden_blocks)
     # Every expert wastes less than a tile, and holds each token at most once.
@@ -46,9 +46,21 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
     block_t = plan.route.block_t
     chunk_tokens = tokens if plan.route.one_launch else block_t * -(-tokens // (block_t * MOST_CHUNKS))
     every = geometry.hidden_blocks
-    least = 2 if plan.path == "stream" and every % 2 == 0 else 1  # GEMM2's tiles have 256 columns
-    fitting = [b for b in range(least, every + 1, least) if every % b == 0 and 2 * pairs * b * BLOCK <= plan.row_buffer]
-    return Sizes(tokens, rows, tiles, -(-tokens // chunk_tokens), chunk_tokens, max(fitting, default=least))
+    fitting = [b for b in range(1, every + 1) if every % b == 0 and 2 * pairs * b * BLOCK <= plan.row_buffer]
+    blocks = every if plan.down is None else max(fitting, default=1)
+    return Sizes(tokens, rows, tiles, -(-tokens // chunk_tokens), chunk_tokens, blocks)
+
+
+MOST_PROGRAMS = 256  # of a persistent kernel: one a multiprocessor
+
+
+def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
+    """What the programs of a persistent kernel count in, one after the other in memory; routing sets them to zero."""
+    if plan.path == "stream":
+        return {"ticket": 1, "written": 1, "finished": bound.tiles}
+    if plan.path == "prefill":
+        return {"prepared": 1, "ready": MOST_PROGRAMS, "copied": bound.tiles, "used": bound.tiles, "finished": bound.tiles}
+    return {}
 
 
 @lru_cache(maxsize=512)
@@ -61,6 +73,7 @@ def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tu
         "chunk_count": (bound.chunks * local, torch.int32),
         "tile_count": (1, torch.int32),
         "tile_expert": (bound.tiles, torch.int32),
+        "tile_group": (bound.tiles, torch.int32),
         "tile_begin": (bound.tiles, torch.int32),
         "tile_end": (bound.tiles, torch.int32),
         "pair_token": (bound.rows, torch.int32),
@@ -70,6 +83,7 @@ def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tu
         "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
         "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),
     }
+    fields |= {name: (count, torch.int32) for name, count in counters(bound, plan).items()}
     if plan.path == "prefill":
         ring, hidden = plan.gate_up.ring * BLOCK, geometry.hidden_size
         fields |= {
@@ -77,14 +91,10 @@ def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tu
             "ring_scale": (ring * hidden // BLOCK, torch.float32),
             "before": (bound.rows, torch.int32),
             "added": ((bound.tiles + 1) * hidden // (2 * BLOCK), torch.int32),
-            "copied": (bound.tiles, torch.int32),
-            "used": (bound.tiles, torch.int32),
-            "gate_up_ticket": (1, torch.int32),
-            "down_ticket": (1, torch.int32),
         }
-    elif plan.path != "dense":
+    elif not plan.dense:
         fields["rows"] = (bound.rows * bound.blocks * BLOCK, torch.bfloat16)
-    elif plan.down.split > 1:
+    elif plan.path == "dense" and plan.down.split > 1:
         fields["rows"] = (plan.down.split * tokens * geometry.hidden_size, torch.float32)
     placed, offset = {}, 0
     for name, (count, dtype) in fields.items():
@@ -109,7 +119,13 @@ def workspace_size(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, c
 def slots(geometry: MoEGeometry, tokens: int, plan: Plan) -> Mapping[str, Slot]:
     """The buffers as launches name them."""
     placed, _ = layout(geometry, tokens, plan)
-    return {name: Slot(WORKSPACE, dtype, offset, count) for name, (offset, count, dtype) in placed.items()}
+    found = {name: Slot(WORKSPACE, dtype, offset, count) for name, (offset, count, dtype) in placed.items()}
+    if each := [found[name] for name in counters(sizes(geometry, tokens, plan), plan)]:
+        past = each[-1].offset + 4 * each[-1].count
+        found["counters"] = Slot(WORKSPACE, torch.int32, each[0].offset, (past - each[0].offset) // 4)
+    else:
+        found["counters"] = Slot(WORKSPACE, torch.int32, 0, 0)
+    return found
 
 
 @dataclass(frozen=True)
@@ -124,11 +140,12 @@ class Round:
     sm_count: int
 
     def launch(
-        self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int, *, cooperative: bool = False
-    ) -> Launch:
+        self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int, *, cooperative: bool = False,
+        cluster: int = 1,
+    ) -> Launch:  # fmt: skip
         """`arguments` are TMA descriptors, then slots, then numbers. Programs that wait for each other are `cooperative`."""
         described = sum(isinstance(a, Descriptor) for a in arguments)
         count = described + sum(isinstance(a, Slot) for a in arguments)
         slots, numbers = arguments[described:count], arguments[count:]
         pdl = self.plan.pdl and not cooperative
-        return Launch(kernel, programs, slots, numbers, constants, num_warps, pdl, arguments[:described], cooperative)
+        return Launch(kernel, programs, slots, numbers, constants, num_warps, pdl, arguments[:described], cooperative, cluster)

@@ -1,21 +1,26 @@
-"""The prefill engine: the layer after routing as two persistent, warp-specialised Gluon kernels, for many pairs an expert (sm_90).
+"""The layer after routing as one persistent, warp-specialised Gluon kernel, for many pairs an expert (sm_90).
 
 Pairs are sorted by expert; tile t holds pairs t * 128 ..., all of one expert. A unit is a tile by a column tile (2 x 128 weight
-rows); unit u is column tile u % COLUMNS of tile u // COLUMNS. A multiprocessor runs one program, whose loading warp draws units
-from a ticket, so each program has ascending ones, and tells its other warps (`parts.py`).
+rows). A multiprocessor runs one program; units are dealt out to programs, or to clusters of two, in ascending order, all of GEMM1 before
+those of GEMM2 (`parts.py`).
 
-  gate_up.py   GEMM1: hidden states copied into a ring of sorted tiles, SwiGLU, quantisation
-  down.py      GEMM2: each tile's rows stored or added to the output in the order of experts; zeros for tokens without a pair
+  parts.py     units, stages, loads, products: what both GEMMs share
+  gate_up.py   GEMM1: hidden states copied into a ring of sorted tiles, SwiGLU, quantisation; zeros for tokens without a pair
+  down.py      GEMM2: each tile's rows stored or added to the output in the order of experts
+  layer.py     the kernel and its roles
 
 What programs wait for from each other, by counters in global memory:
 
-  GEMM1   a tile's loads: all its COLUMNS parts copied into the ring (`copied`)
-          a tile's copying, where the ring is full: all COLUMNS units of tile - RING multiplied (`used`)
-  GEMM2   a unit's addition: that of the same columns of the tiles that hold the same tokens' pairs before (`added`)
+  GEMM1   a tile's loads: all its parts copied into the ring (`copied`)
+          a tile's copying, where the ring is full: all units of tile - RING multiplied (`used`)
+  GEMM2   a tile's loads: all its rows of the intermediate stored (`finished`)
+          a unit's addition: that of the same columns of the tiles that hold the same tokens' pairs before (`added`)
 
-Why this ends. GEMM2: a unit waits for lower ones only; those were drawn before, by programs that run, each in ascending order. So
-the lowest unit that is not added waits for nothing. GEMM1: take the first tile that is not wholly copied. It waits for the units of
-an earlier tile. All tiles up to that one are copied, so programs get through their units, and draw more, until those are multiplied.
-But parts to copy are dealt out beforehand, by the number of the program: every program must be running. Hence the cooperative
-launch, which starts all of them or none. (GEMM2 is launched so too, though nothing waits for a program that has drawn nothing.)
+and within a cluster, for stages that the other's consumers free.
+
+Why this ends. All programs run at once: a cooperative launch starts all of them or none. GEMM1: take the first tile that is not wholly
+copied. It waits for the units of a tile RING before. All tiles up to that one and its neighbour are copied, so programs get through
+their units until those are multiplied. GEMM2: every unit of GEMM1 ends; then a unit waits for lower ones only, and every program has
+ascending ones, so the lowest unit that is not added waits for nothing. A cluster's programs have the same units at the same time, of
+tiles of which neither waits for the other.
 """

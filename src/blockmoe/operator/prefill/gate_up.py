@@ -1,11 +1,10 @@
-"""GEMM1 of the prefill engine: hidden states sorted on the way, SwiGLU and quantisation in the epilogue.
+"""GEMM1 in the prefill kernel: hidden states sorted on the way, SwiGLU and quantisation in the epilogue.
 
 Hopper's TMA can't gather rows by token. So in every program four warps copy hidden states of tiles to come, and their scales, into a ring
 of RING sorted tiles, from where they are loaded. A tile is copied in COLUMNS parts, part after part dealt out to the programs in
 turn. `copied` counts a tile's parts that are done, `used` its units that are multiplied: after COLUMNS of those tile + RING may
-take the place. See the package for why nobody waits for ever.
-
-The first consumer also prepares GEMM2's order of addition (`prepare_adding`) while it would wait for the first stages.
+take the place. `finished` counts consumers that are done with a unit of a tile, its rows of the intermediate stored. See the package for
+why nobody waits for ever.
 """
 
 from __future__ import annotations
@@ -14,25 +13,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from blockmoe.geometry import BLOCK
-from blockmoe.operator.launch import Launch, Slot, descriptor
-from blockmoe.operator.prefill.parts import (
-    CODES,
-    REGISTERS,
-    ROWS,
-    SUMS,
-    K,
-    barrier,
-    hear,
-    load_scales,
-    load_tiles,
-    multiply,
-    skip,
-    stage_buffers,
-    unit_queue,
-    wait_until,
-)
-from blockmoe.operator.workspace import Round
+from blockmoe.operator.persistent import GENERIC, barrier, wait_until
+from blockmoe.operator.prefill.parts import CODES, ROWS, SUMS, K, multiply, my_units, skip, unit_at
 
 
 @gluon.jit
@@ -68,7 +50,7 @@ def copy_rows(
         end = gl.load(tile_end + tile)
         slot = (tile % RING) * (2 * ROWS)
         if tile >= RING:
-            wait_until(used + (tile - RING) + zeros, zeros + COLUMNS, zeros + 1000)
+            wait_until(used + (tile - RING) + zeros, zeros + COLUMNS, zeros + 1000, GENERIC)
             barrier()
         for i in gl.static_range((WIDTH + AT_ONCE - 1) // AT_ONCE):
             byte = i * AT_ONCE + gl.expand_dims(gl.arange(0, AT_ONCE, layout=gl.SliceLayout(0, LAYOUT)), 0)
@@ -85,24 +67,28 @@ def copy_rows(
 
 
 @gluon.jit
-def prepare_adding(
-    token_pair, token_pairs, before, added, tile_count, tokens, TOP_K: gl.constexpr, COLUMNS: gl.constexpr,
-):  # fmt: skip
-    """For GEMM2. before[pair]: the tile of the token's pair before (a lower expert's, so a lower tile), or -1. added
-    [tiles + 1, COLUMNS]: zeros, but ones ahead of the first tile, for the pairs that are their token's first."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    lane = gl.arange(0, 128, layout=LAYOUT)
-    flags = (gl.load(tile_count) + 1) * COLUMNS
-    for i in range(gl.program_id(0) * 128, flags, gl.num_programs(0) * 128):
-        gl.store(added + i + lane, (i + lane < COLUMNS).to(gl.int32), mask=i + lane < flags)
-    for i in range(gl.program_id(0) * 128, tokens, gl.num_programs(0) * 128):
-        token = i + lane
-        count = gl.load(token_pairs + token, mask=token < tokens, other=0)
-        earlier = gl.full([128], -1, gl.int32, LAYOUT)
-        for n in gl.static_range(TOP_K):
-            pair = gl.load(token_pair + token * TOP_K + n, mask=n < count, other=0)
-            gl.store(before + pair, earlier, mask=n < count)
-            earlier = pair // (2 * ROWS)
+def write_zeros(out, token_pairs, used, tile_count, tokens, HIDDEN: gl.constexpr):
+    """Four warps, all columns of tokens without a pair, 1024 of 32 tokens at a time, spread over GEMM1: a share as each tile begins.
+
+    Written all at once they cost it 57 to 92 us at T = 14107 and 11948; in GEMM2, by the warps that add, 30 to 39 (docs/kernel-log.md).
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])  # of 64-bit words, 4 columns each
+    ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    WORDS: gl.constexpr = K // 4
+    RUNS: gl.constexpr = (HIDDEN + 8 * K - 1) // (8 * K)
+    once = gl.zeros([128], gl.int32, ONE_EACH)
+    tiles = gl.load(tile_count)
+    parts = (tokens + 31) // 32 * RUNS
+    for part in range(gl.program_id(0), parts, gl.num_programs(0)):
+        if tiles > 0:
+            wait_until(used + part * tiles // parts + once, once + 1, once + 2000, GENERIC)
+        token = part // RUNS * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))
+        none = gl.expand_dims(gl.load(token_pairs + token, mask=token < tokens, other=1) == 0, 1)
+        at = out + gl.expand_dims(token.to(gl.int64) * (HIDDEN // 4), 1)
+        at += gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
+        first = part % RUNS * (8 * WORDS)
+        for c in range(first, gl.minimum(first + 8 * WORDS, HIDDEN // 4), WORDS):
+            gl.store(at + c, gl.zeros([32, WORDS], gl.int64, LAYOUT), mask=none, cache_modifier=".cs")
 
 
 @gluon.jit
@@ -111,113 +97,54 @@ def reciprocal(x):
 
 
 @gluon.jit
+def stored(finished, pending):
+    """The TMA store of this consumer's last unit, one of tile `pending` (-1: none), is complete, and said to be."""
+    WAIT: gl.constexpr = "cp.async.bulk.wait_group 0; fence.proxy.async; mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(WAIT, "=r,r", [pending], dtype=gl.int32, is_pure=False, pack=1)
+    barrier()
+    if pending >= 0:
+        gl.atomic_add(finished + pending, 1, sem="release")
+
+
+@gluon.jit
 def gate_up_consumer(
-    GROUP: gl.constexpr, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, w_scale, pair_weight,
-    middle_scale, token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr,
+    GROUP: gl.constexpr, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, w_scale, pair_weight, middle_scale,
+    used, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: pairs GROUP * 64 ... of each tile. GROUP 0, which has a part in every tile, counts `used`."""
     BLOCKS: gl.constexpr = HIDDEN // K
     COLUMNS: gl.constexpr = INTER // K
-    if GROUP == 0:  # while the first stages are on their way
-        prepare_adding(token_pair, token_pairs, before, added, tile_count, tokens, TOP_K, HIDDEN // (2 * K))
     step = 0
-    units = gl.load(tile_count) * COLUMNS
-    n = 0
-    unit = hear(queue, told, heard, n, 4)
-    while unit < units:
-        tile = unit // COLUMNS
-        column = unit % COLUMNS
+    pending = -1
+    first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
+    for unit in range(first_unit, units, stride):
+        tile, column, _ = unit_at(unit, tile_group, COLUMNS, CLUSTER)
         begin = gl.load(tile_begin + tile) + GROUP * ROWS
         end = gl.load(tile_end + tile)
         if begin < end:
             up_scale = w_scale + (gl.load(tile_expert + tile) * (2 * COLUMNS) + column) * BLOCKS
             up, gate, step = multiply(
                 GROUP, x_buffers, w_buffers, s_buffers, full, empty, step, up_scale, up_scale + COLUMNS * BLOCKS,
-                BLOCKS, STAGES,
+                BLOCKS, STAGES, CLUSTER,
             )  # fmt: skip
+            if GROUP == 0:
+                gl.atomic_add(used + tile, 1, sem="relaxed")
             row = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
             weight = gl.load(pair_weight + row, mask=row < end, other=0.0)
             value = gate * reciprocal(1.0 + gl.exp2(gate * -1.4426950408889634)) * up
             scale = gl.maximum(gl.max(gl.abs(value), 1), 1e-34) * (1.0 / 448.0)
             codes = (value * gl.expand_dims(1.0 / scale, 1)).to(gl.float8e4nv)
-            out = out_buffers.index(GROUP)
-            tma.store_wait(0)
-            barrier()
+            stored(finished, pending)
+            out = out_buffers.index(4 * GROUP)
             out.store(codes)
             fence_async_shared()
             barrier()
             tma.async_copy_shared_to_global(middle, [begin, column * K], out)
             gl.store(middle_scale + column * pitch + row, scale * weight)
+            pending = tile
         else:
-            step = skip(full, empty, step, BLOCKS, STAGES)
-        if GROUP == 0:
-            gl.atomic_add(used + tile, 1, sem="relaxed")
-        n += 1
-        unit = hear(queue, told, heard, n, 4)
-    tma.store_wait(0)
-
-
-@gluon.jit(do_not_specialize=["tokens", "pitch"])
-def gate_up_kernel(
-    ring, w, middle, x, x_scale, ring_rows, ring_scale, w_scale, middle_scale, pair_token, pair_weight, token_pair,
-    token_pairs, before, added, copied, used, ticket, tile_count, tile_expert, tile_begin, tile_end, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr,
-    CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, COPIERS: gl.constexpr,
-):  # fmt: skip
-    """middle[p, i] = silu(gate) * up as e4m3, middle_scale[i / 128, p] its scale times the pair's routing weight.
-
-    Descriptors: ring [RING * 128, H] over ring_rows, w [L * 2 I, H], middle [pitch, I]. x [T, H]; x_scale [H / 128, T];
-    ring_scale [H / 128, RING * 128]; middle_scale [I / 128, pitch], pitch being the most rows that tiles can have. copied and used
-    [tiles], and ticket, begin at 0.
-    """
-    BLOCKS: gl.constexpr = HIDDEN // K
-    COLUMNS: gl.constexpr = INTER // K
-    x_buffers, w_buffers, s_buffers, full, empty = stage_buffers(STAGES)
-    queue, told, heard = unit_queue(3)
-    out_buffers = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
-    gl.warp_specialize(
-        [
-            (gate_up_consumer, (
-                0, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, w_scale, pair_weight,
-                middle_scale, token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end,
-                tokens, pitch, HIDDEN, INTER, TOP_K, STAGES,
-            )),
-            (gate_up_consumer, (
-                1, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, w_scale, pair_weight,
-                middle_scale, token_pair, token_pairs, before, added, used, tile_count, tile_expert, tile_begin, tile_end,
-                tokens, pitch, HIDDEN, INTER, TOP_K, STAGES,
-            )),
-            (copy_rows, (
-                x, x_scale, ring_rows, ring_scale, pair_token, copied, used, tile_count, tile_begin, tile_end, tokens,
-                HIDDEN, COLUMNS, RING,
-            )),
-            (load_tiles, (
-                ring, w, x_buffers, w_buffers, full, empty, queue, told, heard, ticket, copied, tile_count, tile_expert,
-                tile_begin, tile_end, 2 * INTER, INTER, K, COLUMNS, BLOCKS, STAGES, RING,
-            )),
-            (load_scales, (
-                ring_scale, s_buffers, full, empty, queue, told, heard, copied, tile_count, tile_begin, RING * 2 * ROWS,
-                COLUMNS, BLOCKS, STAGES, RING,
-            )),
-        ],
-        [4, 4, 1, 1],
-        [CONSUMERS, COPIERS, LOADERS, LOADERS],
-    )  # fmt: skip
-
-
-def gate_up(x: Slot, x_scale: Slot, w: Slot, w_scale: Slot, round: Round) -> list[Launch]:
-    """GEMM1."""
-    g, tile, b = round.geometry, round.plan.gate_up, round.memory
-    box = (64, BLOCK)
-    ring = descriptor(b["ring"], (tile.ring * BLOCK, g.hidden_size), box, CODES.value)
-    weights = descriptor(w, (g.num_local_experts * 2 * g.intermediate_size, g.hidden_size), (BLOCK, BLOCK), CODES.value)
-    middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), box, CODES.value)
-    lists = tuple(b[n] for n in ("pair_token", "pair_weight", "token_pair", "token_pairs", "before", "added"))
-    lists += tuple(b[n] for n in ("copied", "used", "gate_up_ticket", "tile_count", "tile_expert", "tile_begin", "tile_end"))
-    arguments = (
-        ring, weights, middle, x, x_scale, b["ring"], b["ring_scale"], w_scale, b["middle_scale"], *lists,
-        round.sizes.tokens, round.sizes.rows,
-    )  # fmt: skip
-    shape = (g.hidden_size, g.intermediate_size, g.top_k, tile.stages, tile.ring)
-    return [round.launch(gate_up_kernel, round.sm_count, arguments, (*shape, *REGISTERS), 4, cooperative=True)]
+            step = skip(full, empty, step, BLOCKS, STAGES, CLUSTER)
+            gl.atomic_add(finished + tile, 1, sem="relaxed")
+    stored(finished, pending)
+    return step

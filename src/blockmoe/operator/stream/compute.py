@@ -1,0 +1,193 @@
+"""The consumers of the streaming kernel: products, promotion by scales that lie in shared memory, epilogues, the output's last sum.
+
+Weights stand on wgmma's M side, pairs on the N side. A stage's two boxes have a sum each (`two_sums`), so that SwiGLU moves nothing; or,
+where they are two K blocks, one together (`one_sum`).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from blockmoe.operator.persistent import GENERIC, barrier, hear, wait_until
+from blockmoe.operator.stream.load import unit_at
+
+
+@gluon.jit
+def two_sums(
+    it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty,
+    ROWS: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, PARTS: gl.constexpr, X_BUFS: gl.constexpr, S_BUFS: gl.constexpr,
+    STAGES: gl.constexpr, M: gl.constexpr,
+):  # fmt: skip
+    """Scaled sums over COUNT stages of both runs of weight rows, [ROWS, N] each."""
+    S: gl.constexpr = gl.SliceLayout(0, M)
+    PART: gl.constexpr = 128 // PARTS
+    zero = gl.zeros([ROWS, N], gl.float32, M)
+    first = gl.zeros([ROWS, N], gl.float32, M)
+    second = gl.zeros([ROWS, N], gl.float32, M)
+    for _ in range(COUNT):
+        at = it % STAGES
+        mbarrier.wait(full.index(at), (it // STAGES) & 1)
+        fence_async_shared()  # the pairs' rows came by cp.async, wgmma reads them by the other proxy
+        for part in gl.static_range(PARTS):
+            b_x = x_bufs.index(X_BUFS * at).slice(part * PART, PART, dim=1).permute((1, 0))
+            b_first = w_bufs.index(2 * at).slice(part * PART, PART, dim=1)
+            b_second = w_bufs.index(2 * at + 1).slice(part * PART, PART, dim=1)
+            d_first = warpgroup_mma(b_first, b_x, zero, use_acc=False, is_async=True)
+            d_second = warpgroup_mma(b_second, b_x, zero, use_acc=False, is_async=True)
+            s = s_bufs.index(S_BUFS * at + part).load(S)
+            s_first = s * w_s_bufs.index(2 * at).load(S)
+            s_second = s * w_s_bufs.index(2 * at + 1).load(S)
+            d_first, d_second = warpgroup_mma_wait(0, deps=(d_first, d_second))
+            if part == PARTS - 1:
+                mbarrier.arrive(empty.index(at), count=1)
+            first += d_first * gl.expand_dims(s_first, 0)
+            second += d_second * gl.expand_dims(s_second, 0)
+        it += 1
+    return first, second, it
+
+
+@gluon.jit
+def one_sum(
+    sum, it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty,
+    ROWS: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
+):  # fmt: skip
+    """`sum` [ROWS, N] and the scaled products of COUNT stages of two K blocks, of which a pair has two scales each."""
+    S: gl.constexpr = gl.SliceLayout(0, M)
+    zero = gl.zeros([ROWS, N], gl.float32, M)
+    for _ in range(COUNT):
+        at = it % STAGES
+        mbarrier.wait(full.index(at), (it // STAGES) & 1)
+        fence_async_shared()
+        w_0, w_1 = w_bufs.index(2 * at), w_bufs.index(2 * at + 1)
+        x_0, x_1 = x_bufs.index(2 * at), x_bufs.index(2 * at + 1)
+        d_0 = warpgroup_mma(w_0.slice(0, 64, dim=1), x_0.slice(0, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        d_1 = warpgroup_mma(w_0.slice(64, 64, dim=1), x_0.slice(64, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        d_2 = warpgroup_mma(w_1.slice(0, 64, dim=1), x_1.slice(0, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        d_3 = warpgroup_mma(w_1.slice(64, 64, dim=1), x_1.slice(64, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        by_0 = w_s_bufs.index(2 * at).load(S)
+        by_1 = w_s_bufs.index(2 * at + 1).load(S)
+        s_0 = s_bufs.index(4 * at).load(S) * by_0
+        s_1 = s_bufs.index(4 * at + 1).load(S) * by_0
+        s_2 = s_bufs.index(4 * at + 2).load(S) * by_1
+        s_3 = s_bufs.index(4 * at + 3).load(S) * by_1
+        d_0, d_1, d_2, d_3 = warpgroup_mma_wait(0, deps=(d_0, d_1, d_2, d_3))
+        mbarrier.arrive(empty.index(at), count=1)
+        sum += d_0 * gl.expand_dims(s_0, 0) + d_1 * gl.expand_dims(s_1, 0)
+        sum += d_2 * gl.expand_dims(s_2, 0) + d_3 * gl.expand_dims(s_3, 0)
+        it += 1
+    return sum, it
+
+
+@gluon.jit
+def store_middle(
+    up, gate, weight, begin, end, block, middle, middle_scale,
+    INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr, M: gl.constexpr,
+):  # fmt: skip
+    BLOCKS: gl.constexpr = INTER // ROWS
+    OUT: gl.constexpr = gl.BlockedLayout([16, 1], [ROWS // 16, 512 // ROWS], [1, WARPS], [0, 1])
+    s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
+    c = gate / (1.0 + gl.exp(-gate)) * up
+    scale = gl.maximum(gl.max(gl.abs(c), 0), 1e-34) * (1.0 / 448.0)
+    codes = gl.convert_layout((c / gl.expand_dims(scale, 0)).to(gl.float8e4nv), OUT)
+    gl.store(middle_scale + s_pair * BLOCKS + block, scale * weight, mask=s_pair < end)
+    pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
+    column = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+    to = middle + gl.expand_dims(pair * INTER, 0) + gl.expand_dims(column, 1)
+    gl.store(to, codes, mask=gl.expand_dims(pair < end, 0))
+
+
+@gluon.jit
+def store_rows(sum, begin, end, column, rows, HIDDEN: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr):
+    """[ROWS, N] as bfloat16 to `rows` [pairs, H]: columns `column` ... of rows begin ... end - 1."""
+    OUT: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, WARPS], [0, 1])
+    pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
+    at = column + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
+    to = rows + gl.expand_dims(pair.to(gl.int64) * HIDDEN, 0) + gl.expand_dims(at, 1)
+    gl.store(to, gl.convert_layout(sum.to(gl.bfloat16), OUT), mask=gl.expand_dims(pair < end, 0))
+
+
+@gluon.jit
+def combine(
+    rows, out, token_pair, token_pairs, tokens,
+    HIDDEN: gl.constexpr, TOP_K: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """out[t] = the sum over a token's rows, in the order of their experts, in float32. A warp a token, RUN columns at a time."""
+    C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
+    T: gl.constexpr = gl.SliceLayout(1, C)
+    RUNS: gl.constexpr = (HIDDEN + RUN - 1) // RUN
+    parts = (tokens + WARPS - 1) // WARPS * RUNS
+    for part in range(gl.program_id(0), parts, gl.num_programs(0)):
+        token = part // RUNS * WARPS + gl.arange(0, WARPS, layout=T)
+        column = part % RUNS * RUN + gl.arange(0, RUN, layout=gl.SliceLayout(0, C))
+        there = gl.expand_dims(token < tokens, 1) & gl.expand_dims(column < HIDDEN, 0)
+        count = gl.load(token_pairs + token, mask=token < tokens, other=0)
+        sum = gl.zeros([WARPS, RUN], gl.float32, C)
+        for n in gl.static_range(TOP_K):
+            pair = gl.load(token_pair + token * TOP_K + n, mask=n < count, other=0)
+            at = rows + gl.expand_dims(pair.to(gl.int64) * HIDDEN, 1) + gl.expand_dims(column, 0)
+            mask = there & gl.expand_dims(n < count, 1)
+            sum += gl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(gl.float32)
+        to = out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + gl.expand_dims(column, 0)
+        gl.store(to, sum.to(gl.bfloat16), mask=there)
+
+
+@gluon.jit
+def consumer(
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, middle, middle_scale, rows, out, finished, written,
+    tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    DENSE: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` all units of GEMM2."""
+    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
+    IN: gl.constexpr = INTER // ROWS
+    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
+    PARTS: gl.constexpr = 128 // ROWS
+    X_BUFS: gl.constexpr = 2 if DENSE else 1
+    S_BUFS: gl.constexpr = X_BUFS * PARTS
+    tiles = gl.load(tile_count)
+    units_1 = tiles * IN
+    units = units_1 + (OUT if DENSE else tiles * OUT)
+    it = 0
+    n = 0
+    unit = hear(queue, told, heard, n, WARPS)
+    while unit < units_1:
+        tile, block = unit_at(unit, tile_group, IN)
+        begin = gl.load(tile_begin + tile)
+        end = gl.load(tile_end + tile)
+        s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
+        weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
+        up, gate, it = two_sums(
+            it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, HIDDEN // 128, 1, X_BUFS, S_BUFS, STAGES, M
+        )  # fmt: skip
+        store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, M)
+        barrier()
+        gl.atomic_add(finished + tile, 1, sem="release")
+        n += 1
+        unit = hear(queue, told, heard, n, WARPS)
+    while unit < units:
+        if DENSE:
+            sum = gl.zeros([ROWS, N], gl.float32, M)
+            for _ in range(tiles):
+                sum, it = one_sum(sum, it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, INTER // 256, STAGES, M)
+            store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS)
+        else:
+            tile, block = unit_at(unit - units_1, tile_group, OUT)
+            begin = gl.load(tile_begin + tile)
+            end = gl.load(tile_end + tile)
+            first, second, it = two_sums(
+                it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, INTER // 128, PARTS, X_BUFS, S_BUFS, STAGES, M
+            )  # fmt: skip
+            store_rows(first, begin, end, block * (2 * ROWS), rows, HIDDEN, ROWS, N, WARPS)
+            store_rows(second, begin, end, block * (2 * ROWS) + ROWS, rows, HIDDEN, ROWS, N, WARPS)
+            barrier()
+            gl.atomic_add(written, 1, sem="release")
+        n += 1
+        unit = hear(queue, told, heard, n, WARPS)
+    if not DENSE:
+        once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+        wait_until(written + once, once + tiles * OUT, once + 50, GENERIC)
+        barrier()
+        combine(rows, out, token_pair, token_pairs, tokens, HIDDEN, TOP_K, RUN, WARPS)

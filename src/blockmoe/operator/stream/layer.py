@@ -1,0 +1,96 @@
+"""The streaming kernel: both GEMMs and the output's last sum in one launch, and its roles one after the other."""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.extra.cuda import gdc_wait
+
+from blockmoe.geometry import BLOCK
+from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
+from blockmoe.operator.persistent import unit_queue
+from blockmoe.operator.plan import StreamTile
+from blockmoe.operator.stream.compute import consumer
+from blockmoe.operator.stream.load import pairs_producer, weights_producer
+from blockmoe.operator.workspace import Round
+
+WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+
+
+@gluon.jit
+def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr):
+    """Buffers of weights, pairs and both kinds of scales; barriers of full and of empty stages."""
+    CODES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    X_BUFS: gl.constexpr = 2 if DENSE else 1
+    w_bufs = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, 128], CODES)
+    x_bufs = gl.allocate_shared_memory(gl.float8e4nv, [X_BUFS * STAGES, N, 128], CODES)
+    s_bufs = gl.allocate_shared_memory(gl.float32, [X_BUFS * (128 // ROWS) * STAGES, N], VECTOR)
+    w_s_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], VECTOR)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1 + 32)
+        mbarrier.init(empty.index(i), count=1)
+    return w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty
+
+
+@gluon.jit(do_not_specialize=["tokens"])
+def stream_kernel(
+    w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+    pair_token, pair_weight, token_pair, token_pairs, ticket, finished, written, tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    BURST: gl.constexpr, DENSE: gl.constexpr, RUN: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The layer after routing.
+
+    GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[p, i / ROWS] its scale times the pair's routing weight. GEMM2: out[t, h]
+    in bfloat16; the sum over a token's pairs in float32, of products where DENSE, else of `rows` [pairs, H] in bfloat16.
+
+    Descriptors: w1 [L * 2 I, H], w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]. ticket, finished [tiles] and written begin at 0.
+    """
+    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = stage_buffers(ROWS, N, STAGES, DENSE)
+    queue, told, heard = unit_queue(2)
+    if PDL:
+        gdc_wait()
+    gl.warp_specialize(
+        [
+            (consumer, (
+                w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, middle, middle_scale, rows, out, finished, written,
+                tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
+                HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, RUN, WARPS,
+            )),
+            (weights_producer, (
+                w1, w2, w_bufs, full, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group,
+                HIDDEN, INTER, ROWS, STAGES, BURST, DENSE,
+            )),
+            (pairs_producer, (
+                x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
+                tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
+                HIDDEN, INTER, ROWS, N, STAGES, DENSE,
+            )),
+        ],
+        [1, 1],
+        [REGISTERS, REGISTERS],
+    )  # fmt: skip
+
+
+def weight_boxes(w: Slot, rows: int, columns: int, tile: StreamTile) -> Descriptor:
+    return descriptor(w, (rows, columns), (tile.rows, BLOCK), WEIGHT_LAYOUT, tile.promotion)
+
+
+def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
+    """Both GEMMs, SwiGLU and the output's last sum."""
+    g, tile, b = round.geometry, round.plan.gate_up, round.memory
+    first = weight_boxes(w1, g.num_local_experts * 2 * g.intermediate_size, g.hidden_size, tile)
+    second = weight_boxes(w2, g.num_local_experts * g.hidden_size, g.intermediate_size, tile)
+    lists = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
+    lists = tuple(b[n] for n in (*lists, "ticket", "finished", "written"))
+    rows = out if tile.dense else b["rows"]
+    arguments = (first, second, x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], rows, out, *lists, round.sizes.tokens)
+    burst = tile.burst if g.hidden_blocks % tile.burst == 0 == g.intermediate_size // BLOCK % tile.burst else 1
+    registers = 80 if tile.block_n == 64 else 56
+    run = 1024 if tile.block_n == 64 else 512
+    constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, burst, tile.dense, run, registers)
+    return [round.launch(stream_kernel, round.sm_count, arguments, (*constants, tile.num_warps, round.plan.pdl), tile.num_warps)]
