@@ -120,17 +120,16 @@ class StreamTile:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory; GEMM1 sorts hidden states into a `ring` of tiles; programs in
-    clusters of `cluster`, 1 or 2, which share an operand by multicast."""
+    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory; programs in clusters of `cluster`, 1 or 2, which share weights
+    by multicast."""
 
     stages: int
-    ring: int
     cluster: int = 1
     block_i = block_n = BLOCK
     dense = False
 
     def __str__(self) -> str:
-        return f"128x256 {self.stages}s ring {self.ring}{f' cluster {self.cluster}' if self.cluster > 1 else ''}"
+        return f"128x256 {self.stages}s{f' cluster {self.cluster}' if self.cluster > 1 else ''}"
 
 
 WIDE = (GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8))  # T = 14107, stages: (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
@@ -177,7 +176,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
         return _dense(geometry, tokens, route, sm_count, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
     if rows >= PREFILL_ROWS and capability == 90 and geometry.hidden_size % (2 * BLOCK) == 0:
-        return Plan("prefill", route, PrefillTile(3, 128, 2), pdl=pdl)
+        return Plan("prefill", route, PrefillTile(3, 2), pdl=pdl)
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
     if capability == 90:

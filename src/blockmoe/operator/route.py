@@ -216,11 +216,15 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
 def choose_kernel(
-    logits, bias, token_weight, chunk_count, tokens, offset, factor, rounds, chunk_tokens,
+    logits, bias, token_weight, chunk_count, out, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
-    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, ZEROS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """token_weight [T, LOCAL] (0: not chosen) and each local expert's pairs in this program's chunk: chunk_count [chunks, LOCAL]."""
+    """token_weight [T, LOCAL] (0: not chosen) and each local expert's pairs in this program's chunk: chunk_count [chunks, LOCAL].
+
+    ZEROS, if not 0: the hidden size; out [T, ZEROS] is set to zero where a token has no pair.
+    """
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     cell = tl.arange(0, CELLS)
@@ -234,6 +238,13 @@ def choose_kernel(
         at = token_weight + token[:, None] * LOCAL + cell[None, :]
         tl.store(at, weight, mask=(token < tokens)[:, None] & (cell < LOCAL)[None, :])
         count += (weight != 0.0).to(tl.int32)
+        if ZEROS > 0:
+            none = (tl.sum((weight != 0.0).to(tl.int32), 1) == 0) & (token < tokens)
+            column = tl.arange(0, 512)
+            to = out + token[:, None] * ZEROS + column[None, :]
+            for c in tl.range(0, ZEROS, 512, loop_unroll_factor=1):
+                inside = none[:, None] & (c + column < ZEROS)[None, :]
+                tl.store(to + c, tl.zeros((BLOCK_T, 512), out.dtype.element_ty), mask=inside, cache_modifier=".cs")
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
@@ -279,8 +290,12 @@ def warp_lanes(g: MoEGeometry, logits: Slot, bias: Slot) -> int:
     return max(group, min(32 * width, power_of_two_at_least(g.num_experts)))
 
 
-def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
-    """One launch or two, as the plan says. `bias` may be anything where routing is renormalize."""
+def route(logits: Slot, bias: Slot, out: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
+    """One launch or two, as the plan says. `bias` may be anything where routing is renormalize.
+
+    For prefill the rows of `out` of tokens without a pair are set to zero on the way: nothing of it is read here, and memory is idle. In
+    the GEMMs, spread over all tiles or not, the same stores cost 30 to 90 us at T = 14107 (docs/kernel-log.md).
+    """
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile, block_n, local = plan.route, plan.gate_up.block_n, g.num_local_experts
     deepseek, cells = g.routing == "deepseek_v3", max(32, power_of_two_at_least(local))
@@ -298,8 +313,9 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"])
-    arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
-    choose = round.launch(choose_kernel, sizes.chunks, arguments, (*choosing, plan.pdl), tile.num_warps)
+    arguments = (logits, bias, *weights, out, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
+    zeros = g.hidden_size if plan.path == "prefill" else 0
+    choose = round.launch(choose_kernel, sizes.chunks, arguments, (*choosing, zeros, plan.pdl), tile.num_warps)
     arguments = (*weights, *lists, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
     counts, aligned = max(1, min(64, 2048 // cells)), plan.path == "prefill"
     constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, aligned, plan.pdl)

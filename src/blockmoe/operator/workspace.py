@@ -59,7 +59,7 @@ def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
     if plan.path == "stream":
         return {"ticket": 1, "written": 1, "finished": bound.tiles}
     if plan.path == "prefill":
-        return {"prepared": 1, "ready": MOST_PROGRAMS, "copied": bound.tiles, "used": bound.tiles, "finished": bound.tiles}
+        return {"prepared": 1, "ready": MOST_PROGRAMS, "finished": bound.tiles}
     return {}
 
 
@@ -85,12 +85,9 @@ def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tu
     }
     fields |= {name: (count, torch.int32) for name, count in counters(bound, plan).items()}
     if plan.path == "prefill":
-        ring, hidden = plan.gate_up.ring * BLOCK, geometry.hidden_size
         fields |= {
-            "ring": (ring * hidden, torch.float8_e4m3fn),
-            "ring_scale": (ring * hidden // BLOCK, torch.float32),
             "before": (bound.rows, torch.int32),
-            "added": ((bound.tiles + 1) * hidden // (2 * BLOCK), torch.int32),
+            "added": ((bound.tiles + 1) * geometry.hidden_size // (2 * BLOCK), torch.int32),
         }
     elif not plan.dense:
         fields["rows"] = (bound.rows * bound.blocks * BLOCK, torch.bfloat16)

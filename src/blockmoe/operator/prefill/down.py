@@ -143,7 +143,7 @@ def down_consumer(
         if begin < gl.load(tile_end + tile):
             scale = w_scale + (gl.load(tile_expert + tile) * (2 * COLUMNS) + 2 * column) * BLOCKS
             left, right, step = multiply(
-                GROUP, x_buffers, w_buffers, s_buffers, full, empty, step, scale, scale + BLOCKS, BLOCKS, STAGES, CLUSTER
+                GROUP, x_buffers, w_buffers, s_buffers, full, empty, step, scale, scale + BLOCKS, BLOCKS, STAGES, CLUSTER, False
             )
             mbarrier.wait(taken.index(GROUP), (tiles & 1) ^ 1)
             done_buffers.index(2 * GROUP).store(left.to(gl.bfloat16))

@@ -10,8 +10,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Launch, Slot, descriptor
 from blockmoe.operator.prefill.down import add_rows, down_consumer, prepare_adding
-from blockmoe.operator.prefill.gate_up import copy_rows, gate_up_consumer, write_zeros
-from blockmoe.operator.prefill.parts import CODES, ROWS, K, drain, load_scales, load_tiles, meet, stage_buffers
+from blockmoe.operator.prefill.gate_up import gate_up_consumer, gather
+from blockmoe.operator.prefill.parts import CODES, ROWS, K, drain, load_down, load_gate_up, load_scales, meet, stage_buffers, stages_of
 from blockmoe.operator.workspace import Round
 
 REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warps beside; more for the consumers spill (ptxas 12.9)
@@ -20,7 +20,7 @@ REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warp
 @gluon.jit
 def consume(
     GROUP: gl.constexpr, middle, out, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w1_scale, w2_scale,
-    pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, used, finished, tile_count, tile_expert, tile_group,
+    pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count, tile_expert, tile_group,
     tile_begin, tile_end, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def consume(
         prepare_adding(token_pair, token_pairs, before, added, prepared, tile_count, tokens, TOP_K, HIDDEN // (2 * K))
     codes = done_buffers._reinterpret(gl.float8e4nv, [8, ROWS, K], CODES)
     step = gate_up_consumer(
-        GROUP, middle, codes, x_buffers, w_buffers, s_buffers, full, empty, w1_scale, pair_weight, middle_scale, used, finished,
+        GROUP, middle, codes, x_buffers, w_buffers, s_buffers, full, empty, w1_scale, pair_weight, middle_scale, finished,
         tile_count, tile_expert, tile_group, tile_begin, tile_end, pitch, HIDDEN, INTER, STAGES, CLUSTER,
     )  # fmt: skip
     down_consumer(
@@ -40,15 +40,15 @@ def consume(
 
 @gluon.jit
 def carry(
-    x, x_scale, ring_rows, ring_scale, out, done_buffers, done, taken, pair_token, token_pairs, before, added, prepared, copied, used,
+    x, x_scale, out, x_buffers, s_buffers, full, empty, done_buffers, done, taken, pair_token, before, added, prepared,
     tile_count, tile_group, tile_begin, tile_end, tokens,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, RING: gl.constexpr, CLUSTER: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: hidden states to the ring, zeros and finished rows to the output."""
-    copy_rows(
-        x, x_scale, ring_rows, ring_scale, pair_token, copied, used, tile_count, tile_begin, tile_end, tokens, HIDDEN, INTER // K, RING
-    )
-    write_zeros(out, token_pairs, used, tile_count, tokens, HIDDEN)
+    """Four warps: hidden states to the stages of GEMM1, then finished rows of GEMM2 to the output."""
+    gather(
+        x, x_scale, x_buffers, s_buffers, full, empty, pair_token, tile_count, tile_group, tile_begin, tile_end, tokens,
+        HIDDEN, INTER, STAGES, CLUSTER,
+    )  # fmt: skip
     add_rows(
         out, done_buffers, done, taken, pair_token, before, added, prepared, tile_count, tile_group, tile_begin, tile_end, HIDDEN, CLUSTER
     )
@@ -56,61 +56,58 @@ def carry(
 
 @gluon.jit
 def load(
-    ring, w1, middle, w2, x_buffers, w_buffers, full, empty, copied, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CLUSTER: gl.constexpr,
+    w1, middle, w2, x_buffers, w_buffers, full, empty, second, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp: the tiles of both GEMMs."""
-    IN: gl.constexpr = INTER // K
-    step = load_tiles(
-        ring, w1, x_buffers, w_buffers, full, empty, gl.to_tensor(0), copied, IN, tile_count, tile_expert, tile_group, tile_begin, tile_end,
-        2 * INTER, INTER, K, IN, HIDDEN // K, STAGES, RING, CLUSTER,
-    )  # fmt: skip
-    step = load_tiles(
-        middle, w2, x_buffers, w_buffers, full, empty, step, finished, 2 * IN, tile_count, tile_expert, tile_group, tile_begin, tile_end,
-        HIDDEN, K, 2 * K, HIDDEN // (2 * K), IN, STAGES, 0, CLUSTER,
+    """One warp: what TMA loads. Each of a tile's units of GEMM1 counts twice in `finished`, once a consumer. `second`: no stage of GEMM1 is
+    left to be filled."""
+    step = load_gate_up(w1, w_buffers, full, empty, tile_count, tile_expert, tile_group, HIDDEN, INTER, STAGES, CLUSTER)
+    mbarrier.arrive(second.index(0), count=1)
+    step = load_down(
+        middle, w2, x_buffers, w_buffers, full, empty, step, finished, 2 * (INTER // K), tile_count, tile_expert, tile_group, tile_begin,
+        tile_end, HIDDEN, INTER, STAGES, CLUSTER,
     )  # fmt: skip
     drain(empty, step, STAGES)
 
 
 @gluon.jit
-def load_all_scales(
-    ring_scale, middle_scale, s_buffers, full, empty, copied, finished, tile_count, tile_group, tile_begin, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CLUSTER: gl.constexpr,
+def load_middle_scales(
+    middle_scale, s_buffers, full, empty, second, finished, tile_count, tile_group, tile_begin, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp: the pairs' scales of both GEMMs."""
+    """One warp, for GEMM2. It takes no part in GEMM1, so it must not look at stages before all of that one's are under way."""
     IN: gl.constexpr = INTER // K
-    step = load_scales(
-        ring_scale, s_buffers, full, empty, gl.to_tensor(0), copied, IN, tile_count, tile_group, tile_begin, RING * 2 * ROWS,
-        IN, HIDDEN // K, STAGES, RING, CLUSTER,
-    )  # fmt: skip
+    mbarrier.wait(second.index(0), 0)
+    step = stages_of(tile_count, IN, HIDDEN // K, CLUSTER)
     load_scales(
         middle_scale, s_buffers, full, empty, step, finished, 2 * IN, tile_count, tile_group, tile_begin, pitch,
-        HIDDEN // (2 * K), IN, STAGES, 0, CLUSTER,
+        HIDDEN // (2 * K), IN, STAGES, CLUSTER,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["tokens", "pitch"])
 def prefill_kernel(
-    ring, w1, middle, middle_boxes, w2, x, x_scale, ring_rows, ring_scale, w1_scale, w2_scale, out, middle_scale, pair_token, pair_weight,
-    token_pair, token_pairs, before, added, ready, prepared, copied, used, finished, tile_count, tile_expert, tile_group, tile_begin,
-    tile_end, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CLUSTER: gl.constexpr,
+    w1, middle, middle_boxes, w2, x, x_scale, w1_scale, w2_scale, out, middle_scale, pair_token, pair_weight, token_pair, token_pairs,
+    before, added, ready, prepared, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
     CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr,
 ):  # fmt: skip
-    """The layer after routing.
+    """The layer after routing, which has set the rows of tokens without a pair to zero.
 
     GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[i / 128, p] its scale times the pair's routing weight. GEMM2: out[t, h]
     in bfloat16, the sum over the token's pairs, in the order of their experts, rounded after each.
 
-    Descriptors: ring [RING * 128, H] over ring_rows, w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I].
-    x [T, H]; x_scale [H / 128, T]; ring_scale [H / 128, RING * 128]; out [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch
-    being the most rows that tiles can have. ready [programs], prepared, copied, used and finished [tiles] begin at 0.
+    Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]; out
+    [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that tiles can have. ready [programs], prepared and
+    finished [tiles] begin at 0.
     """
     x_buffers, w_buffers, s_buffers, full, empty = stage_buffers(STAGES, CLUSTER)
     codes = gl.allocate_shared_memory(gl.float8e4nv, [8, ROWS, K], CODES)
     done_buffers = codes._reinterpret(gl.bfloat16, [4, ROWS, K], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    second = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(second.index(0), count=1)
     for i in gl.static_range(2):
         mbarrier.init(done.index(i), count=1)
         mbarrier.init(taken.index(i), count=1)
@@ -119,25 +116,24 @@ def prefill_kernel(
         [
             (consume, (
                 0, middle, out, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w1_scale, w2_scale, pair_weight,
-                middle_scale, token_pair, token_pairs, before, added, prepared, used, finished, tile_count, tile_expert, tile_group,
+                middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count, tile_expert, tile_group,
                 tile_begin, tile_end, tokens, pitch, HIDDEN, INTER, TOP_K, STAGES, CLUSTER,
             )),
             (consume, (
                 1, middle, out, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w1_scale, w2_scale, pair_weight,
-                middle_scale, token_pair, token_pairs, before, added, prepared, used, finished, tile_count, tile_expert, tile_group,
+                middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count, tile_expert, tile_group,
                 tile_begin, tile_end, tokens, pitch, HIDDEN, INTER, TOP_K, STAGES, CLUSTER,
             )),
             (carry, (
-                x, x_scale, ring_rows, ring_scale, out, done_buffers, done, taken, pair_token, token_pairs, before, added, prepared,
-                copied, used, tile_count, tile_group, tile_begin, tile_end, tokens, HIDDEN, INTER, RING, CLUSTER,
+                x, x_scale, out, x_buffers, s_buffers, full, empty, done_buffers, done, taken, pair_token, before, added, prepared,
+                tile_count, tile_group, tile_begin, tile_end, tokens, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (load, (
-                ring, w1, middle_boxes, w2, x_buffers, w_buffers, full, empty, copied, finished, tile_count, tile_expert, tile_group,
-                tile_begin, tile_end, HIDDEN, INTER, STAGES, RING, CLUSTER,
+                w1, middle_boxes, w2, x_buffers, w_buffers, full, empty, second, finished, tile_count, tile_expert, tile_group,
+                tile_begin, tile_end, HIDDEN, INTER, STAGES, CLUSTER,
             )),
-            (load_all_scales, (
-                ring_scale, middle_scale, s_buffers, full, empty, copied, finished, tile_count, tile_group, tile_begin, pitch,
-                HIDDEN, INTER, STAGES, RING, CLUSTER,
+            (load_middle_scales, (
+                middle_scale, s_buffers, full, empty, second, finished, tile_count, tile_group, tile_begin, pitch, HIDDEN, INTER, STAGES, CLUSTER,
             )),
         ],
         [4, 4, 1, 1],
@@ -148,19 +144,16 @@ def prefill_kernel(
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
     g, tile, b = round.geometry, round.plan.gate_up, round.memory
-    boxes = (64 // tile.cluster, BLOCK)
-    ring = descriptor(b["ring"], (tile.ring * BLOCK, g.hidden_size), boxes, CODES.value)
     weights = descriptor(w1, (g.num_local_experts * 2 * g.intermediate_size, g.hidden_size), (BLOCK, BLOCK), CODES.value)
     middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64, BLOCK), CODES.value)
-    middle_boxes = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), boxes, CODES.value)
+    boxes = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64 // tile.cluster, BLOCK), CODES.value)
     others = descriptor(w2, (g.num_local_experts * g.hidden_size, g.intermediate_size), (BLOCK, BLOCK), CODES.value)
-    lists = tuple(b[n] for n in ("pair_token", "pair_weight", "token_pair", "token_pairs", "before", "added"))
-    lists += tuple(b[n] for n in ("ready", "prepared", "copied", "used", "finished"))
-    lists += tuple(b[n] for n in ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end"))
+    lists = ("pair_token", "pair_weight", "token_pair", "token_pairs", "before", "added", "ready", "prepared", "finished")
+    lists = tuple(b[n] for n in (*lists, "tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end"))
     arguments = (
-        ring, weights, middle, middle_boxes, others, x, x_scale, b["ring"], b["ring_scale"], w1_scale, w2_scale,
-        Slot(out.tensor, torch.int64), b["middle_scale"], *lists, round.sizes.tokens, round.sizes.rows,
+        weights, middle, boxes, others, x, x_scale, w1_scale, w2_scale, Slot(out.tensor, torch.int64), b["middle_scale"], *lists,
+        round.sizes.tokens, round.sizes.rows,
     )  # fmt: skip
-    shape = (g.hidden_size, g.intermediate_size, g.top_k, tile.stages, tile.ring, tile.cluster)
+    shape = (g.hidden_size, g.intermediate_size, g.top_k, tile.stages, tile.cluster)
     programs = round.sm_count // tile.cluster * tile.cluster
     return [round.launch(prefill_kernel, programs, arguments, (*shape, *REGISTERS), 4, cooperative=True, cluster=tile.cluster)]

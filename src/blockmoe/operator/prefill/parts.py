@@ -1,14 +1,16 @@
 """What both GEMMs of the prefill engine are made of: their units, stages in shared memory, who fills them, and who multiplies.
 
-  load_tiles    one warp: the TMA loads of stages of one K block (128 columns)
-  load_scales   one warp: the pairs' scales to shared memory
+  load_tiles    one warp: the TMA loads of stages of one K block (128 columns): weights; in GEMM2 pairs too
+  load_scales   GEMM2, one warp: the pairs' scales
+  gather        GEMM1, four warps: the pairs' hidden states by token, and their scales (`gate_up.py`)
   multiply      two consumers, four warps each: 64 pairs by 2 x 128 weight rows in registers. A K block's product goes to
                 registers of its own and is added to the sum times both scales. Where a tile has at most 64 pairs, the second
                 consumer takes no part (`skip`)
 
-Two programs are a cluster (CLUSTER 2; 1: none). Their tiles share an operand, which each loads one half of, for both by multicast:
-the weights, where they have two tiles of one expert and the same columns; where an expert has a single tile (left), its pairs, and
-neighbouring columns. `full` takes an arrival of each loading warp (and TMA's bytes), `empty` one of each consumer of the cluster.
+Two programs are a cluster (CLUSTER 2; 1: none). They have two tiles of one expert and the same columns, and each loads one half of the
+weights, for both by multicast; or, where an expert has a single tile (left), that tile and neighbouring columns: they share its pairs, in
+GEMM2 by multicast. `full` takes an arrival of the loading warp (and TMA's bytes) and PAIRS for the pairs or their scales: one a thread
+that gathers, or all at once. `empty` takes one of each consumer of the cluster.
 
 Every tile begins at a multiple of 128 pairs, so that whole tiles can be stored: rows past an expert's end are rubbish that nobody
 reads.
@@ -18,13 +20,14 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from blockmoe.operator.persistent import BOTH, MULTICAST, barrier, say, wait_until
+from blockmoe.operator.persistent import BOTH, GENERIC, MULTICAST, barrier, say, wait_until
 
 K = gl.constexpr(128)  # columns a stage, and a scale
 ROWS = gl.constexpr(64)  # pairs of a consumer
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
+PAIRS = gl.constexpr(128)
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 
 
@@ -37,7 +40,7 @@ def stage_buffers(STAGES: gl.constexpr, CLUSTER: gl.constexpr):
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(full.index(i), count=1 + PAIRS)
         mbarrier.init(empty.index(i), count=2 * CLUSTER)
     return x_buffers, w_buffers, s_buffers, full, empty
 
@@ -93,76 +96,88 @@ def acquire(empty, full, step, rows, STAGES: gl.constexpr):
     mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
     if rows > ROWS:
         mbarrier.expect(full.index(stage), 2 * ROWS * K + 2 * K * K)
-    else:
+    elif rows > 0:
         mbarrier.expect(full.index(stage), ROWS * K + 2 * K * K)
+    else:
+        mbarrier.expect(full.index(stage), 2 * K * K)
     return stage, full.index(stage)
 
 
 @gluon.jit
-def load_tile(
-    x, w, x_buffers, w_buffers, full, empty, step, begin, rows, first, paired,
-    OTHER_ROWS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
-):  # fmt: skip
-    """All stages of a unit: pairs' rows begin ... of x, and 128 weight rows each from `first` and from `first` + OTHER_ROWS."""
-    if CLUSTER == 1:
-        for k in range(BLOCKS):
-            stage, bar = acquire(empty, full, step, rows, STAGES)
-            tma.async_copy_global_to_shared(x, [begin, k * K], bar, x_buffers.index(2 * stage))
-            if rows > ROWS:
-                tma.async_copy_global_to_shared(x, [begin + ROWS, k * K], bar, x_buffers.index(2 * stage + 1))
-            tma.async_copy_global_to_shared(w, [first, k * K], bar, w_buffers.index(2 * stage))
-            tma.async_copy_global_to_shared(w, [first + OTHER_ROWS, k * K], bar, w_buffers.index(2 * stage + 1))
-            step += 1
-    else:
-        HALF: gl.constexpr = ROWS // 2
-        halves = x_buffers._reinterpret(gl.float8e4nv, [4 * STAGES, HALF, K], CODES)
+def load_weights(w, w_buffers, bar, stage, first, k, paired, OTHER_ROWS: gl.constexpr):
+    """128 weight rows each from `first` and from `first` + OTHER_ROWS; of a paired unit one of both, for both programs."""
+    if paired:
         rank = gl.program_id(0) % 2
-        if paired:
-            for k in range(BLOCKS):
-                stage, bar = acquire(empty, full, step, rows, STAGES)
-                for i in gl.static_range(2):
-                    tma.async_copy_global_to_shared(x, [begin + i * HALF, k * K], bar, halves.index(4 * stage + i))
-                if rows > ROWS:
-                    for i in gl.static_range(2, 4):
-                        tma.async_copy_global_to_shared(x, [begin + i * HALF, k * K], bar, halves.index(4 * stage + i))
-                say(MULTICAST)
-                tma.async_copy_global_to_shared(w, [first + rank * OTHER_ROWS, k * K], bar, w_buffers.index(2 * stage + rank))
-                step += 1
-        else:
-            for k in range(BLOCKS):
-                stage, bar = acquire(empty, full, step, rows, STAGES)
-                say(MULTICAST)
-                tma.async_copy_global_to_shared(x, [begin + rank * HALF, k * K], bar, halves.index(4 * stage + rank))
-                if rows > ROWS:
-                    say(MULTICAST)
-                    tma.async_copy_global_to_shared(x, [begin + ROWS + rank * HALF, k * K], bar, halves.index(4 * stage + 2 + rank))
-                tma.async_copy_global_to_shared(w, [first, k * K], bar, w_buffers.index(2 * stage))
-                tma.async_copy_global_to_shared(w, [first + OTHER_ROWS, k * K], bar, w_buffers.index(2 * stage + 1))
-                step += 1
+        say(MULTICAST)
+        tma.async_copy_global_to_shared(w, [first + rank * OTHER_ROWS, k * K], bar, w_buffers.index(2 * stage + rank))
+    else:
+        tma.async_copy_global_to_shared(w, [first, k * K], bar, w_buffers.index(2 * stage))
+        tma.async_copy_global_to_shared(w, [first + OTHER_ROWS, k * K], bar, w_buffers.index(2 * stage + 1))
+
+
+@gluon.jit
+def load_rows(x, x_buffers, bar, stage, begin, rows, k, paired, STAGES: gl.constexpr, CLUSTER: gl.constexpr):
+    """64 or 128 pairs' rows from `begin` on; of a unit that is not paired half of them, for both programs of a cluster."""
+    BOX: gl.constexpr = ROWS // CLUSTER
+    boxes = x_buffers._reinterpret(gl.float8e4nv, [2 * CLUSTER * STAGES, BOX, K], CODES)
+    at = 2 * CLUSTER * stage
+    if CLUSTER == 1:
+        tma.async_copy_global_to_shared(x, [begin, k * K], bar, boxes.index(at))
+        if rows > ROWS:
+            tma.async_copy_global_to_shared(x, [begin + ROWS, k * K], bar, boxes.index(at + 1))
+    elif paired:
+        for i in gl.static_range(2):
+            tma.async_copy_global_to_shared(x, [begin + i * BOX, k * K], bar, boxes.index(at + i))
+        if rows > ROWS:
+            for i in gl.static_range(2, 4):
+                tma.async_copy_global_to_shared(x, [begin + i * BOX, k * K], bar, boxes.index(at + i))
+    else:
+        rank = gl.program_id(0) % 2
+        say(MULTICAST)
+        tma.async_copy_global_to_shared(x, [begin + rank * BOX, k * K], bar, boxes.index(at + rank))
+        if rows > ROWS:
+            say(MULTICAST)
+            tma.async_copy_global_to_shared(x, [begin + ROWS + rank * BOX, k * K], bar, boxes.index(at + 2 + rank))
+
+
+@gluon.jit
+def load_gate_up(
+    w, w_buffers, full, empty, tile_count, tile_expert, tile_group,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+):  # fmt: skip
+    """One warp: the weights of GEMM1, up rows and gate rows. Returns how many stages it filled."""
+    step = gl.to_tensor(0)
+    first_unit, stride, units = my_units(tile_count, INTER // K, CLUSTER)
+    for unit in range(first_unit, units, stride):
+        tile, column, paired = unit_at(unit, tile_group, INTER // K, CLUSTER)
+        first = gl.load(tile_expert + tile) * (2 * INTER) + column * K
+        for k in range(HIDDEN // K):
+            stage, bar = acquire(empty, full, step, 0, STAGES)
+            load_weights(w, w_buffers, bar, stage, first, k, paired, INTER)
+            step += 1
     return step
 
 
 @gluon.jit
-def load_tiles(
-    x, w, x_buffers, w_buffers, full, empty, step, ready_tiles, enough, tile_count, tile_expert, tile_group, tile_begin, tile_end,
-    EXPERT_ROWS: gl.constexpr, OTHER_ROWS: gl.constexpr, STEP: gl.constexpr, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr,
-    STAGES: gl.constexpr, RING: gl.constexpr, CLUSTER: gl.constexpr,
+def load_down(
+    middle, w, x_buffers, w_buffers, full, empty, step, finished, enough, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Every unit of this program. Column tile j takes weight rows STEP * j and STEP * j + OTHER_ROWS, 128 of each.
-
-    x holds the pairs' rows, sorted: all of them (RING 0), or RING tiles in turn. A tile's are there when `ready_tiles` counts `enough`.
-    """
+    """One warp: weights and pairs of GEMM2. A tile's pairs are there when `finished` counts `enough`."""
+    COLUMNS: gl.constexpr = HIDDEN // (2 * K)
     zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
     for unit in range(first_unit, units, stride):
         tile, column, paired = unit_at(unit, tile_group, COLUMNS, CLUSTER)
-        first = gl.load(tile_expert + tile) * EXPERT_ROWS + column * STEP
+        first = gl.load(tile_expert + tile) * HIDDEN + column * (2 * K)
         begin = gl.load(tile_begin + tile)
         rows = gl.load(tile_end + tile) - begin
-        if RING > 0:
-            begin = (tile % RING) * (2 * ROWS)
-        wait_until(ready_tiles + tile + zeros, zeros + enough, zeros + 100)
-        step = load_tile(x, w, x_buffers, w_buffers, full, empty, step, begin, rows, first, paired, OTHER_ROWS, BLOCKS, STAGES, CLUSTER)
+        wait_until(finished + tile + zeros, zeros + enough, zeros + 100)
+        for k in range(INTER // K):
+            stage, bar = acquire(empty, full, step, rows, STAGES)
+            load_rows(middle, x_buffers, bar, stage, begin, rows, k, paired, STAGES, CLUSTER)
+            load_weights(w, w_buffers, bar, stage, first, k, paired, K)
+            step += 1
     return step
 
 
@@ -175,23 +190,17 @@ def drain(empty, step, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_scales(
-    scale, s_buffers, full, empty, step, ready_tiles, enough, tile_count, tile_group, tile_begin, pitch,
-    COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, RING: gl.constexpr, CLUSTER: gl.constexpr,
+    scale, s_buffers, full, empty, step, finished, enough, tile_count, tile_group, tile_begin, pitch,
+    COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp: `scale` [BLOCKS, pitch] of the pairs as they are sorted; of a ring as in `load_tiles`.
-
-    A load runs a stage ahead. Gathered by token instead, 128 scales a stage took longer than the stage's products.
-    """
+    """One warp: `scale` [BLOCKS, pitch] of the pairs as they are sorted. A load runs a stage ahead."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
     for unit in range(first_unit, units, stride):
         tile, _, _ = unit_at(unit, tile_group, COLUMNS, CLUSTER)
-        if RING > 0:
-            begin = (tile % RING) * (2 * ROWS)
-        else:
-            begin = gl.load(tile_begin + tile)
-        wait_until(ready_tiles + tile + zeros, zeros + enough, zeros + 100)
+        begin = gl.load(tile_begin + tile)
+        wait_until(finished + tile + zeros, zeros + enough, zeros + 100, GENERIC)
         at = scale + begin + gl.arange(0, ROWS, layout=LAYOUT)
         s_a = gl.load(at, cache_modifier=".cg")
         s_b = gl.load(at + ROWS, cache_modifier=".cg")
@@ -203,11 +212,17 @@ def load_scales(
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             s_buffers.index(2 * stage).store(s_a)
             s_buffers.index(2 * stage + 1).store(s_b)
-            mbarrier.arrive(full.index(stage), count=1)
+            mbarrier.arrive(full.index(stage), count=PAIRS)
             s_a = next_a
             s_b = next_b
             step += 1
-    return step
+
+
+@gluon.jit
+def stages_of(tile_count, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, CLUSTER: gl.constexpr):
+    """How many stages this program's units of a GEMM fill."""
+    first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
+    return gl.maximum(units - first_unit + stride - 1, 0) // stride * BLOCKS
 
 
 @gluon.jit
@@ -221,19 +236,21 @@ def free(empty, stage, CLUSTER: gl.constexpr):
 @gluon.jit
 def multiply(
     GROUP: gl.constexpr, x_buffers, w_buffers, s_buffers, full, empty, step, scale_0, scale_1,
-    BLOCKS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, GATHERED: gl.constexpr,
 ):  # fmt: skip
     """Both sums [64, 128] of a consumer's half of a tile, and the next step; scale_0 and scale_1: where the weight blocks' scales begin.
 
-    The wait for the next stage lies behind the second product, whose time hides it.
+    GATHERED: the pairs came by cp.async, which wgmma sees behind a fence.
     """
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
     zero = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_0 = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_1 = gl.zeros([ROWS, K], gl.float32, SUMS)
-    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
     for k in range(BLOCKS):
         stage = step % STAGES
+        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        if GATHERED:
+            fence_async_shared()
         rows = x_buffers.index(2 * stage + GROUP)
         product = warpgroup_mma(rows, w_buffers.index(2 * stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = s_buffers.index(2 * stage + GROUP).load(BY_ROW)
@@ -244,11 +261,10 @@ def multiply(
         # nothing is outstanding: this only keeps ptxas from issuing the next product early, which costs 60 registers
         sum_0 = warpgroup_mma_wait(0, deps=(sum_0,))
         product = warpgroup_mma(rows, w_buffers.index(2 * stage + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
-        step += 1
-        mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=k + 1 < BLOCKS)
         product = warpgroup_mma_wait(0, deps=(product,))
         free(empty, stage, CLUSTER)
         sum_1 += product * gl.expand_dims(by_1, 1)
+        step += 1
     return sum_0, sum_1, step
 
 
