@@ -1,13 +1,14 @@
 """Plans for large T beside each other on a GPU: python scripts/gpu_prefill.py [--tokens 14107,11948,4096,2048] [--rounds 14]
 
 Stages in their real order (so that what waits for the stage before does wait), and the whole call; cold L2 before each. The
-plans take turns, round by round: under its power limit the GPU's clocks drift by more than two plans differ. Medians of event
+plans take turns at random, round by round: under its power limit the GPU's clocks drift by more than two plans differ. Medians of event
 times without the first two rounds. JSONL goes to $OUT (default results/tmp); the table is printed last.
 """
 
 from __future__ import annotations
 
 import argparse
+import random
 import statistics
 
 import gpu_operator as operator
@@ -19,19 +20,15 @@ from blockmoe.operator.pipeline import stages
 from blockmoe.operator.plan import Plan, PrefillTile, StreamTile, choose_plan
 from blockmoe.operator.workspace import layout
 
-STREAM = StreamTile(128, 64, 4, 2, 256)
-
 
 def variants(tokens: int) -> dict[str, Plan]:
     base = choose_plan(HEADLINE, tokens)
-
-    def prefill(stages: int, ring: int) -> Plan:
-        return Plan("prefill", base.route, PrefillTile(stages, ring), PrefillTile(3))
-
-    found = {"default": base, "ring 32": prefill(4, 32), "ring 64": prefill(4, 64), "ring 128": prefill(4, 128)}
-    found["3 stages, ring 64"] = prefill(3, 64)
+    found = {"default": base}
+    for cluster in (1, 2):
+        found[f"clusters of {cluster}"] = Plan("prefill", base.route, PrefillTile(4, cluster))
     if tokens <= 5000:
-        found["stream"] = Plan("stream", base.route, STREAM, STREAM)
+        for depth in (4, 5):
+            found[f"stream {depth}s"] = Plan("stream", base.route, StreamTile(128, 64, depth, 2 if depth == 4 else 1))
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 
 
@@ -46,10 +43,7 @@ class Variant:
         self.addresses = [t.data_ptr() for t in self.tensors]
         sm_count = torch.cuda.get_device_properties(0).multi_processor_count
         found = stages(HEADLINE, tokens, plan, offset, 2.5, sm_count=sm_count)
-        last = [*found["down"]] if not found["combine"] else [x for pair in zip(found["down"], found["combine"], strict=True) for x in pair]
-        names = ["down", "combine"] if found["combine"] else ["down"]
-        order = [("route", found["route"]), ("gate_up", found["gate_up"])]
-        order += [(names[i % len(names)], [launch]) for i, launch in enumerate(last)]
+        order = list(found.items())
         self.names = [name for name, _ in order]
         self.ready = [Prepared(launches, 0) for _, launches in order]
         for stage in self.ready:
@@ -79,9 +73,11 @@ def measure(timer, weights: tuple, tokens: int, rounds: int) -> list[str]:
             made[label] = (plan, variant)
     apart: dict[str, list] = {label: [] for label in made}
     whole: dict[str, list] = {label: [] for label in made}
+    turns = list(made.items())
     for _ in range(rounds):
         torch.cuda._sleep(6_000_000)  # the host runs ahead
-        for label, (_, variant) in made.items():
+        random.shuffle(turns)
+        for label, (_, variant) in turns:
             apart[label].append(variant.events(timer, True))
             whole[label].append(variant.events(timer, False))
         torch.cuda.synchronize()

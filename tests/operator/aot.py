@@ -15,7 +15,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from blockmoe.geometry import MoEGeometry
-from blockmoe.operator import pipeline
+from blockmoe.operator import pipeline, ptx
 from blockmoe.operator.launch import Descriptor, Launch
 from blockmoe.operator.plan import Plan
 
@@ -50,7 +50,7 @@ def described(d: Descriptor) -> str:
 
 
 def compiled(launch: Launch, capability: int) -> Usage:
-    """Triton's cubin of one launch for sm_90a or sm_100a."""
+    """Triton's cubin of one launch for sm_90a or sm_100a, what a clustered kernel says carried out."""
     kernel = launch.kernel
     types = [described(d) for d in launch.descriptors] + [TYPES[slot.dtype] for slot in launch.slots]
     types += ["i32" if isinstance(n, int) else "fp32" for n in launch.numbers]
@@ -66,9 +66,10 @@ def compiled(launch: Launch, capability: int) -> Usage:
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(built.asm["cubin"])
+        text = ptx.heard(built.asm["ptx"]) if launch.cluster > 1 else built.asm["ptx"]
+        cubin.write_bytes(ptx.assembled(text, capability) if launch.cluster > 1 else built.asm["cubin"])
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     descriptors = list(built.metadata.tensordesc_meta or [])
-    return Usage(kernel.__name__, int(found[1]), int(found[2]), built.metadata.shared, sass.stdout, built.asm["ptx"], descriptors)
+    return Usage(kernel.__name__, int(found[1]), int(found[2]), built.metadata.shared, sass.stdout, text, descriptors)

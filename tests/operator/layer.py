@@ -54,7 +54,7 @@ def call(inputs, g: MoEGeometry, offset: int = 0, factor: float = 2.5, plan: Pla
 
 def oracle(inputs, g: MoEGeometry, offset: int, factor: float, plan: Plan) -> torch.Tensor:
     """The layer with the rounding of `plan`: only sums of a different order remain."""
-    rows = {"dense": "float32", "prefill": "running bf16"}.get(plan.path, "bf16")
+    rows = "float32" if plan.dense else "running bf16" if plan.path == "prefill" else "bf16"
     return moe_oracle(*inputs, offset, factor, geometry=g, group=plan.gate_up.block_i, rows=rows)
 
 

@@ -7,7 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from blockmoe.geometry import TINY  # noqa: E402
+from blockmoe.geometry import HEADLINE, TINY  # noqa: E402
 from blockmoe.operator import launch, pipeline, tma  # noqa: E402
 from blockmoe.operator.plan import choose_plan  # noqa: E402
 from blockmoe.operator.workspace import layout  # noqa: E402
@@ -64,10 +64,31 @@ def test_descriptors_are_encoded_once_an_address(stub):
     other, _ = prepared(32)  # another T shares what was encoded
     assert other.run(addresses) and other.run(addresses) and len(encoder.addresses) == 4
 
-    gate_up = next(arguments for arguments in sent if f"map at {w1}" in arguments)
+    layer = next(arguments for arguments in sent if f"map at {w1}" in arguments)
     rows = TINY.num_local_experts * 2 * TINY.intermediate_size
-    assert gate_up[13:18] == (f"map at {w1}", rows, TINY.hidden_size, TINY.hidden_size, 1)
-    assert gate_up[18] == addresses[launch.HIDDEN] and gate_up[3:13] == (5, 7, False, True, None, None, (4, 1, 0), None, None, None)
+    assert layer[13:18] == (f"map at {w1}", rows, TINY.hidden_size, TINY.hidden_size, 1) and layer[18] == f"map at {w2}"
+    assert layer[23] == addresses[launch.HIDDEN] and layer[3:13] == (5, 7, False, True, None, None, (4, 1, 0), None, None, None)
+
+
+def test_clusters(stub, monkeypatch):
+    """Their kernel is compiled, rewritten, and launched from the first time on with as many clusters as run at once."""
+    sent, _ = stub
+    compiled = SimpleNamespace(
+        run=SimpleNamespace(launch_cooperative_grid=True, launch_pdl=False), packed_metadata=(16, 1, 999), function=8,
+        metadata=SimpleNamespace(tensordesc_meta=[dict(swizzle=3, elem_size=1, elem_type=0, block_size=[64, 128])] * 4),
+    )  # fmt: skip
+    rewritten, asked = [], []
+    monkeypatch.setattr(triton.JITFunction, "warmup", lambda self, *arguments, **options: compiled)
+    monkeypatch.setattr(launch, "let_hear", lambda kernel: rewritten.append(kernel) or kernel)
+    monkeypatch.setattr(launch, "active_clusters", lambda *arguments: asked.append(arguments) or 60)
+    plan = choose_plan(HEADLINE, 4096)
+    one = launch.Prepared(pipeline.launches(HEADLINE, 4096, plan, 0, 1.0), 0)
+    addresses = [4096 * (i + 1) for i in range(10)]
+    for _ in range(3):
+        assert one.run(addresses)
+    assert rewritten == [compiled] and asked == [(8, 16 * 32, 999, 2)]
+    layers = [arguments for arguments in sent if arguments[4] == 8]
+    assert len(layers) == 3 and all(arguments[0] == 60 and arguments[9] == (16, 2, 999) for arguments in layers)
 
 
 def test_an_address_that_tma_cannot_take(stub):

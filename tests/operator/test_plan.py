@@ -1,14 +1,12 @@
 """The plan: legal and bounded for every T, and the workspace it needs."""
 
-from dataclasses import replace
-
 import pytest
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE
 from blockmoe.operator.plan import choose_plan, plans, without_tma
 
 pytest.importorskip("triton")
-from blockmoe.operator.workspace import layout, sizes, workspace_size  # noqa: E402
+from blockmoe.operator.workspace import counters, layout, sizes, slots, workspace_size  # noqa: E402
 
 
 @pytest.mark.parametrize("capability", [89, 90, 100])
@@ -32,22 +30,25 @@ def test_routing_tiles_hold_their_tokens(g):
 
 def test_paths():
     tokens = (1, 7, 8, 901, 3071, 3072)
-    found = {t: choose_plan(HEADLINE, t).path for t in (1, 8, 901, 1791, 1792, 14107)}
-    assert found == {1: "stream", 8: "stream", 901: "stream", 1791: "stream", 1792: "prefill", 14107: "prefill"}
+    found = {t: choose_plan(HEADLINE, t).path for t in (1, 8, 901, 2559, 2560, 14107)}
+    assert found == {1: "stream", 8: "stream", 901: "stream", 2559: "stream", 2560: "prefill", 14107: "prefill"}
+    assert [choose_plan(HEADLINE, t).dense for t in (1, 16, 17)] == [True, True, False]
+    assert [choose_plan(HEADLINE, 14107, clusters=c).gate_up.cluster for c in (True, False)] == [2, 1]
     for capability in (89, 100, 120):
         found = [choose_plan(HEADLINE, t, capability=capability).path for t in tokens]
         assert found == ["dense", "dense", "sorted", "sorted", "sorted", "wide"]
     assert {without_tma(plan).path for plan in plans(HEADLINE)} == {"sorted", "wide"}
 
 
-def test_streaming_tiles_divide_the_columns_kept_at_a_time():
+def test_tiles_of_persistent_kernels_divide_the_sizes():
     for g in GEOMETRIES.values():
-        for tokens in (8, 901, 3071):
-            plan = choose_plan(g, tokens)
+        for plan in plans(g):
+            tile = plan.gate_up
             if plan.path == "stream":
-                for megabytes in (0, 1, 128):
-                    blocks = sizes(g, tokens, replace(plan, row_buffer=megabytes << 20)).blocks
-                    assert g.hidden_blocks % blocks == 0 and blocks * 128 % (2 * plan.down.rows) == 0
+                assert g.intermediate_size % tile.rows == 0 == g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows)
+                assert not tile.dense or g.intermediate_size % 256 == 0
+            elif plan.path == "prefill":  # a cluster's programs may have neighbouring columns
+                assert g.intermediate_size // 128 % tile.cluster == 0 == g.hidden_size % (256 * tile.cluster)
 
 
 def test_row_bounds_hold_for_the_worst_routing():
@@ -67,3 +68,15 @@ def test_workspace():
     spans = sorted((offset, offset + count * dtype.itemsize) for offset, count, dtype in placed.values())
     assert all(end <= begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False)) and spans[-1][1] <= total
     assert all(offset % 256 == 0 for offset, _, _ in placed.values())
+
+
+def test_counters_lie_side_by_side():
+    for tokens in (1, 80, 901, 14107):
+        plan = choose_plan(HEADLINE, tokens)
+        named, bound = slots(HEADLINE, tokens, plan), sizes(HEADLINE, tokens, plan)
+        whole = named["counters"]
+        each = [named[name] for name in counters(bound, plan)]
+        assert each and all(whole.offset <= one.offset and one.offset + 4 * one.count <= whole.offset + 4 * whole.count for one in each)
+        others = [slot for name, slot in named.items() if name not in counters(bound, plan) and name != "counters"]
+        assert not any(whole.offset <= other.offset < whole.offset + 4 * whole.count for other in others)
+    assert slots(HEADLINE, 901, without_tma(choose_plan(HEADLINE, 901)))["counters"].count == 0

@@ -16,6 +16,7 @@ import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry, Routing
 from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least, without_tma
+from blockmoe.operator.ptx import known
 from blockmoe.operator.workspace import layout, rounds
 
 E4M3 = torch.float8_e4m3fn
@@ -217,7 +218,8 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
         return call
     sm_count, capability = _device(device.index) if device.type == "cuda" else (132, 89)  # the interpreter knows neither PDL nor Gluon
     counts = rounds(tokens)
-    plans = [plan or choose_plan(geometry, t, sm_count=sm_count, capability=capability) for t in counts]
+    machine = dict(sm_count=sm_count, capability=capability, clusters=known())
+    plans = [plan or choose_plan(geometry, t, **machine) for t in counts]
     call.workspace = max((layout(geometry, t, p)[1] for t, p in zip(counts, plans, strict=True)), default=0)
     call.plan = plans[0] if plans else None
     if "BLOCKMOE_EXPLAIN" in os.environ and plans:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from blockmoe.operator.clusters import active_clusters
 from blockmoe.operator.ptx import let_hear
 from blockmoe.operator.tma import Address, Kind, c_launcher, kept
 
@@ -160,7 +161,10 @@ def _entry(launch: Launch, compiled: Any) -> tuple:
     )
     slots = tuple((s.tensor, s.offset) for s in launch.slots)
     rest = (*launch.numbers, *launch.constants)
-    return run or compiled.run, launch.programs // launch.cluster, compiled.function, options, descriptors, slots, rest
+    programs = launch.programs
+    if launch.cluster > 1:
+        programs = min(programs // launch.cluster, active_clusters(compiled.function, 32 * warps, shared, launch.cluster))
+    return run or compiled.run, programs, compiled.function, options, descriptors, slots, rest
 
 
 def compile_only(launch: Launch) -> None:

@@ -10,16 +10,12 @@ QUEUE = gl.constexpr(2)  # units told and not yet heard by all
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name in Triton 3.8
 
 
-def _word(word: str) -> gl.constexpr:
-    return gl.constexpr(f"mov.b32 $0, $1; /* blockmoe: {word} */")
-
-
-MULTICAST, BOTH, EVICT_FIRST = _word("multicast"), _word("both"), _word("evict first")
+MULTICAST, BOTH = (gl.constexpr(f"mov.b32 $0, $1; /* blockmoe: {word} */") for word in ("multicast", "both"))
 
 
 @gluon.jit
 def say(WORD: gl.constexpr):
-    """A word for `blockmoe.operator.ptx` about the next TMA load or arrival."""
+    """A word for `blockmoe.operator.ptx` about the next TMA load (MULTICAST) or arrival (BOTH): for both programs of a cluster of two."""
     gl.inline_asm_elementwise(WORD, "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1)
 
 

@@ -26,6 +26,7 @@ from blockmoe.operator.launch import (
     interpreted,
 )  # fmt: skip
 from blockmoe.operator.plan import Plan, plans
+from blockmoe.operator.ptx import known
 from blockmoe.operator.route import route
 from blockmoe.operator.workspace import Round, sizes, slots
 
@@ -87,7 +88,7 @@ def compile_all(geometry: MoEGeometry, device: int | None, logits_dtype: torch.d
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
         sm_count, capability = properties.multi_processor_count, 10 * properties.major + properties.minor
         found = {}
-        for plan in plans(geometry, sm_count=sm_count, capability=capability):
+        for plan in plans(geometry, sm_count=sm_count, capability=capability, clusters=known()):
             bias_dtype = torch.bfloat16 if geometry.routing == "deepseek_v3" else None
             for launch in launches(
                 geometry, 1, plan, 0, 1.0, sm_count=sm_count, logits_dtype=logits_dtype or torch.float32, bias_dtype=bias_dtype

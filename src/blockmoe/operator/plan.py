@@ -27,9 +27,9 @@ Path = Literal["dense", "sorted", "stream", "wide", "prefill"]
 DENSE_TOKENS = 7  # T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
 ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
-PREFILL_ROWS = 56  # the same for prefill. T = 2048 (64 rows): 593 us, stream 600; 4096: 707, 823 (prefill-adhoc.txt, section 4)
+PREFILL_ROWS = 80  # the same for prefill. T = 2048 (64 rows): 565 us, stream 551; 2560: 581, 580; 3072: 593, 606; 4096: 637, 653
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
-MOST_CHUNKS = 128  # programs that sort; each reads the counts of all
+FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
 
 
@@ -41,7 +41,7 @@ def power_of_two_at_least(n: int) -> int:
 class RouteTile:
     """`block_t` tokens at a time are chosen for, a warp each where num_warps allows; `place_t` at a time are sorted.
 
-    One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`.
+    One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`. At most `chunks` chunks.
     """
 
     block_t: int
@@ -49,6 +49,7 @@ class RouteTile:
     num_warps: int
     one_launch: bool
     once: bool = False
+    chunks: int = FEW_CHUNKS
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class StreamTile:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory; programs in clusters of `cluster`, 1 or 2, which share weights
+    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory (GEMM2: one less); programs in clusters of `cluster`, 1 or 2, which share weights
     by multicast."""
 
     stages: int
@@ -168,15 +169,20 @@ class Plan:
         return f"{self.path}: {route}, {tiles}{', pdl' if self.pdl else ''}"
 
 
-def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90) -> Plan:
-    """The plan for `tokens` tokens on a GPU with `sm_count` multiprocessors and compute capability `capability`."""
+def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90, clusters: bool = True) -> Plan:
+    """The plan for `tokens` tokens on a GPU with `sm_count` multiprocessors and compute capability `capability`.
+
+    `clusters`: whether the installed Triton is one whose PTX can be made to use them (`blockmoe.operator.ptx`).
+    """
     pdl = capability >= 90
     route = route_tile(geometry, tokens)
     if tokens <= DENSE_TOKENS and capability != 90:
         return _dense(geometry, tokens, route, sm_count, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
     if rows >= PREFILL_ROWS and capability == 90 and geometry.hidden_size % (2 * BLOCK) == 0:
-        return Plan("prefill", route, PrefillTile(3, 2), pdl=pdl)
+        # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
+        even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
+        return Plan("prefill", route, PrefillTile(4, 2 if clusters and even else 1), pdl=pdl)
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
     if capability == 90:
@@ -198,11 +204,11 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
         if tokens <= block_t:
             return RouteTile(block_t, block_t, block_t, True)
     for block_t in (4, 8, 16):  # few warps a multiprocessor: its four schedulers take a token each
-        if tokens <= block_t * MOST_CHUNKS:
+        if tokens <= block_t * FEW_CHUNKS:
             return RouteTile(block_t, block_t, block_t, False, True)
-    block_t = 32 if geometry.num_experts <= 256 else 16  # 32 warps have 64 registers a thread
-    place_t = min(128, 4096 // local)  # 32 weights a thread of 4 warps, or 16 of 8
-    return RouteTile(block_t, place_t, block_t, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK)
+    # two programs a multiprocessor: one writes zeros while the other chooses
+    place_t = min(64, 4096 // local)
+    return RouteTile(16, place_t, 16, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK, MOST_CHUNKS)
 
 
 def _stream(geometry: MoEGeometry, tokens: int, rows: float) -> StreamTile:
@@ -213,7 +219,7 @@ def _stream(geometry: MoEGeometry, tokens: int, rows: float) -> StreamTile:
         return StreamTile(64, 16, 12, 2)
     if rows <= 14:
         return StreamTile(128, 32, 6, 2)
-    return StreamTile(128, 64, 4, 2)
+    return StreamTile(128, 64, 5)
 
 
 def without_tma(plan: Plan) -> Plan:
@@ -240,11 +246,11 @@ def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, sm_count: int, 
     return Plan("dense", route, gate_up, DownTile(64, 16, 8, 4, split), pdl)
 
 
-def plans(geometry: MoEGeometry, *, sm_count: int = 132, capability: int = 90) -> list[Plan]:
+def plans(geometry: MoEGeometry, *, sm_count: int = 132, capability: int = 90, clusters: bool = True) -> list[Plan]:
     """Every plan that some T gets: what a warm-up compiles."""
     found: dict[Plan, None] = {}
     tokens = 1
     while tokens <= TOKEN_CHUNK:
-        found[choose_plan(geometry, tokens, sm_count=sm_count, capability=capability)] = None
+        found[choose_plan(geometry, tokens, sm_count=sm_count, capability=capability, clusters=clusters)] = None
         tokens += max(1, tokens // 16)
     return list(found)

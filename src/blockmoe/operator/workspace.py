@@ -14,7 +14,7 @@ import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry
 from blockmoe.operator.launch import ALIGNMENT, WORKSPACE, Descriptor, Launch, Slot
-from blockmoe.operator.plan import MOST_CHUNKS, TOKEN_CHUNK, Plan, choose_plan
+from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
     )
     rows = tiles * BLOCK if plan.path == "prefill" else pairs  # there every tile begins at a multiple of 128
     block_t = plan.route.block_t
-    chunk_tokens = tokens if plan.route.one_launch else block_t * -(-tokens // (block_t * MOST_CHUNKS))
+    chunk_tokens = tokens if plan.route.one_launch else block_t * -(-tokens // (block_t * plan.route.chunks))
     every = geometry.hidden_blocks
     fitting = [b for b in range(1, every + 1) if every % b == 0 and 2 * pairs * b * BLOCK <= plan.row_buffer]
     blocks = every if plan.down is None else max(fitting, default=1)

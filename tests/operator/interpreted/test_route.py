@@ -8,7 +8,7 @@ from blockmoe.geometry import TINY, MoEGeometry
 from blockmoe.operator.launch import interpret
 from blockmoe.operator.pipeline import stages
 from blockmoe.operator.plan import Plan, PrefillTile, RouteTile, choose_plan
-from blockmoe.operator.workspace import layout, sizes, slots
+from blockmoe.operator.workspace import counters, layout, sizes, slots
 from blockmoe.reference import route as reference_route
 
 
@@ -16,9 +16,10 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
     """(token, local expert) -> weight of every pair, read from the lists; checks the lists on the way."""
     tokens = len(inputs[0])
     memory = torch.full((layout(g, tokens, plan)[1],), 255, dtype=torch.uint8)
+    out = torch.full((tokens, g.hidden_size), 7.0, dtype=torch.bfloat16)
     logits, bias = inputs[:2]
     found = stages(g, tokens, plan, offset, 2.5, logits_dtype=logits.dtype, bias_dtype=None if bias is None else bias.dtype)
-    tensors = (logits, logits if bias is None else bias, *[None] * 7, memory)
+    tensors = (logits, logits if bias is None else bias, *[None] * 6, out, memory)
     interpret(found["route"], tensors)
     lists = {name: slot.of(tensors).tolist() for name, slot in slots(g, tokens, plan).items() if slot.dtype.itemsize == 4}
     bound = sizes(g, tokens, plan)
@@ -27,9 +28,13 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
     pairs, row_of = {}, {}
     tiles = list(zip(lists["tile_expert"], lists["tile_begin"], lists["tile_end"], strict=True))[:count]
     assert [t[0] for t in tiles] == sorted(t[0] for t in tiles)
+    own = {expert: [t for t, tile in enumerate(tiles) if tile[0] == expert] for expert, _, _ in tiles}
+    assert lists["tile_group"][:count] == [4096 * own[expert][0] + len(own[expert]) for expert, _, _ in tiles]
+    assert all(not any(lists[name]) for name in counters(bound, plan))
     if plan.path == "prefill":
         assert [begin for _, begin, _ in tiles] == [128 * t for t in range(count)]
-        assert not any(lists["copied"][: bound.tiles] + lists["used"][: bound.tiles])
+        empty = torch.tensor(lists["token_pairs"][:tokens]) == 0
+        assert not out[empty].any() and (out[~empty] == 7).all()
     for expert, begin, end in tiles:
         assert 0 < end - begin <= plan.gate_up.block_n and end <= bound.rows
         listed = lists["pair_token"][begin:end]
@@ -38,7 +43,7 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
             if lists["pair_weight"][row] != 0:
                 assert (token, expert) not in pairs
                 pairs[token, expert], row_of[row] = lists["pair_weight"][row], token
-    if plan.path != "dense":
+    if not plan.dense:
         rows = [(lists["token_pair"][token * g.top_k + n], token) for token in range(tokens) for n in range(lists["token_pairs"][token])]
         assert dict(rows) == row_of and len(rows) == len(row_of)
     return pairs
@@ -69,12 +74,12 @@ def test_as_the_reference(g, name, tokens):
 
 @pytest.mark.parametrize("tokens", [1, 50, 700])
 def test_aligned_tiles(tokens):
-    plan = Plan("prefill", RouteTile(16, 16, 4, False), PrefillTile(4, 64), PrefillTile(3))
+    plan = Plan("prefill", RouteTile(16, 16, 4, False), PrefillTile(4))
     agree(layer.make(TINY, tokens, seed=tokens), TINY, 8, plan)
 
 
 @pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])
-@pytest.mark.parametrize("tokens", [1, 7, 8, 18])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 16, 18])
 def test_chosen_plans(g, tokens):
     agree(layer.make(g, tokens, seed=tokens), g, min(5, g.num_experts - g.num_local_experts), choose_plan(g, tokens))
 

@@ -70,27 +70,30 @@ def read_targets(PART: gl.constexpr, pair_token, before, begin, end, LAYOUT: gl.
 
 
 @gluon.jit
-def put_part(PART: gl.constexpr, targets, out, words, c, HIDDEN: gl.constexpr, LAYOUT: gl.constexpr):
-    """Rows 32 * PART ... of a tile into columns 256 * c ... of the output (here in words of 4 columns)."""
+def put_part(PART: gl.constexpr, targets, out, left, right, c, HIDDEN: gl.constexpr, LAYOUT: gl.constexpr):
+    """Rows 32 * PART ... of a tile, of its half in `left` and `right`, into columns 256 * c ... of the output; in words of 4 columns."""
     WORDS: gl.constexpr = K // 4
     at = out + gl.expand_dims((targets >> 2).to(gl.int64) * (HIDDEN // 4), 1)
     at += c * (2 * WORDS) + gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
     how = gl.expand_dims(targets & 3, 1) + gl.zeros([32, WORDS], gl.int32, LAYOUT)
-    buffer: gl.constexpr = 2 * (PART // 2)
-    put(at, words.index(buffer).slice((PART % 2) * 32, 32).load(LAYOUT), how)
-    put(at + WORDS, words.index(buffer + 1).slice((PART % 2) * 32, 32).load(LAYOUT), how)
+    put(at, left.slice((PART % 2) * 32, 32).load(LAYOUT), how)
+    put(at + WORDS, right.slice((PART % 2) * 32, 32).load(LAYOUT), how)
 
 
 @gluon.jit
 def add_rows(
-    out, done_buffers, done, taken, pair_token, before, added, prepared, tile_count, tile_group, tile_begin, tile_end,
+    out, rows_0, rows_1, rows_2, rows_3, done, taken, pair_token, before, added, prepared, tile_count, tile_group, tile_begin, tile_end,
     HIDDEN: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps. All that is known beforehand is read before the wait: another tile with the same tokens may wait for this one."""
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
-    words = done_buffers._reinterpret(gl.int64, [4, ROWS, K // 4], gl.SwizzledSharedLayout(2, 1, 8, [1, 0]))
+    WORDS: gl.constexpr = gl.SwizzledSharedLayout(2, 1, 8, [1, 0])
+    left_0 = rows_0._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
+    right_0 = rows_1._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
+    left_1 = rows_2._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
+    right_1 = rows_3._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
     one = gl.zeros([128], gl.int32, ONE_EACH) + 1
     wait_until(prepared + (one - 1), one * gl.num_programs(0), one + 200, GENERIC)
     barrier()
@@ -111,14 +114,14 @@ def add_rows(
         wait_until(added + ((earlier + 1) * COLUMNS + c), one, one + 40, GENERIC)
         barrier()
         mbarrier.wait(done.index(0), tiles & 1)
-        put_part(0, targets_0, out, words, c, HIDDEN, LAYOUT)
-        put_part(1, targets_1, out, words, c, HIDDEN, LAYOUT)
+        put_part(0, targets_0, out, left_0, right_0, c, HIDDEN, LAYOUT)
+        put_part(1, targets_1, out, left_0, right_0, c, HIDDEN, LAYOUT)
         barrier()
         mbarrier.arrive(taken.index(0), count=1)
         if begin + ROWS < end:
             mbarrier.wait(done.index(1), large_tiles & 1)
-            put_part(2, targets_2, out, words, c, HIDDEN, LAYOUT)
-            put_part(3, targets_3, out, words, c, HIDDEN, LAYOUT)
+            put_part(2, targets_2, out, left_1, right_1, c, HIDDEN, LAYOUT)
+            put_part(3, targets_3, out, left_1, right_1, c, HIDDEN, LAYOUT)
             barrier()
             mbarrier.arrive(taken.index(1), count=1)
             large_tiles += 1
@@ -128,13 +131,14 @@ def add_rows(
 
 @gluon.jit
 def down_consumer(
-    GROUP: gl.constexpr, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, step, done, taken, w_scale,
+    GROUP: gl.constexpr, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w_scale,
     tile_count, tile_expert, tile_group, tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: pairs GROUP * 64 ... of each tile, as bfloat16 into two of `done_buffers`, for `add_rows` to take."""
+    """Four warps: pairs GROUP * 64 ... of each tile, as bfloat16 [64, 128] into `left_rows` and `right_rows`, for `add_rows` to take."""
     BLOCKS: gl.constexpr = INTER // K
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
+    step = gl.to_tensor(0)
     tiles = 0  # that this consumer had a part in
     first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
     for unit in range(first_unit, units, stride):
@@ -143,11 +147,11 @@ def down_consumer(
         if begin < gl.load(tile_end + tile):
             scale = w_scale + (gl.load(tile_expert + tile) * (2 * COLUMNS) + 2 * column) * BLOCKS
             left, right, step = multiply(
-                GROUP, x_buffers, w_buffers, s_buffers, full, empty, step, scale, scale + BLOCKS, BLOCKS, STAGES, CLUSTER, False
+                GROUP, x_buffers, w_buffers, s_buffers, full, empty, step, scale, scale + BLOCKS, BLOCKS, STAGES, CLUSTER
             )
             mbarrier.wait(taken.index(GROUP), (tiles & 1) ^ 1)
-            done_buffers.index(2 * GROUP).store(left.to(gl.bfloat16))
-            done_buffers.index(2 * GROUP + 1).store(right.to(gl.bfloat16))
+            left_rows.store(left.to(gl.bfloat16))
+            right_rows.store(right.to(gl.bfloat16))
             barrier()
             mbarrier.arrive(done.index(GROUP), count=1)
             tiles += 1

@@ -11,77 +11,90 @@ from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Launch, Slot, descriptor
 from blockmoe.operator.prefill.down import add_rows, down_consumer, prepare_adding
 from blockmoe.operator.prefill.gate_up import gate_up_consumer, gather
-from blockmoe.operator.prefill.parts import CODES, ROWS, K, drain, load_down, load_gate_up, load_scales, meet, stage_buffers, stages_of
+from blockmoe.operator.prefill.parts import CODES, ROWS, K, drain, load_down, load_gate_up, load_scales, meet, stage_barriers, stage_buffers
 from blockmoe.operator.workspace import Round
 
 REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warps beside; more for the consumers spill (ptxas 12.9)
 
 
 @gluon.jit
+def finished_rows(x_buffers, w_buffers, codes, STAGES: gl.constexpr):
+    """Where GEMM2's rows wait for their addition, [64, 128] bfloat16 each: in the last stage of GEMM1, which GEMM2 has no use for, and where
+    the codes of GEMM1 waited to be stored. Nobody gets through a unit of GEMM2 while the other consumer is at work on GEMM1."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+    x = x_buffers._reinterpret(gl.bfloat16, [STAGES, ROWS, K], LAYOUT)
+    w = w_buffers._reinterpret(gl.bfloat16, [2 * STAGES, ROWS, K], LAYOUT)
+    c = codes._reinterpret(gl.bfloat16, [1, ROWS, K], LAYOUT)
+    return x.index(STAGES - 1), w.index(2 * STAGES - 2), w.index(2 * STAGES - 1), c.index(0)
+
+
+@gluon.jit
 def consume(
-    GROUP: gl.constexpr, middle, out, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w1_scale, w2_scale,
-    pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count, tile_expert, tile_group,
-    tile_begin, tile_end, tokens, pitch,
+    GROUP: gl.constexpr, middle, codes, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2, done, taken,
+    w1_scale, w2_scale, pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count, tile_expert,
+    tile_group, tile_begin, tile_end, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 pairs of each tile. The first consumer prepares GEMM2's order of addition while it would wait for its first stage."""
     if GROUP == 0:
         prepare_adding(token_pair, token_pairs, before, added, prepared, tile_count, tokens, TOP_K, HIDDEN // (2 * K))
-    codes = done_buffers._reinterpret(gl.float8e4nv, [8, ROWS, K], CODES)
-    step = gate_up_consumer(
-        GROUP, middle, codes, x_buffers, w_buffers, s_buffers, full, empty, w1_scale, pair_weight, middle_scale, finished,
+    gate_up_consumer(
+        GROUP, middle, codes, x_buffers, w_buffers, s_buffers, full_1, empty_1, w1_scale, pair_weight, middle_scale, finished,
         tile_count, tile_expert, tile_group, tile_begin, tile_end, pitch, HIDDEN, INTER, STAGES, CLUSTER,
     )  # fmt: skip
     down_consumer(
-        GROUP, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, step, done, taken, w2_scale, tile_count, tile_expert,
-        tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES, CLUSTER,
+        GROUP, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_2, empty_2, done, taken, w2_scale, tile_count, tile_expert,
+        tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES - 1, CLUSTER,
     )  # fmt: skip
 
 
 @gluon.jit
 def carry(
-    x, x_scale, out, x_buffers, s_buffers, full, empty, done_buffers, done, taken, pair_token, before, added, prepared,
+    x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, pair_token, before, added, prepared,
     tile_count, tile_group, tile_begin, tile_end, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: hidden states to the stages of GEMM1, then finished rows of GEMM2 to the output."""
     gather(
-        x, x_scale, x_buffers, s_buffers, full, empty, pair_token, tile_count, tile_group, tile_begin, tile_end, tokens,
+        x, x_scale, x_buffers, s_buffers, full_1, empty_1, pair_token, tile_count, tile_group, tile_begin, tile_end, tokens,
         HIDDEN, INTER, STAGES, CLUSTER,
     )  # fmt: skip
     add_rows(
-        out, done_buffers, done, taken, pair_token, before, added, prepared, tile_count, tile_group, tile_begin, tile_end, HIDDEN, CLUSTER
-    )
+        out, rows_0, rows_1, rows_2, rows_3, done, taken, pair_token, before, added, prepared, tile_count, tile_group, tile_begin, tile_end,
+        HIDDEN, CLUSTER,
+    )  # fmt: skip
 
 
 @gluon.jit
 def load(
-    w1, middle, w2, x_buffers, w_buffers, full, empty, second, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, finished, tile_count, tile_expert, tile_group, tile_begin,
+    tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp: what TMA loads. Each of a tile's units of GEMM1 counts twice in `finished`, once a consumer. `second`: no stage of GEMM1 is
-    left to be filled."""
-    step = load_gate_up(w1, w_buffers, full, empty, tile_count, tile_expert, tile_group, HIDDEN, INTER, STAGES, CLUSTER)
+    """One warp: what TMA loads. Each of a tile's units of GEMM1 counts twice in `finished`, once a consumer. `second`: the buffers are
+    GEMM2's."""
+    step = load_gate_up(w1, w_buffers, full_1, empty_1, tile_count, tile_expert, tile_group, HIDDEN, INTER, STAGES, CLUSTER)
+    drain(empty_1, step, STAGES)
     mbarrier.arrive(second.index(0), count=1)
+    boxes = x_buffers._reinterpret(gl.float8e4nv, [2 * CLUSTER * STAGES, ROWS // CLUSTER, K], CODES)
     step = load_down(
-        middle, w2, x_buffers, w_buffers, full, empty, step, finished, 2 * (INTER // K), tile_count, tile_expert, tile_group, tile_begin,
-        tile_end, HIDDEN, INTER, STAGES, CLUSTER,
+        middle, w2, boxes, w_buffers, full_2, empty_2, finished, 2 * (INTER // K), tile_count, tile_expert, tile_group, tile_begin,
+        tile_end, HIDDEN, INTER, STAGES - 1, CLUSTER,
     )  # fmt: skip
-    drain(empty, step, STAGES)
+    drain(empty_2, step, STAGES - 1)
 
 
 @gluon.jit
 def load_middle_scales(
-    middle_scale, s_buffers, full, empty, second, finished, tile_count, tile_group, tile_begin, pitch,
+    middle_scale, s_buffers, full_2, empty_2, second, finished, tile_count, tile_group, tile_begin, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp, for GEMM2. It takes no part in GEMM1, so it must not look at stages before all of that one's are under way."""
+    """One warp, for GEMM2."""
     IN: gl.constexpr = INTER // K
     mbarrier.wait(second.index(0), 0)
-    step = stages_of(tile_count, IN, HIDDEN // K, CLUSTER)
     load_scales(
-        middle_scale, s_buffers, full, empty, step, finished, 2 * IN, tile_count, tile_group, tile_begin, pitch,
-        HIDDEN // (2 * K), IN, STAGES, CLUSTER,
+        middle_scale, s_buffers, full_2, empty_2, finished, 2 * IN, tile_count, tile_group, tile_begin, pitch,
+        HIDDEN // (2 * K), IN, STAGES - 1, CLUSTER,
     )  # fmt: skip
 
 
@@ -95,15 +108,17 @@ def prefill_kernel(
     """The layer after routing, which has set the rows of tokens without a pair to zero.
 
     GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[i / 128, p] its scale times the pair's routing weight. GEMM2: out[t, h]
-    in bfloat16, the sum over the token's pairs, in the order of their experts, rounded after each.
+    in bfloat16, the sum over the token's pairs, in the order of their experts, rounded after each. GEMM1 has STAGES stages, GEMM2 one less.
 
     Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]; out
     [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that tiles can have. ready [programs], prepared and
     finished [tiles] begin at 0.
     """
-    x_buffers, w_buffers, s_buffers, full, empty = stage_buffers(STAGES, CLUSTER)
-    codes = gl.allocate_shared_memory(gl.float8e4nv, [8, ROWS, K], CODES)
-    done_buffers = codes._reinterpret(gl.bfloat16, [4, ROWS, K], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    x_buffers, w_buffers, s_buffers = stage_buffers(STAGES)
+    codes = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
+    rows_0, rows_1, rows_2, rows_3 = finished_rows(x_buffers, w_buffers, codes, STAGES)
+    full_1, empty_1 = stage_barriers(STAGES, CLUSTER)
+    full_2, empty_2 = stage_barriers(STAGES - 1, CLUSTER)
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     second = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
@@ -115,25 +130,26 @@ def prefill_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                0, middle, out, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w1_scale, w2_scale, pair_weight,
-                middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count, tile_expert, tile_group,
-                tile_begin, tile_end, tokens, pitch, HIDDEN, INTER, TOP_K, STAGES, CLUSTER,
+                0, middle, codes, rows_0, rows_1, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2, done, taken,
+                w1_scale, w2_scale, pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count,
+                tile_expert, tile_group, tile_begin, tile_end, tokens, pitch, HIDDEN, INTER, TOP_K, STAGES, CLUSTER,
             )),
             (consume, (
-                1, middle, out, done_buffers, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w1_scale, w2_scale, pair_weight,
-                middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count, tile_expert, tile_group,
-                tile_begin, tile_end, tokens, pitch, HIDDEN, INTER, TOP_K, STAGES, CLUSTER,
+                1, middle, codes, rows_2, rows_3, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2, done, taken,
+                w1_scale, w2_scale, pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count,
+                tile_expert, tile_group, tile_begin, tile_end, tokens, pitch, HIDDEN, INTER, TOP_K, STAGES, CLUSTER,
             )),
             (carry, (
-                x, x_scale, out, x_buffers, s_buffers, full, empty, done_buffers, done, taken, pair_token, before, added, prepared,
-                tile_count, tile_group, tile_begin, tile_end, tokens, HIDDEN, INTER, STAGES, CLUSTER,
+                x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, pair_token, before,
+                added, prepared, tile_count, tile_group, tile_begin, tile_end, tokens, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (load, (
-                w1, middle_boxes, w2, x_buffers, w_buffers, full, empty, second, finished, tile_count, tile_expert, tile_group,
-                tile_begin, tile_end, HIDDEN, INTER, STAGES, CLUSTER,
+                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, finished, tile_count, tile_expert,
+                tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (load_middle_scales, (
-                middle_scale, s_buffers, full, empty, second, finished, tile_count, tile_group, tile_begin, pitch, HIDDEN, INTER, STAGES, CLUSTER,
+                middle_scale, s_buffers, full_2, empty_2, second, finished, tile_count, tile_group, tile_begin, pitch,
+                HIDDEN, INTER, STAGES, CLUSTER,
             )),
         ],
         [4, 4, 1, 1],

@@ -1,16 +1,16 @@
 """What both GEMMs of the prefill engine are made of: their units, stages in shared memory, who fills them, and who multiplies.
 
-  load_tiles    one warp: the TMA loads of stages of one K block (128 columns): weights; in GEMM2 pairs too
+  load_...      one warp: the TMA loads of stages of one K block (128 columns): weights; in GEMM2 pairs too
   load_scales   GEMM2, one warp: the pairs' scales
   gather        GEMM1, four warps: the pairs' hidden states by token, and their scales (`gate_up.py`)
   multiply      two consumers, four warps each: 64 pairs by 2 x 128 weight rows in registers. A K block's product goes to
                 registers of its own and is added to the sum times both scales. Where a tile has at most 64 pairs, the second
                 consumer takes no part (`skip`)
 
-Two programs are a cluster (CLUSTER 2; 1: none). They have two tiles of one expert and the same columns, and each loads one half of the
-weights, for both by multicast; or, where an expert has a single tile (left), that tile and neighbouring columns: they share its pairs, in
-GEMM2 by multicast. `full` takes an arrival of the loading warp (and TMA's bytes) and PAIRS for the pairs or their scales: one a thread
-that gathers, or all at once. `empty` takes one of each consumer of the cluster.
+Two programs are a cluster (CLUSTER 2; 1: none). They have two tiles of one expert and the same columns (paired), and each loads one half of
+the weights, for both by multicast; or, where an expert has a single tile left, that tile and neighbouring columns, and GEMM2's pairs are
+shared so. `full` takes an arrival of the loading warp (and TMA's bytes) and PAIRS for the pairs or their scales. `empty` takes one of each
+consumer of the cluster, whose stages are filled at the same time. Clusters of four were slower (T = 14107: 1,473 us for 1,398).
 
 Every tile begins at a multiple of 128 pairs, so that whole tiles can be stored: rows past an expert's end are rubbish that nobody
 reads.
@@ -20,29 +20,35 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from blockmoe.operator.persistent import BOTH, GENERIC, MULTICAST, barrier, say, wait_until
 
 K = gl.constexpr(128)  # columns a stage, and a scale
 ROWS = gl.constexpr(64)  # pairs of a consumer
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
-PAIRS = gl.constexpr(128)
+PAIRS = gl.constexpr(128)  # arrivals for them
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 
 
 @gluon.jit
-def stage_buffers(STAGES: gl.constexpr, CLUSTER: gl.constexpr):
-    """Buffers of pairs, weights and scales; barriers of full and of empty stages."""
+def stage_buffers(STAGES: gl.constexpr):
+    """Buffers of pairs, weights and scales."""
     x_buffers = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, K], CODES)
     w_buffers = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, K, K], CODES)
     s_buffers = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return x_buffers, w_buffers, s_buffers
+
+
+@gluon.jit
+def stage_barriers(STAGES: gl.constexpr, CLUSTER: gl.constexpr):
+    """Barriers of full and of empty stages."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1 + PAIRS)
         mbarrier.init(empty.index(i), count=2 * CLUSTER)
-    return x_buffers, w_buffers, s_buffers, full, empty
+    return full, empty
 
 
 @gluon.jit
@@ -67,25 +73,28 @@ def my_units(tile_count, COLUMNS: gl.constexpr, CLUSTER: gl.constexpr):
 
 @gluon.jit
 def unit_at(unit, tile_group, COLUMNS: gl.constexpr, CLUSTER: gl.constexpr):
-    """The tile and column tile of this program's part of a unit, and whether its cluster has two tiles and one column tile.
+    """The tile and column tile of this program's part of a unit, and whether its cluster has two tiles and one column tile (paired).
 
-    A tile has as many units as columns, of a cluster half as many; a pair of tiles those of both.
+    An expert has as many units as tiles in every CLUSTER column tiles. These stand side by side, since they read the same weights.
     """
+    group = gl.load(tile_group + unit // (COLUMNS // CLUSTER))  # 4096 * the expert's first tile + its tiles
+    first = group >> 12
+    tiles = group & 4095
+    inside = unit - first * (COLUMNS // CLUSTER)
+    column = inside // tiles * CLUSTER
+    place = inside % tiles
     if CLUSTER == 1:
-        return unit // COLUMNS, unit % COLUMNS, False
+        return first + place, column, False
     else:
-        HALF: gl.constexpr = COLUMNS // 2
         rank = gl.program_id(0) % 2
-        tile = unit // HALF
-        column = unit % HALF
-        group = gl.load(tile_group + tile)  # 4096 * the expert's first tile + its tiles
-        even = (tile - (group >> 12)) & 1 ^ 1
-        paired = (even == 0) | (tile + 1 < (group >> 12) + (group & 4095))
+        pairs = tiles // 2
+        paired = place < 2 * pairs
         if paired:
-            column += HALF * (1 - even)
-            tile += even - 1 + rank
+            column += place // pairs
+            tile = first + place % pairs * 2 + rank
         else:
-            column = 2 * column + rank
+            column += rank
+            tile = first + tiles - 1
         return tile, column, paired
 
 
@@ -116,10 +125,9 @@ def load_weights(w, w_buffers, bar, stage, first, k, paired, OTHER_ROWS: gl.cons
 
 
 @gluon.jit
-def load_rows(x, x_buffers, bar, stage, begin, rows, k, paired, STAGES: gl.constexpr, CLUSTER: gl.constexpr):
-    """64 or 128 pairs' rows from `begin` on; of a unit that is not paired half of them, for both programs of a cluster."""
+def load_rows(x, boxes, bar, stage, begin, rows, k, paired, CLUSTER: gl.constexpr):
+    """64 or 128 pairs' rows from `begin` on, in boxes of 64 / CLUSTER; of a unit that is not paired half of them, for both programs."""
     BOX: gl.constexpr = ROWS // CLUSTER
-    boxes = x_buffers._reinterpret(gl.float8e4nv, [2 * CLUSTER * STAGES, BOX, K], CODES)
     at = 2 * CLUSTER * stage
     if CLUSTER == 1:
         tma.async_copy_global_to_shared(x, [begin, k * K], bar, boxes.index(at))
@@ -160,10 +168,11 @@ def load_gate_up(
 
 @gluon.jit
 def load_down(
-    middle, w, x_buffers, w_buffers, full, empty, step, finished, enough, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+    middle, w, boxes, w_buffers, full, empty, finished, enough, tile_count, tile_expert, tile_group, tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: weights and pairs of GEMM2. A tile's pairs are there when `finished` counts `enough`."""
+    step = gl.to_tensor(0)
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
     zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
@@ -175,7 +184,7 @@ def load_down(
         wait_until(finished + tile + zeros, zeros + enough, zeros + 100)
         for k in range(INTER // K):
             stage, bar = acquire(empty, full, step, rows, STAGES)
-            load_rows(middle, x_buffers, bar, stage, begin, rows, k, paired, STAGES, CLUSTER)
+            load_rows(middle, boxes, bar, stage, begin, rows, k, paired, CLUSTER)
             load_weights(w, w_buffers, bar, stage, first, k, paired, K)
             step += 1
     return step
@@ -190,10 +199,11 @@ def drain(empty, step, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_scales(
-    scale, s_buffers, full, empty, step, finished, enough, tile_count, tile_group, tile_begin, pitch,
+    scale, s_buffers, full, empty, finished, enough, tile_count, tile_group, tile_begin, pitch,
     COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: `scale` [BLOCKS, pitch] of the pairs as they are sorted. A load runs a stage ahead."""
+    step = 0
     LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
     first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
@@ -219,13 +229,6 @@ def load_scales(
 
 
 @gluon.jit
-def stages_of(tile_count, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, CLUSTER: gl.constexpr):
-    """How many stages this program's units of a GEMM fill."""
-    first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
-    return gl.maximum(units - first_unit + stride - 1, 0) // stride * BLOCKS
-
-
-@gluon.jit
 def free(empty, stage, CLUSTER: gl.constexpr):
     """This consumer has read a stage."""
     if CLUSTER > 1:
@@ -236,12 +239,9 @@ def free(empty, stage, CLUSTER: gl.constexpr):
 @gluon.jit
 def multiply(
     GROUP: gl.constexpr, x_buffers, w_buffers, s_buffers, full, empty, step, scale_0, scale_1,
-    BLOCKS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, GATHERED: gl.constexpr,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Both sums [64, 128] of a consumer's half of a tile, and the next step; scale_0 and scale_1: where the weight blocks' scales begin.
-
-    GATHERED: the pairs came by cp.async, which wgmma sees behind a fence.
-    """
+    """Both sums [64, 128] of a consumer's half of a tile, and the next step; scale_0 and scale_1: where the weight blocks' scales begin."""
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
     zero = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_0 = gl.zeros([ROWS, K], gl.float32, SUMS)
@@ -249,8 +249,6 @@ def multiply(
     for k in range(BLOCKS):
         stage = step % STAGES
         mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-        if GATHERED:
-            fence_async_shared()
         rows = x_buffers.index(2 * stage + GROUP)
         product = warpgroup_mma(rows, w_buffers.index(2 * stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = s_buffers.index(2 * stage + GROUP).load(BY_ROW)

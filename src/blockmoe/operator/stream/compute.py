@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from blockmoe.operator.persistent import GENERIC, barrier, hear, wait_until
-from blockmoe.operator.stream.load import unit_at
+from blockmoe.operator.stream.load import pairs_at, unit_at
 
 
 @gluon.jit
@@ -154,9 +154,8 @@ def consumer(
     n = 0
     unit = hear(queue, told, heard, n, WARPS)
     while unit < units_1:
-        tile, block = unit_at(unit, tile_group, IN)
-        begin = gl.load(tile_begin + tile)
-        end = gl.load(tile_end + tile)
+        tile, block = unit_at(unit, tile_group, IN, DENSE)
+        begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
         s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
         weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
         up, gate, it = two_sums(
@@ -174,9 +173,8 @@ def consumer(
                 sum, it = one_sum(sum, it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, INTER // 256, STAGES, M)
             store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS)
         else:
-            tile, block = unit_at(unit - units_1, tile_group, OUT)
-            begin = gl.load(tile_begin + tile)
-            end = gl.load(tile_end + tile)
+            tile, block = unit_at(unit - units_1, tile_group, OUT, False)
+            begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
             first, second, it = two_sums(
                 it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, INTER // 128, PARTS, X_BUFS, S_BUFS, STAGES, M
             )  # fmt: skip

@@ -14,13 +14,25 @@ from blockmoe.operator.persistent import GENERIC, hear, tell, wait_until
 
 
 @gluon.jit
-def unit_at(unit, tile_group, BLOCKS: gl.constexpr):
-    """Tile and row block of a unit: an expert's units side by side, of those the tiles that share weights."""
-    group = gl.load(tile_group + unit // BLOCKS)  # 4096 * the expert's first tile + its tiles
-    first = group >> 12
-    tiles = group & 4095
-    inside = unit - first * BLOCKS
-    return first + inside % tiles, inside // tiles
+def unit_at(unit, tile_group, BLOCKS: gl.constexpr, DENSE: gl.constexpr):
+    """Tile and row block of a unit: an expert's units side by side, of those the tiles that share weights. Where DENSE it has one tile."""
+    if DENSE:
+        return unit // BLOCKS, unit % BLOCKS
+    else:
+        group = gl.load(tile_group + unit // BLOCKS)  # 4096 * the expert's first tile + its tiles
+        first = group >> 12
+        tiles = group & 4095
+        inside = unit - first * BLOCKS
+        return first + inside % tiles, inside // tiles
+
+
+@gluon.jit
+def pairs_at(tile, tile_begin, tile_end, tokens, N: gl.constexpr, DENSE: gl.constexpr):
+    """First row of a tile and that behind its last. Where DENSE tile t lists all tokens from row N * t on, which saves a read."""
+    if DENSE:
+        return tile * N, tile * N + tokens
+    else:
+        return gl.load(tile_begin + tile), gl.load(tile_end + tile)
 
 
 @gluon.jit
@@ -60,7 +72,7 @@ def weights_producer(
     n = 0
     tell(queue, told, heard, n, unit)
     while unit < units_1:
-        tile, block = unit_at(unit, tile_group, IN)
+        tile, block = unit_at(unit, tile_group, IN, DENSE)
         row = gl.load(tile_expert + tile) * (2 * INTER) + block * ROWS
         it = load_weights(w1, w_bufs, full, empty, it, row, INTER, 0, HIDDEN // 128, ROWS, STAGES, BURST)
         unit = gl.atomic_add(ticket, 1, sem="relaxed")
@@ -72,7 +84,7 @@ def weights_producer(
                 row = gl.load(tile_expert + tile) * HIDDEN + (unit - units_1) * ROWS
                 it = load_weights(w2, w_bufs, full, empty, it, row, 0, 128, INTER // 256, ROWS, STAGES, 1)
         else:
-            tile, block = unit_at(unit - units_1, tile_group, OUT)
+            tile, block = unit_at(unit - units_1, tile_group, OUT, False)
             row = gl.load(tile_expert + tile) * HIDDEN + block * (2 * ROWS)
             it = load_weights(w2, w_bufs, full, empty, it, row, ROWS, 0, INTER // 128, ROWS, STAGES, BURST)
         unit = gl.atomic_add(ticket, 1, sem="relaxed")
@@ -128,17 +140,19 @@ def pairs_producer(
     n = 0
     unit = hear(queue, told, heard, n, 1)
     while unit < units_1:
-        tile, block = unit_at(unit, tile_group, IN)
-        begin = gl.load(tile_begin + tile)
-        end = gl.load(tile_end + tile)
+        tile, block = unit_at(unit, tile_group, IN, DENSE)
+        begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
         line = begin + gl.arange(0, N, layout=gl.SliceLayout(1, X))
         s_line = begin + gl.arange(0, N, layout=V)
         inside = line < end
         s_inside = s_line < end
-        if DENSE:  # an expert's tile lists all tokens: those that did not choose it count as zeros
+        if DENSE:  # tokens that did not choose the expert count as zeros
+            token = line - begin
+            s_token = s_line - begin
             inside = inside & (gl.load(pair_weight + line, mask=inside, other=0.0) != 0.0)
-        token = gl.load(pair_token + line, mask=line < end, other=0)
-        s_token = gl.load(pair_token + s_line, mask=s_inside, other=0)
+        else:
+            token = gl.load(pair_token + line, mask=inside, other=0)
+            s_token = gl.load(pair_token + s_line, mask=s_inside, other=0)
         row = gl.load(tile_expert + tile) * (2 * INTER) + block * ROWS
         w_s_at = w1_scale + (row // 128) * H_BLOCKS + gl.arange(0, 1, layout=V)
         it = load_pairs(
@@ -153,11 +167,10 @@ def pairs_producer(
             past = tiles
             block = unit - units_1
         else:
-            first, block = unit_at(unit - units_1, tile_group, OUT)
+            first, block = unit_at(unit - units_1, tile_group, OUT, False)
             past = first + 1
         for tile in range(first, past):
-            begin = gl.load(tile_begin + tile)
-            end = gl.load(tile_end + tile)
+            begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
             line = begin + gl.arange(0, N, layout=gl.SliceLayout(1, X))
             s_line = begin + gl.arange(0, N, layout=V)
             row = gl.load(tile_expert + tile) * HIDDEN + block * (ROWS if DENSE else 2 * ROWS)

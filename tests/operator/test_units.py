@@ -1,0 +1,73 @@
+"""The units of the persistent kernels: every tile and column once, by programs that share what they are said to share."""
+
+import random
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+
+pytest.importorskip("triton.experimental.gluon")
+
+from blockmoe.operator.prefill import parts  # noqa: E402
+from blockmoe.operator.stream import load  # noqa: E402
+
+
+class Lists:
+    """`tile_group` of experts with so many tiles, as a pointer."""
+
+    def __init__(self, tiles: list[int]) -> None:
+        self.values = [4096 * sum(tiles[:i]) + n for i, n in enumerate(tiles) for _ in range(n)]
+
+    def __add__(self, at: int) -> int:
+        return self.values[at]
+
+
+def in_python(function, monkeypatch, rank: int = 0):
+    """A jit function's body, run as Python on integers."""
+    monkeypatch.setitem(function.fn.__globals__, "gl", SimpleNamespace(load=lambda at: at, program_id=lambda axis: rank))
+    return function.fn
+
+
+SEEDS = range(12)
+
+
+@pytest.mark.parametrize("columns", [4, 16, 28])
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prefill(cluster, columns, seed, monkeypatch):
+    draw = random.Random(seed)
+    tiles = [draw.randint(1, 13) for _ in range(draw.randint(1, 6))]
+    groups, seen = Lists(tiles), Counter()
+    for unit in range(sum(tiles) * columns // cluster):
+        places = [in_python(parts.unit_at, monkeypatch, rank)(unit, groups, columns, cluster) for rank in range(cluster)]
+        seen.update((tile, column) for tile, column, _ in places)
+        assert len({paired for _, _, paired in places}) == 1
+        if cluster == 2:
+            (tile, column, paired), (other_tile, other_column, _) = places
+            if paired:
+                assert other_tile == tile + 1 and groups + tile == groups + other_tile and column == other_column
+            else:
+                assert other_tile == tile and other_column == column + 1
+    assert len(seen) == sum(tiles) * columns and set(seen.values()) == {1}
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prefill_ascends(seed, monkeypatch):
+    """A unit's addition waits for tiles of lower experts: their units come before."""
+    draw = random.Random(seed)
+    tiles = [draw.randint(1, 5) for _ in range(6)]
+    groups = Lists(tiles)
+    unit_at = in_python(parts.unit_at, monkeypatch)
+    experts = [groups + unit_at(unit, groups, 28, 2)[0] for unit in range(sum(tiles) * 14)]
+    assert experts == sorted(experts)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stream(seed, monkeypatch):
+    draw = random.Random(seed)
+    tiles = [draw.randint(1, 4) for _ in range(draw.randint(1, 32))]
+    groups, unit_at = Lists(tiles), in_python(load.unit_at, monkeypatch)
+    places = [unit_at(unit, groups, 32, False) for unit in range(32 * sum(tiles))]
+    assert sorted(places) == [(tile, block) for tile in range(sum(tiles)) for block in range(32)]
+    assert [groups + tile for tile, _ in places] == sorted(groups + tile for tile, _ in places)
+    assert [unit_at(unit, None, 32, True) for unit in range(64)] == [(unit // 32, unit % 32) for unit in range(64)]
