@@ -28,12 +28,13 @@ from peer_runs import JOURNAL, LOG, OUT, Bench, attempt, caller, load, read, run
 TOKENS = (1, 80, 901, 11948, 14107)
 PUBLISHED = ("sglang_fp8_blockwise_moe_v1", "sglang_fp8_blockwise_moe_v2", "triton_fused_moe_v1", "triton_fused_moe_v2")
 PEERS = (*PUBLISHED, "triton_fused_moe_v3", "sglang_triton_moe", "blockmoe", "deepgemm_moe")
-STAGES = ("routing", "permute", "GEMM1", "activation", "GEMM2", "combine", "other")
+STAGES = ("routing", "permute", "GEMM1", "activation", "GEMM2", "both GEMMs", "combine", "other")
 CALLS = 5
 SPIN_CYCLES = 8_000_000  # 4 ms: a profiled launch takes the host up to 0.1 ms, and a call has 32 at most
 MARK = "nextafter"  # the kernel that brackets a call: no solution launches it
-PRODUCT = re.compile(r"cutlass|group_gemm_starts|grouped_gemm_kernel|fp8_gemm|gate_up|(^|_)down_|down_kernel")
+PRODUCT = re.compile(r"cutlass|group_gemm_starts|grouped_gemm_kernel|fp8_gemm|gate_up|(^|_)down_|down_kernel|stream_kernel|prefill_kernel")
 FIRST_ONLY, SECOND_ONLY = re.compile(r"gate_up"), re.compile(r"(^|_)down_|down_kernel")
+BOTH = re.compile(r"stream_kernel|prefill_kernel")
 PERMUTE = re.compile(r"compute_problem_sizes|compute_expert|compute_arg_sorts|shuffle_row|gather|align|sort|place")
 OTHER = re.compile(r"Memset|memset|FillFunctor")
 
@@ -70,6 +71,8 @@ def stages_of(names: list[str]) -> list[str]:
     for index, name in enumerate(names):
         if OTHER.search(name):
             stage = "other"
+        elif BOTH.search(name):
+            stage = "both GEMMs"
         elif products[index]:
             second = bool(between) and index > between[0]
             stage = "GEMM2" if (SECOND_ONLY.search(name) or second) and not FIRST_ONLY.search(name) else "GEMM1"
@@ -103,7 +106,7 @@ def rows_of(solution: str, tokens: int, counts: list[int], tile: int | None = No
     pairs, all_rows = sum(counts), 8 * tokens
     in_tiles = sum(-(-count // tile) * tile for count in counts) if tile else None
     local = dict.fromkeys(("permute", "GEMM1", "activation", "GEMM2", "combine"), (pairs, None))
-    products = {"GEMM1": (pairs, in_tiles), "GEMM2": (pairs, in_tiles)}
+    products = dict.fromkeys(("GEMM1", "GEMM2", "both GEMMs"), (pairs, in_tiles))
     if solution in PUBLISHED or solution == "triton_fused_moe_v3":
         every = dict.fromkeys(local, (all_rows, None))
         return every if solution in PUBLISHED else every | {"combine": (pairs, None)}
@@ -128,7 +131,7 @@ def tile_of(solution: str, module, tokens: int) -> int | None:
 
 def work_of(stage: str, rows: int, hidden: int = 7168, middle: int = 2048) -> tuple[float, float]:
     """(FLOPs, least bytes of rows read and written) of a stage over `rows` rows; weights are left out."""
-    flops = {"GEMM1": 4 * middle * hidden * rows, "GEMM2": 2 * middle * hidden * rows}
+    flops = {name: n * middle * hidden * rows for name, n in (("GEMM1", 4), ("GEMM2", 2), ("both GEMMs", 6))}
     scaled = 1 + 4 / 128  # an e4m3 value with its share of a float32 scale
     moved = {"permute": 2 * scaled * hidden, "activation": 4 * middle + scaled * middle, "combine": 2 * hidden}
     return flops.get(stage, 0.0), moved.get(stage, 0.0) * rows
@@ -230,10 +233,11 @@ def table(lines: list[dict]) -> str:
     spans = {(line["tokens"], line["peer"]): line for line in lines if line["kind"] == "call"}
     stages = {(line["tokens"], line["peer"], line["stage"]): line for line in lines if line["kind"] == "stage"}
     out = [f"! {line}" for line in lines if line["kind"] in ("failed", "child ended", "context lost", "timeout", "stopped")]
-    out.append(f"{'T':>6} {'solution':28} {'span us':>9} {'gaps':>6} " + " ".join(f"{stage:>16}" for stage in STAGES))
+    columns = [stage for stage in STAGES if any(stage == found for *_, found in stages)]
+    out.append(f"{'T':>6} {'solution':28} {'span us':>9} {'gaps':>6} " + " ".join(f"{stage:>16}" for stage in columns))
     for tokens, peer in sorted(spans, key=lambda key: key[0]):
         cells = []
-        for stage in STAGES:
+        for stage in columns:
             line = stages.get((tokens, peer, stage))
             rows = f" ({line['rows'] / line['needed']:.2f})" if line and line["rows"] and line["needed"] else ""
             cells.append(f"{line['us']:.1f}{rows}" if line else "")

@@ -110,7 +110,7 @@ class Curve:
         chosen, found = self.plan(tokens), {}
         for other in (tokens // 2, tokens - 1, tokens + 1, 2 * tokens):
             plan = replace(self.plan(max(1, other)), route=chosen.route)
-            fits = plan.path != "dense" or (chosen.route.one_launch and tokens <= plan.gate_up.block_n)
+            fits = not plan.dense or (chosen.route.one_launch and tokens <= plan.gate_up.block_n)
             if plan != chosen and fits and plan not in found.values():
                 found[f"T={other}"] = plan
         return found

@@ -13,7 +13,6 @@ import argparse
 import json
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -345,7 +344,8 @@ def main() -> None:
     print("T pairs active | floor compute | eager graph (x floor) | route (choose place) and the other stages | host | best", flush=True)
     for tokens, pairs, active, floor, compute, eager, graph, parts, host, label, fastest in rows:
         split = f" ({parts['choose']:.1f} {parts['place']:.1f})" if "choose" in parts else ""
-        each = f"{parts.get('route', 0):.1f}{split} " + " ".join(f"{parts[s]:.1f}" for s in ("layer", "gate_up", "down", "combine") if s in parts)
+        others = " ".join(f"{parts[s]:.1f}" for s in ("layer", "gate_up", "down", "combine") if s in parts)
+        each = f"{parts.get('route', 0):.1f}{split} {others}"
         print(
             f"{tokens} {pairs} {active} | {floor:.1f} {compute:.1f} | {eager:.1f} {graph:.1f} "
             f"({min(eager, graph) / max(floor, compute):.2f}) | {each} | {host:.1f} | {label} {fastest:.1f} "

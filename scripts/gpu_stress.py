@@ -37,7 +37,7 @@ import torch
 from stress_checks import FACTOR, Layer, compare, passes, special, verify
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY, MoEGeometry
-from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan, plans
+from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan, plans, without_tma
 from blockmoe.reference import moe_reference, route
 
 MODES = ("trace", "realistic")
@@ -267,7 +267,8 @@ def sanitizer(session: gpu_session.Session, device: torch.device) -> None:
     """Every plan of the headline geometry on a small one; the device runs the operator's kernels and copies, nothing else."""
     session.section("sanitizer")
     cases = [(fitting(plan), plan) for plan in plans(HEADLINE)]
-    cases += [(200, replace(choose_plan(HEADLINE, t), row_buffer=1)) for t in (901, 14107)]  # columns in blocks, tiles that are full
+    cases += [(200, choose_plan(HEADLINE, t)) for t in (901, 14107)]  # tiles that are full
+    cases += [(200, replace(without_tma(choose_plan(HEADLINE, t)), row_buffer=1)) for t in (901, 14107)]  # columns in blocks
     cases += [(t, None) for t in (1, 0, 33, 900)]  # 900: the large-T path as the call chooses it
     for tokens, plan in cases:
 
@@ -288,7 +289,7 @@ def sanitizer(session: gpu_session.Session, device: torch.device) -> None:
 def fitting(plan: Plan) -> int:
     """Some tokens, as many as a plan for few may serve."""
     most = min(40, plan.route.block_t) if plan.route.one_launch else 40
-    return min(most, plan.gate_up.block_n) if plan.path == "dense" else most
+    return min(most, plan.gate_up.block_n) if plan.dense else most
 
 
 SECTIONS = ("geometries", "small", "special", "repeat", "graph", "streams", "large")

@@ -14,6 +14,7 @@ from blockmoe.bench.bundled import definition_of
 from blockmoe.bench.inputs import Inputs
 from blockmoe.bench.schema import Workload
 from blockmoe.geometry import MoEGeometry
+from blockmoe.operator import ptx
 from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan
 from blockmoe.operator.workspace import layout, rounds
 from blockmoe.reference import moe_reference, route
@@ -117,7 +118,8 @@ def plan_of(g: MoEGeometry, tokens: int, device: torch.device) -> Plan:
         return choose_plan(g, min(tokens, TOKEN_CHUNK))
     properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
-    return choose_plan(g, min(tokens, TOKEN_CHUNK), sm_count=properties.multi_processor_count, capability=capability)
+    sm_count = properties.multi_processor_count
+    return choose_plan(g, min(tokens, TOKEN_CHUNK), sm_count=sm_count, capability=capability, clusters=ptx.known())
 
 
 def poisoned(g: MoEGeometry, tokens: int, device: torch.device, plan: Plan | None = None) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ Scales may have either sign. Everything runs on the device of its inputs, one ac
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import torch
@@ -22,6 +22,7 @@ from blockmoe.geometry import BLOCK, MoEGeometry
 
 E4M3_MAX = 448.0
 AMAX_FLOOR = 1e-34  # a group of C smaller than this is scaled as if it were this large: its scale stays a normal float32
+Product = Callable[[Tensor, Tensor], Tensor]  # of [M, G] and [N, G]: [M, N]
 
 
 def route(logits: Tensor, bias: Tensor | None, geometry: MoEGeometry, routed_scaling_factor: float) -> tuple[Tensor, Tensor]:
@@ -108,10 +109,12 @@ def moe_oracle(
     intermediate: Literal["e4m3", "bf16"] = "e4m3",
     group: int = BLOCK,
     rows: Literal["float32", "bf16", "running bf16"] = "float32",
+    product: Product | None = None,
 ) -> Tensor:
     """The layer with the rounding of the kernels: bfloat16 [T, H].
 
-    Products are summed over 128 of K in float32, multiplied by the product of both scales, and accumulated in float32.
+    Products are summed over a scale's part of K in float32, or by `product`, multiplied by the product of both scales, and accumulated in
+    float32.
     C is rounded once: to e4m3 with a scale of max(amax, AMAX_FLOOR) / 448 for each 1 x `group` (a divisor of 128), or to
     bfloat16. A pair's row, times its weight, is rounded to bfloat16 where `rows` says so. A token's experts are summed in
     float32 in ascending order, and the output is rounded to bfloat16; "running bf16" rounds the sum after every expert.
@@ -122,15 +125,15 @@ def moe_oracle(
     expert_ids, weights = route(routing_logits, routing_bias, geometry, routed_scaling_factor)
     output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     for expert, tokens, weight in _active_experts(expert_ids, weights, local_expert_offset, len(gemm1_weights)):
-        hidden, hidden_scale = hidden_states[tokens].float(), hidden_states_scale[:, tokens].t()
-        gemm1 = block_scaled_matmul(hidden, hidden_scale, gemm1_weights[expert], gemm1_weights_scale[expert])
+        hidden, hidden_scale = hidden_states[tokens], hidden_states_scale[:, tokens].t()
+        gemm1 = block_scaled_matmul(hidden, hidden_scale, gemm1_weights[expert], gemm1_weights_scale[expert], product)
         up, gate = gemm1.chunk(2, dim=1)
         c = torch.nn.functional.silu(gate) * up  # [rows, I]
         if intermediate == "e4m3":
             values, scale = quantise_rows(c, group)
         else:
             values, scale = c.bfloat16(), c.new_ones(len(c), c.shape[1] // group)
-        result = block_scaled_matmul(values.float(), scale, gemm2_weights[expert], gemm2_weights_scale[expert]) * weight
+        result = block_scaled_matmul(values, scale, gemm2_weights[expert], gemm2_weights_scale[expert], product) * weight
         result = torch.where(weight == 0, 0.0, result)
         output.index_add_(0, tokens, result if rows == "float32" else result.bfloat16().float())
         if rows == "running bf16":
@@ -145,18 +148,29 @@ def quantise_rows(c: Tensor, group: int = BLOCK) -> tuple[Tensor, Tensor]:
     return (blocks / scale.unsqueeze(2)).to(torch.float8_e4m3fn).flatten(1), scale
 
 
-def block_scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """a [M, K] float32 by b [N, K] e4m3, each group of K scaled apart and accumulated in float32: float32 [M, N].
+def block_scaled_matmul(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, product: Product | None = None) -> Tensor:
+    """a [M, K] by b [N, K] e4m3, each group of K scaled apart and accumulated in float32: float32 [M, N].
 
-    a_scale [M, K/group], where group divides 128; b_scale [N/128, K/128].
+    a_scale [M, K/group], where group divides 128; b_scale [N/128, K/128]. `product` of [M, group] and [N, group], float32 [M, N], is
+    the float32 one where None.
     """
     total = torch.zeros(len(a), len(b), dtype=torch.float32, device=a.device)
     group = a.shape[1] // a_scale.shape[1]
     for part in range(a_scale.shape[1]):
         columns = slice(part * group, (part + 1) * group)
         scale = a_scale[:, part, None] * b_scale[:, part * group // BLOCK].repeat_interleave(BLOCK)  # [M, N]
-        total += (a[:, columns] @ b[:, columns].float().t()) * scale
+        left, right = a[:, columns], b[:, columns]
+        total += (product(left, right) if product else left.float() @ right.float().t()) * scale
     return total
+
+
+def tensor_core_product(a: Tensor, b: Tensor) -> Tensor:
+    """a [M, G] by b [N, G], both e4m3 on a GPU that multiplies e4m3, as its tensor cores sum: with fewer bits than float32 on Hopper.
+
+    By cuBLAS with fast accumulation, which like the kernels adds nothing outside the tensor cores within a group.
+    """
+    one = torch.ones((), dtype=torch.float32, device=a.device)
+    return torch._scaled_mm(a.contiguous(), b.contiguous().t(), one, one, out_dtype=torch.float32, use_fast_accum=True)
 
 
 def _active_experts(expert_ids: Tensor, weights: Tensor, offset: int, local: int) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -7,7 +7,7 @@ import torch
 from blockmoe.geometry import BLOCK, TINY, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.plan import DownTile, GateUpTile, Plan, RouteTile
-from blockmoe.reference import moe_oracle, moe_reference
+from blockmoe.reference import moe_oracle, moe_reference, tensor_core_product
 
 UNGROUPED = MoEGeometry(24, 8, 3, 256, 256)
 RENORMALIZE = MoEGeometry(24, 24, 3, 256, 128, "renormalize")
@@ -53,9 +53,10 @@ def call(inputs, g: MoEGeometry, offset: int = 0, factor: float = 2.5, plan: Pla
 
 
 def oracle(inputs, g: MoEGeometry, offset: int, factor: float, plan: Plan) -> torch.Tensor:
-    """The layer with the rounding of `plan`: only sums of a different order remain."""
+    """The layer with the rounding of `plan`: only sums of a different order remain. On a GPU its tensor cores sum the products."""
     rows = "float32" if plan.dense else "running bf16" if plan.path == "prefill" else "bf16"
-    return moe_oracle(*inputs, offset, factor, geometry=g, group=plan.gate_up.block_i, rows=rows)
+    product = tensor_core_product if inputs[2].is_cuda else None
+    return moe_oracle(*inputs, offset, factor, geometry=g, group=plan.gate_up.block_i, rows=rows, product=product)
 
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:

@@ -43,6 +43,7 @@ def test_operator_whose_products_and_combines_take_turns():
     names = ["choose_kernel", "place_kernel", "gate_up_wide_kernel", *turns, *turns]
     assert stages(names) == ["routing", "permute", "GEMM1", "GEMM2", "combine", "GEMM2", "combine"]
     assert stages(["route_kernel", "gate_up_kernel", "down_dense_kernel"]) == ["routing", "GEMM1", "GEMM2"]
+    assert stages(["choose_kernel", "place_kernel", "prefill_kernel"]) == ["routing", "permute", "both GEMMs"]
     assert stages(["something", "else"]) == ["other", "other"]
 
 

@@ -121,8 +121,8 @@ class StreamTile:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory (GEMM2: one less); programs in clusters of `cluster`, 1 or 2, which share weights
-    by multicast."""
+    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory (GEMM2: one less); programs in clusters of `cluster`, 1 or 2,
+    which share weights by multicast."""
 
     stages: int
     cluster: int = 1

@@ -125,7 +125,7 @@ def add_rows(
             barrier()
             mbarrier.arrive(taken.index(1), count=1)
             large_tiles += 1
-        tiles += 1
+        tiles += 1  # noqa: SIM113
         gl.atomic_xchg(added + ((tile + 1) * COLUMNS + c), 1, sem="release")
 
 

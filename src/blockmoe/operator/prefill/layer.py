@@ -11,7 +11,18 @@ from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Launch, Slot, descriptor
 from blockmoe.operator.prefill.down import add_rows, down_consumer, prepare_adding
 from blockmoe.operator.prefill.gate_up import gate_up_consumer, gather
-from blockmoe.operator.prefill.parts import CODES, ROWS, K, drain, load_down, load_gate_up, load_scales, meet, stage_barriers, stage_buffers
+from blockmoe.operator.prefill.parts import (
+    CODES,
+    ROWS,
+    K,
+    drain,
+    load_down,
+    load_gate_up,
+    load_scales,
+    meet,
+    stage_barriers,
+    stage_buffers,
+)
 from blockmoe.operator.workspace import Round
 
 REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warps beside; more for the consumers spill (ptxas 12.9)
@@ -19,8 +30,8 @@ REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warp
 
 @gluon.jit
 def finished_rows(x_buffers, w_buffers, codes, STAGES: gl.constexpr):
-    """Where GEMM2's rows wait for their addition, [64, 128] bfloat16 each: in the last stage of GEMM1, which GEMM2 has no use for, and where
-    the codes of GEMM1 waited to be stored. Nobody gets through a unit of GEMM2 while the other consumer is at work on GEMM1."""
+    """Where GEMM2's rows wait for their addition, [64, 128] bfloat16 each: in the last stage of GEMM1, which GEMM2 has no use for, and
+    where GEMM1's codes waited to be stored. Nobody gets through a unit of GEMM2 while the other consumer is at work on GEMM1."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     x = x_buffers._reinterpret(gl.bfloat16, [STAGES, ROWS, K], LAYOUT)
     w = w_buffers._reinterpret(gl.bfloat16, [2 * STAGES, ROWS, K], LAYOUT)
@@ -30,9 +41,9 @@ def finished_rows(x_buffers, w_buffers, codes, STAGES: gl.constexpr):
 
 @gluon.jit
 def consume(
-    GROUP: gl.constexpr, middle, codes, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2, done, taken,
-    w1_scale, w2_scale, pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count, tile_expert,
-    tile_group, tile_begin, tile_end, tokens, pitch,
+    GROUP: gl.constexpr, middle, codes, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2,
+    done, taken, w1_scale, w2_scale, pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count,
+    tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 pairs of each tile. The first consumer prepares GEMM2's order of addition while it would wait for its first stage."""
@@ -50,8 +61,8 @@ def consume(
 
 @gluon.jit
 def carry(
-    x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, pair_token, before, added, prepared,
-    tile_count, tile_group, tile_begin, tile_end, tokens,
+    x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, pair_token, before, added,
+    prepared, tile_count, tile_group, tile_begin, tile_end, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: hidden states to the stages of GEMM1, then finished rows of GEMM2 to the output."""
@@ -67,8 +78,8 @@ def carry(
 
 @gluon.jit
 def load(
-    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, finished, tile_count, tile_expert, tile_group, tile_begin,
-    tile_end,
+    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, finished, tile_count, tile_expert, tile_group,
+    tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: what TMA loads. Each of a tile's units of GEMM1 counts twice in `finished`, once a consumer. `second`: the buffers are
