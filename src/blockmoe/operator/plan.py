@@ -24,10 +24,13 @@ from blockmoe.geometry import BLOCK, MoEGeometry
 
 Path = Literal["dense", "sorted", "stream", "wide", "prefill"]
 
-DENSE_TOKENS = 7  # T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
+STREAM_DENSE_TOKENS = 15  # T = 1: 56.7 us, sorted 64.5; 16 (12 experts): 187.1, 186.8; 16 (15 experts): 237.9, 228.0
+DENSE_TOKENS = 7  # elsewhere. T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
 ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
-PREFILL_ROWS = 80  # the same for prefill. T = 2048 (64 rows): 565 us, stream 551; 2560: 581, 580; 3072: 593, 606; 4096: 637, 653
+# The same for prefill. Uniform routing: T = 2048 (64 rows): 565 us, stream 551; 2560: 581, 580; 3072: 593, 606; 4096: 637, 653. But at
+# 2048, where every token has eight pairs on the same eight experts: 1247, 2177; where all are one expert's: 184, 297.
+PREFILL_ROWS = 64
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
@@ -212,13 +215,14 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
 
 
 def _stream(geometry: MoEGeometry, tokens: int, rows: float) -> StreamTile:
-    """The tile for so many mean rows an expert."""
-    if tokens <= ONE_LAUNCH_TOKENS and geometry.intermediate_size % (2 * BLOCK) == 0:
+    """The tile for so many mean rows an expert: tall enough for skewed routing too, where that costs nothing under uniform routing."""
+    if tokens <= STREAM_DENSE_TOKENS and geometry.intermediate_size % (2 * BLOCK) == 0:
         return StreamTile(64, 16, 10, 2, dense=True)
     if rows <= 6:
-        return StreamTile(64, 16, 12, 2)
-    if rows <= 14:
-        return StreamTile(128, 32, 6, 2)
+        # T = 55, 80: 340.3, 469.1 us; 128x16 341.0, 469.2; 256x16 340.5, 470.0. T = 128: 446.6, 128x16 446.5; all on the same eight
+        # experts: 201.7, 413.6
+        return StreamTile(128, 32, 5)
+    # T = 300: 480.2 us, 256x32 478.9; 901: 507.3, 4 stages in bursts of two 507.1, 3 stages 504.9; 2048: 536.3, 541.0, 543.0
     return StreamTile(128, 64, 5)
 
 
