@@ -58,7 +58,7 @@ def test_page_keeps_its_conclusions(tmp_path):
     against.write(tmp_path / "results", DATA, page)
     assert page.read_text().count("Not measured yet") == 3 and "None yet: nothing is measured." in page.read_text()
     page.write_text(page.read_text().replace("None yet: nothing is measured.", "It repeats."))
-    folder(tmp_path / "results" / "peers", run(latencies(), SIZES))
+    folder(tmp_path / "results" / "every", run(latencies(), SIZES))
     folder(tmp_path / "results" / "strict", [failed(TRITON2, 1, "INCORRECT_NUMERICAL")])
     against.write(tmp_path / "results", DATA, page)
     text = page.read_text()

@@ -2,7 +2,7 @@
 
     python -m blockmoe.report.against results/h100 tests/data docs/hopper-against-published.md
 
-reads results/h100/{peers,strict,collapse}; what is missing is said to be. The text between the page's two conclusion marks is
+reads results/h100/{every,strict,collapse}; what is missing is said to be. The text between the page's two conclusion marks is
 written by hand and kept; everything else is computed.
 """
 
@@ -186,7 +186,7 @@ def document(results: Path, published: Path, hand_written: str) -> str:
         f"{BEGIN}\n{hand_written.strip()}\n{END}",
     ]
     sections: list[tuple[str, Path, Callable[[Path], list[Table]]]] = [
-        ("Speedups", results / "peers", lambda folder: _speedup_tables(four, two, folder)),
+        ("Speedups", results / "every", lambda folder: _speedup_tables(four, two, folder)),
         ("The cause of the collapse", results / "collapse" / "gpu_collapse.jsonl", lambda file: stage_tables(_lines(file))),
         ("Strictly", results / "strict", lambda folder: [strict_table(folder)]),
     ]
