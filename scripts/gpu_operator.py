@@ -126,7 +126,8 @@ class Timer:
         self.flush_buffer.fill_(1)  # write, so that nothing of ours stays; then read, so that no line stays dirty
         read_kernel[(528,)](self.flush_buffer, self.sink, self.flush_buffer.numel(), 4096, num_warps=8)
 
-    def median_us(self, work, repeats: int = REPEATS, cold: bool = True) -> float:
+    def median_us(self, work, repeats: int = REPEATS, cold: bool = True, before=None) -> float:
+        """`before` runs ahead of each timed call, behind the flush."""
         for _ in range(2):
             work()
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
@@ -135,6 +136,8 @@ class Timer:
         for begin, end in pairs:
             if cold:
                 self.flush()
+            if before:
+                before()
             begin.record()
             work()
             end.record()
@@ -167,7 +170,8 @@ def graph_of(work):
 
 
 def stage_times(timer: Timer, inputs, g: MoEGeometry, offset: int, plan: Plan, tokens: int) -> dict[str, float]:
-    """Each stage alone, over what a run of all of them left in the workspace; choose and place apart too.
+    """Each stage alone, over what a run of all of them left in the workspace; `layer` behind a route, whose counters it uses up; choose and
+    place apart too.
 
     `route_warm`: without a flush before it, so with its instructions and logits in the L2. `events`: nothing between them.
     """
@@ -181,7 +185,8 @@ def stage_times(timer: Timer, inputs, g: MoEGeometry, offset: int, plan: Plan, t
     ready = {name: Prepared(launches, 0) for name, launches in found.items()}
     for stage in ready.values():
         stage.run(addresses)
-    result = {name: timer.median_us(lambda s=stage: s.run(addresses)) for name, stage in ready.items()}
+    routed = {"layer": lambda: ready["route"].run(addresses)}
+    result = {name: timer.median_us(lambda s=stage: s.run(addresses), before=routed.get(name)) for name, stage in ready.items()}
     result["route_warm"] = timer.median_us(lambda: ready["route"].run(addresses), cold=False)
     result["events"] = timer.median_us(lambda: None)
     if len(found["route"]) == 2:
