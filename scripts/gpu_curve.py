@@ -235,6 +235,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if unknown := set(arguments.families) - set(FAMILIES):
         parser.error(f"--families: expected some of {','.join(FAMILIES)}, got {','.join(sorted(unknown))}")
+    if arguments.plot and arguments.to.suffix != ".svg":
+        parser.error(f"--to: expected a name that ends in .svg, got {arguments.to}")
     if not arguments.plot:
         return measure(arguments)
     points = curve_report.load(arguments.plot)

@@ -7,6 +7,7 @@ import torch
 from blockmoe.geometry import BLOCK, TINY, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.plan import DownTile, GateUpTile, Plan, RouteTile
+from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_oracle, moe_reference, tensor_core_product
 
 UNGROUPED = MoEGeometry(24, 8, 3, 256, 256)
@@ -66,4 +67,17 @@ def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
     return difference / norm if norm else difference
 
 
-__all__ = ["GEOMETRIES", "PLANS", "RENORMALIZE", "TINY", "UNGROUPED", "call", "make", "moe_reference", "oracle", "relative"]
+def check(inputs, g, offset, plan, factor=2.5, **memory) -> torch.Tensor:
+    """The output of `plan` into poisoned memory, close to the reference and closer to the oracle."""
+    tokens = len(inputs[0])
+    out = torch.full((tokens, g.hidden_size), float("nan"), dtype=torch.bfloat16)
+    poisoned = torch.full((layout(g, tokens, plan)[1],), 255, dtype=torch.uint8) if not memory else memory["workspace"]
+    assert call(inputs, g, offset, factor, plan, out=out, workspace=poisoned) is out
+    reference = moe_reference(*inputs, offset, factor, geometry=g)
+    assert relative(out, reference) < 0.03
+    assert relative(out, oracle(inputs, g, offset, factor, plan)) < 2e-3
+    assert not out[(reference == 0).all(1)].any()
+    return out
+
+
+__all__ = ["GEOMETRIES", "PLANS", "RENORMALIZE", "TINY", "UNGROUPED", "call", "check", "make", "moe_reference", "oracle", "relative"]
