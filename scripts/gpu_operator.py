@@ -129,6 +129,8 @@ class Timer:
     def median_us(self, work, repeats: int = REPEATS, cold: bool = True, before=None) -> float:
         """`before` runs ahead of each timed call, behind the flush."""
         for _ in range(2):
+            if before:
+                before()
             work()
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         torch.cuda.synchronize()
@@ -224,8 +226,8 @@ def candidates(tokens: int) -> dict[str, Plan]:
         stream(128, 32, 6, 2)
         stream(128, 32, 3, 1)
     if tokens > 500:
-        for stages, ring, cluster in ((3, 128, 1), (3, 128, 2), (3, 64, 2), (3, 32, 2)):
-            plan = Plan("prefill", base.route, PrefillTile(stages, ring, cluster))
+        for stages, cluster in ((4, 1), (4, 2), (3, 2)):
+            plan = Plan("prefill", base.route, PrefillTile(stages, cluster))
             found[f"prefill {plan.gate_up}"] = plan
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 

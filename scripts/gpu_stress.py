@@ -38,10 +38,11 @@ from stress_checks import FACTOR, Layer, compare, passes, special, verify
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY, MoEGeometry
 from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan, plans, without_tma
+from blockmoe.operator.workspace import workspace_size
 from blockmoe.reference import moe_reference, route
 
 MODES = ("trace", "realistic")
-SMALL = MoEGeometry(32, 8, 4, 512, 256, "deepseek_v3", 4, 2)  # for the sanitizers
+SMALL = MoEGeometry(32, 8, 4, 512, 512, "deepseek_v3", 4, 2)  # for the sanitizers
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 
 
@@ -133,8 +134,7 @@ class Stress:
         tensors, _ = self.layer("trace").open(largest)
         _, _, x, x_scale, *weights = tensors
         g, random = self.g, np.random.default_rng(self.seed)
-        memory = checks.poisoned(g, largest, self.device)["workspace"]
-        memory = torch.cat([memory, memory])  # a plan of fewer tokens may want more
+        memory = torch.full((workspace_size(g, largest, **checks.machine(self.device)),), 255, dtype=torch.uint8, device=self.device)
         differs = torch.zeros(calls, 2, dtype=torch.bool, device=self.device)
         sizes = np.exp(random.uniform(0, np.log(largest + 1), calls)).astype(int)
 

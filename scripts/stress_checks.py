@@ -112,14 +112,18 @@ def passes(found: dict[str, float]) -> bool:
     return found["rel_l2"] <= REFERENCE_LIMIT and found["token"] <= TOKEN_LIMIT and not found["nan"] and not found["not_zero"]
 
 
+def machine(device: torch.device) -> dict[str, int]:
+    """What plans and workspaces depend on; the defaults for a CPU."""
+    if device.type != "cuda":
+        return {}
+    properties = torch.cuda.get_device_properties(device)
+    return {"sm_count": properties.multi_processor_count, "capability": 10 * properties.major + properties.minor}
+
+
 def plan_of(g: MoEGeometry, tokens: int, device: torch.device) -> Plan:
     """The plan of a call's first round, as the call chooses it."""
-    if device.type != "cuda":
-        return choose_plan(g, min(tokens, TOKEN_CHUNK))
-    properties = torch.cuda.get_device_properties(device)
-    capability = 10 * properties.major + properties.minor
-    sm_count = properties.multi_processor_count
-    return choose_plan(g, min(tokens, TOKEN_CHUNK), sm_count=sm_count, capability=capability, clusters=ptx.known())
+    clusters = device.type != "cuda" or ptx.known()
+    return choose_plan(g, min(tokens, TOKEN_CHUNK), **machine(device), clusters=clusters)
 
 
 def poisoned(g: MoEGeometry, tokens: int, device: torch.device, plan: Plan | None = None) -> dict[str, Tensor]:

@@ -2,10 +2,11 @@
 
 import pytest
 
-from blockmoe.geometry import GEOMETRIES, HEADLINE
+from blockmoe.geometry import GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator.plan import choose_plan, plans, without_tma
 
 pytest.importorskip("triton")
+from blockmoe.operator.pipeline import stages  # noqa: E402
 from blockmoe.operator.workspace import counters, layout, sizes, slots, workspace_size  # noqa: E402
 
 
@@ -40,14 +41,36 @@ def test_paths():
     assert {without_tma(plan).path for plan in plans(HEADLINE)} == {"sorted", "wide"}
 
 
+UNUSUAL = [MoEGeometry(8, 8, 2, hidden, inter, "renormalize") for hidden in (128, 384, 512, 2944) for inter in (128, 256, 384, 640)]
+
+
+def test_sizes_that_persistent_kernels_cannot_serve_take_others():
+    for g in UNUSUAL:
+        paths = {plan.path for plan in plans(g)}
+        assert ("stream" in paths) == (g.hidden_size % 256 == 0)
+        assert ("prefill" in paths) == (g.hidden_size % 256 == 0 and g.intermediate_size >= 512)
+        for tokens in (1, 8, 40, 300, 3000):
+            assert stages(g, tokens, choose_plan(g, tokens), 0, 1.0)
+
+
+def test_a_kernel_refuses_sizes_that_it_cannot_serve():
+    for tokens, hidden, inter in ((40, 384, 512), (1, 512, 384), (3000, 512, 384)):
+        g = MoEGeometry(8, 8, 2, hidden, inter, "renormalize")
+        plan = choose_plan(MoEGeometry(8, 8, 2, 512, 512, "renormalize"), tokens)
+        assert plan.path in ("stream", "prefill")
+        with pytest.raises(AssertionError):
+            stages(g, tokens, plan, 0, 1.0)
+
+
 def test_tiles_of_persistent_kernels_divide_the_sizes():
-    for g in GEOMETRIES.values():
+    for g in (*GEOMETRIES.values(), *UNUSUAL):
         for plan in plans(g):
             tile = plan.gate_up
             if plan.path == "stream":
                 assert g.intermediate_size % tile.rows == 0 == g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows)
                 assert not tile.dense or g.intermediate_size % 256 == 0
             elif plan.path == "prefill":  # a cluster's programs may have neighbouring columns
+                assert g.intermediate_size >= 128 * tile.stages
                 assert g.intermediate_size // 128 % tile.cluster == 0 == g.hidden_size % (256 * tile.cluster)
 
 
@@ -63,6 +86,10 @@ def test_row_bounds_hold_for_the_worst_routing():
 def test_workspace():
     assert workspace_size(HEADLINE, 0) == 0
     assert workspace_size(HEADLINE, 14107) <= 400e6
+    for capability in (90, 100):
+        needed = workspace_size(HEADLINE, 2400, capability=capability)  # a plan for fewer may want more
+        for t in range(1, 2401, 7):
+            assert layout(HEADLINE, t, choose_plan(HEADLINE, t, capability=capability))[1] <= needed
     assert workspace_size(HEADLINE, 1_000_000) == workspace_size(HEADLINE, 16384)
     placed, total = layout(HEADLINE, 901, choose_plan(HEADLINE, 901))
     spans = sorted((offset, offset + count * dtype.itemsize) for offset, count, dtype in placed.values())

@@ -19,11 +19,18 @@ class _Config(ctypes.Structure):
 
 
 def active_clusters(function: int, threads: int, shared: int, cluster: int) -> int:
-    """Of `cluster` programs of `threads` threads and `shared` bytes, by the driver's count. Raises RuntimeError where it gives none."""
+    """Of `cluster` programs of `threads` threads and `shared` bytes, by the driver's count. Raises RuntimeError where it gives none.
+
+    The calling thread has a context: the function was loaded, or another kernel launched, by it.
+    """
+    try:
+        count_clusters = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters
+    except (OSError, AttributeError) as missing:
+        raise RuntimeError(f"clusters: expected a driver of CUDA 11.8 or newer, got {missing}") from missing
     attribute = _Attribute(CLUSTER_DIMENSION, 0, (ctypes.c_uint * 16)(cluster, 1, 1))
     config = _Config((cluster, 1, 1), (threads, 1, 1), shared, None, ctypes.pointer(attribute), 1)
     count = ctypes.c_int(0)
-    error = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters(ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(config))
+    error = count_clusters(ctypes.byref(count), ctypes.c_void_p(function), ctypes.byref(config))
     if error or count.value < 1:
         raise RuntimeError(f"cuOccupancyMaxActiveClusters: error {error}, {count.value} clusters of {cluster}")
     return count.value

@@ -2,8 +2,8 @@
 
 A call's launches depend on sizes alone, so they are built once a size and kept: arguments are numbers, or slots, which
 say which of the call's tensors and how many bytes in, or TMA descriptors over slots. Carrying them out adds addresses and
-calls Triton's C launcher; a kernel's first launch goes through Triton's own path, which compiles. No key of a compiled
-kernel holds a token count.
+calls Triton's C launcher; a kernel's first launch goes through Triton's own path, which compiles, but for clusters, which
+Triton would not launch. No key of a compiled kernel holds a token count.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorte
 # The same for prefill. Uniform routing: T = 2048 (64 rows): 565 us, stream 551; 2560: 581, 580; 3072: 593, 606; 4096: 637, 653. But at
 # 2048, where every token has eight pairs on the same eight experts: 1247, 2177; where all are one expert's: 184, 297.
 PREFILL_ROWS = 64
+PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
@@ -132,6 +133,10 @@ class PrefillTile:
     block_i = block_n = BLOCK
     dense = False
 
+    def __post_init__(self) -> None:
+        assert self.stages >= 3, "finished rows wait in GEMM1's last stage, and GEMM2 pipelines the others"
+        assert self.cluster in (1, 2), "two programs; four were slower: T = 14107: 1473 us, two 1398"
+
     def __str__(self) -> str:
         return f"128x256 {self.stages}s{f' cluster {self.cluster}' if self.cluster > 1 else ''}"
 
@@ -154,6 +159,7 @@ class Plan:
     def __post_init__(self) -> None:
         assert isinstance(self.gate_up, TILES.get(self.path, GateUpTile)) and (self.down is None) == (self.path in TILES)
         assert self.down is None or self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"
+        assert self.path != "prefill" or not self.route.one_launch, "with two, tiles begin at multiples of 128 and `out` is set to zero"
         assert self.path != "wide" or self.gate_up.block_i == self.gate_up.block_n == self.down.block_m == BLOCK
 
     @property
@@ -179,16 +185,17 @@ def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capa
     """
     pdl = capability >= 90
     route = route_tile(geometry, tokens)
-    if tokens <= DENSE_TOKENS and capability != 90:
+    persistent = capability == 90 and geometry.hidden_size % (2 * BLOCK) == 0  # units of GEMM2 are 256 columns wide
+    if tokens <= DENSE_TOKENS and not persistent:
         return _dense(geometry, tokens, route, sm_count, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
-    if rows >= PREFILL_ROWS and capability == 90 and geometry.hidden_size % (2 * BLOCK) == 0:
+    if rows >= PREFILL_ROWS and persistent and geometry.intermediate_size >= PREFILL_STAGES * BLOCK:
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
-        return Plan("prefill", route, PrefillTile(4, 2 if clusters and even else 1), pdl=pdl)
+        return Plan("prefill", route, PrefillTile(PREFILL_STAGES, 2 if clusters and even else 1), pdl=pdl)
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
-    if capability == 90:
+    if persistent:
         return Plan("stream", route, _stream(geometry, tokens, rows), pdl=pdl)
     if rows <= 6:
         # 3 and 4 stages of gate_up: T = 16: 206 us and 208; 32: 335 and 344; 55: 390 and 391; 80: 509 and 513

@@ -24,7 +24,7 @@ def known() -> bool:
     """Whether the installed Triton is one whose kernels ran with this on a GPU."""
     import triton
 
-    return triton.__version__.startswith("3.6.")
+    return triton.__version__.startswith("3.6.0")
 
 
 class Unexpected(RuntimeError):
@@ -78,7 +78,7 @@ def assembled(ptx: str, capability: int) -> bytes:
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "heard.ptx", Path(folder) / "heard.cubin"
         source.write_text(ptx)
-        command = [ptxas.path, "-lineinfo", "--gpu-name=sm_90a", source, "-o", target]
+        command = [ptxas.path, "-lineinfo", f"--gpu-name=sm_{capability}a", source, "-o", target]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise Unexpected(f"ptxas: {done.stderr.strip()[:500]}")

@@ -1,6 +1,6 @@
 """The device memory between the kernels: one allocation, laid out by a pure function of sizes.
 
-Nothing in it is read before the same call wrote it, and its size never depends on the routing.
+Nothing in it that reaches a result is read before the same call wrote it, and its size never depends on the routing.
 """
 
 from __future__ import annotations
@@ -106,10 +106,17 @@ def rounds(tokens: int) -> list[int]:
     return [TOKEN_CHUNK] * full + ([rest] if rest else [])
 
 
+@lru_cache(maxsize=512)
 def workspace_size(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90) -> int:
-    """Bytes of workspace that a call with `tokens` tokens needs on such a GPU, whatever the routing."""
-    plans = ((t, choose_plan(geometry, t, sm_count=sm_count, capability=capability)) for t in set(rounds(tokens)))
-    return max((layout(geometry, t, plan)[1] for t, plan in plans), default=0)
+    """Bytes of workspace that are enough for every call of at most `tokens` tokens on such a GPU, whatever the routing.
+
+    Every number of tokens is looked at, as a plan for fewer may want more: up to a second for a geometry, once.
+    """
+    found = 0
+    for t in range(1, min(tokens, TOKEN_CHUNK) + 1):
+        plan = choose_plan(geometry, t, sm_count=sm_count, capability=capability)
+        found = max(found, layout.__wrapped__(geometry, t, plan)[1])
+    return found
 
 
 @lru_cache(maxsize=512)

@@ -5,22 +5,21 @@ rows). A multiprocessor runs one program; units are dealt out to programs, or to
 those of GEMM2 (`parts.py`).
 
   parts.py     units, stages, loads, products: what both GEMMs share
-  gate_up.py   GEMM1: hidden states copied into a ring of sorted tiles, SwiGLU, quantisation; zeros for tokens without a pair
+  gate_up.py   GEMM1: hidden states gathered by token, SwiGLU, quantisation
   down.py      GEMM2: each tile's rows stored or added to the output in the order of experts
   layer.py     the kernel and its roles
 
 What programs wait for from each other, by counters in global memory:
 
-  GEMM1   a tile's loads: all its parts copied into the ring (`copied`)
-          a tile's copying, where the ring is full: all units of tile - RING multiplied (`used`)
+  begin   a cluster's programs: both have initialised their barriers (`ready`)
   GEMM2   a tile's loads: all its rows of the intermediate stored (`finished`)
+          additions: all programs have found which tile adds to a token's row before another (`prepared`)
           a unit's addition: that of the same columns of the tiles that hold the same tokens' pairs before (`added`)
 
-and within a cluster, for stages that the other's consumers free.
+and within a cluster, in both GEMMs, for stages that the other's consumers free.
 
-Why this ends. All programs run at once: a cooperative launch starts all of them or none. GEMM1: take the first tile that is not wholly
-copied. It waits for the units of a tile RING before. All tiles up to that one and its neighbour are copied, so programs get through
-their units until those are multiplied. GEMM2: every unit of GEMM1 ends; then a unit waits for lower ones only, and every program has
-ascending ones, so the lowest unit that is not added waits for nothing. A cluster's programs have the same units at the same time, of
-tiles of which neither waits for the other.
+Why this ends. All programs run at once: a cooperative launch starts all of them or none. A cluster's programs have the same units at the
+same time, of tiles of which neither waits for the other, so stages become free in both. GEMM1 waits for nothing else: every unit of it
+ends, and `prepared` and `finished` are reached. Then a unit waits for additions of lower ones only, and every program has ascending ones,
+so the lowest unit that is not added waits for nothing.
 """

@@ -83,6 +83,8 @@ def weight_boxes(w: Slot, rows: int, columns: int, tile: StreamTile) -> Descript
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
     g, tile, b = round.geometry, round.plan.gate_up, round.memory
+    assert g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows) == 0, "a unit's columns of the output"
+    assert not tile.dense or g.intermediate_size % (2 * BLOCK) == 0, "a stage is two K blocks of GEMM2"
     first = weight_boxes(w1, g.num_local_experts * 2 * g.intermediate_size, g.hidden_size, tile)
     second = weight_boxes(w2, g.num_local_experts * g.hidden_size, g.intermediate_size, tile)
     lists = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
