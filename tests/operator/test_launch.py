@@ -10,6 +10,7 @@ triton = pytest.importorskip("triton")
 from blockmoe.geometry import HEADLINE, TINY  # noqa: E402
 from blockmoe.operator import launch, pipeline, tma  # noqa: E402
 from blockmoe.operator.plan import choose_plan  # noqa: E402
+from blockmoe.operator.ptx import Unexpected  # noqa: E402
 from blockmoe.operator.workspace import layout  # noqa: E402
 
 
@@ -89,6 +90,22 @@ def test_clusters(stub, monkeypatch):
     assert rewritten == [compiled] and asked == [(8, 16 * 32, 999, 2)]
     layers = [arguments for arguments in sent if arguments[4] == 8]
     assert len(layers) == 3 and all(arguments[0] == 60 and arguments[9] == (16, 2, 999) for arguments in layers)
+
+
+def test_clusters_that_cannot_run_leave_nothing_half_launched(stub, monkeypatch):
+    sent, _ = stub
+    launched = []
+    monkeypatch.setattr(triton.JITFunction, "run", lambda self, *arguments, **options: launched.append(self))
+    monkeypatch.setattr(triton.JITFunction, "warmup", lambda self, *arguments, **options: None)
+
+    def refuse(kernel):
+        raise Unexpected("ptxas: not this one")
+
+    monkeypatch.setattr(launch, "let_hear", refuse)
+    one = launch.Prepared(pipeline.launches(HEADLINE, 4096, choose_plan(HEADLINE, 4096), 0, 1.0), 0)
+    with pytest.raises(Unexpected):
+        one.run([4096 * (i + 1) for i in range(10)])
+    assert not launched and not sent
 
 
 def test_an_address_that_tma_cannot_take(stub):

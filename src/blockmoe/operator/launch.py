@@ -119,23 +119,35 @@ class Prepared:
         aligned = not any(address % 16 for address in addresses)
         if self._tma and not aligned:
             return False
-        ready = []
-        for launch in self.launches:
-            described = [d.kind.argument(addresses[d.slot.tensor] + d.slot.offset) for d in launch.descriptors]
-            pointers = [Address(addresses[s.tensor] + s.offset, s.dtype) for s in launch.slots]
-            arguments = (*described, *pointers, *launch.numbers, *launch.constants)
-            key = (*launch.key, self.device)
-            if launch.cluster > 1:  # Triton itself would launch no clusters
-                if key not in _compiled:
-                    _compiled[key] = let_hear(launch.kernel.warmup(*arguments, grid=(1,), **launch.options))
-                ready.append(_entry(launch, _compiled[key]))
-                _carry_out(ready[-1], addresses, self._stream(self.device))
+        arguments = [_arguments(launch, addresses) for launch in self.launches]
+        ready: list[tuple | None] = []
+        for launch, given in zip(self.launches, arguments, strict=True):  # before anything is launched: it may raise
+            ready.append(_clusters_entry(launch, given, self.device) if launch.cluster > 1 else None)
+        for n, (launch, given) in enumerate(zip(self.launches, arguments, strict=True)):
+            if entry := ready[n]:
+                _carry_out(entry, addresses, self._stream(self.device))
                 continue
-            compiled = launch.kernel[(launch.programs,)](*arguments, **launch.options)
+            compiled = launch.kernel[(launch.programs,)](*given, **launch.options)
             if aligned:
-                ready.append(_entry(launch, _compiled.setdefault(key, compiled)))
-        self._ready = ready
+                ready[n] = _entry(launch, _compiled.setdefault((*launch.key, self.device), compiled))
+        if aligned:
+            self._ready = ready
         return True
+
+
+def _arguments(launch: Launch, addresses: Sequence[int]) -> tuple:
+    """Of Triton's launch."""
+    described = [d.kind.argument(addresses[d.slot.tensor] + d.slot.offset) for d in launch.descriptors]
+    pointers = [Address(addresses[s.tensor] + s.offset, s.dtype) for s in launch.slots]
+    return (*described, *pointers, *launch.numbers, *launch.constants)
+
+
+def _clusters_entry(launch: Launch, arguments: tuple, device: int) -> tuple:
+    """Triton itself would launch no clusters."""
+    key = (*launch.key, device)
+    if key not in _compiled:
+        _compiled[key] = let_hear(launch.kernel.warmup(*arguments, grid=(1,), **launch.options))
+    return _entry(launch, _compiled[key])
 
 
 def _carry_out(entry: tuple, addresses: Sequence[int], stream: int) -> None:
