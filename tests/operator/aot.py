@@ -66,8 +66,11 @@ def compiled(launch: Launch, capability: int) -> Usage:
     )
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
-        text = ptx.heard(built.asm["ptx"]) if launch.cluster > 1 else built.asm["ptx"]
-        cubin.write_bytes(ptx.assembled(text, capability) if launch.cluster > 1 else built.asm["cubin"])
+        text, code = built.asm["ptx"], built.asm["cubin"]
+        if launch.cluster > 1:
+            text = ptx.heard(text)
+            code = ptx.assembled(text, capability)
+        cubin.write_bytes(code)
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)

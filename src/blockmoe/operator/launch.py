@@ -146,8 +146,14 @@ def _clusters_entry(launch: Launch, arguments: tuple, device: int) -> tuple:
     """Triton itself would launch no clusters."""
     key = (*launch.key, device)
     if key not in _compiled:
-        _compiled[key] = let_hear(launch.kernel.warmup(*arguments, grid=(1,), **launch.options))
+        _compiled[key] = _compile(launch, arguments)
     return _entry(launch, _compiled[key])
+
+
+def _compile(launch: Launch, arguments: tuple) -> Any:
+    """The kernel, not launched; for clusters with what it says carried out."""
+    compiled = launch.kernel.warmup(*arguments, grid=(1,), **launch.options)
+    return let_hear(compiled) if launch.cluster > 1 else compiled
 
 
 def _carry_out(entry: tuple, addresses: Sequence[int], stream: int) -> None:
@@ -181,11 +187,7 @@ def _entry(launch: Launch, compiled: Any) -> tuple:
 
 def compile_only(launch: Launch) -> None:
     """Compile a launch's kernel for the current device, as a first launch with aligned pointers would."""
-    described = [d.kind.argument(0) for d in launch.descriptors]
-    pointers = [Address(0, slot.dtype) for slot in launch.slots]
-    compiled = launch.kernel.warmup(*described, *pointers, *launch.numbers, *launch.constants, grid=(1,), **launch.options)
-    if launch.cluster > 1:
-        let_hear(compiled)
+    _compile(launch, _arguments(launch, (0,) * (WORKSPACE + 1)))
 
 
 def interpret(launches: Sequence[Launch], tensors: Sequence[torch.Tensor]) -> None:

@@ -115,7 +115,7 @@ def workspace_size(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, c
     found = 0
     for t in range(1, min(tokens, TOKEN_CHUNK) + 1):
         plan = choose_plan(geometry, t, sm_count=sm_count, capability=capability)
-        found = max(found, layout.__wrapped__(geometry, t, plan)[1])
+        found = max(found, layout.__wrapped__(geometry, t, plan)[1])  # past the cache, which holds what calls use
     return found
 
 
