@@ -28,7 +28,7 @@ BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, capability=100) for t i
 def test_hopper(key):
     usage = aot.compiled(HOPPER[key], 90)
     # the persistent kernels keep a few arguments of their warps on the stack, and a counter a stage
-    assert usage.stack <= {"prefill_kernel": 56, "stream_kernel": 8}.get(usage.kernel, 0)
+    assert usage.stack <= {"prefill_kernel": 64, "stream_kernel": 8}.get(usage.kernel, 0)
     assert usage.registers <= 255 and usage.shared <= SHARED_LIMIT
     if usage.kernel.startswith(("gate_up", "down", "prefill", "stream")):
         assert "QGMMA" in usage.sass and "HMMA" not in usage.sass.replace("QGMMA", "")

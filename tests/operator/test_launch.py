@@ -75,7 +75,7 @@ def test_clusters(stub, monkeypatch):
     """Their kernel is compiled, rewritten, and launched from the first time on with as many clusters as run at once."""
     sent, _ = stub
     compiled = SimpleNamespace(
-        run=SimpleNamespace(launch_cooperative_grid=True, launch_pdl=False), packed_metadata=(16, 1, 999), function=8,
+        run=SimpleNamespace(launch_cooperative_grid=False, launch_pdl=True), packed_metadata=(16, 1, 999), function=8,
         metadata=SimpleNamespace(tensordesc_meta=[dict(swizzle=3, elem_size=1, elem_type=0, block_size=[64, 128])] * 4),
     )  # fmt: skip
     rewritten, asked = [], []

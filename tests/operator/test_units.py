@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon")
 
-from blockmoe.operator.prefill import parts  # noqa: E402
+from blockmoe.operator.prefill import units  # noqa: E402
 from blockmoe.operator.stream import load  # noqa: E402
 
 
@@ -39,7 +39,7 @@ def test_prefill(cluster, columns, seed, monkeypatch):
     tiles = [draw.randint(1, 13) for _ in range(draw.randint(1, 6))]
     groups, seen = Lists(tiles), Counter()
     for unit in range(sum(tiles) * columns // cluster):
-        places = [in_python(parts.unit_at, monkeypatch, rank)(unit, groups, columns, cluster) for rank in range(cluster)]
+        places = [in_python(units.unit_at, monkeypatch, rank)(unit, groups, columns, cluster) for rank in range(cluster)]
         seen.update((tile, column) for tile, column, _ in places)
         assert len({paired for _, _, paired in places}) == 1
         if cluster == 2:
@@ -57,9 +57,57 @@ def test_prefill_ascends(seed, monkeypatch):
     draw = random.Random(seed)
     tiles = [draw.randint(1, 5) for _ in range(6)]
     groups = Lists(tiles)
-    unit_at = in_python(parts.unit_at, monkeypatch)
+    unit_at = in_python(units.unit_at, monkeypatch)
     experts = [groups + unit_at(unit, groups, 28, 2)[0] for unit in range(sum(tiles) * 14)]
     assert experts == sorted(experts)
+
+
+NUMBERS = {name: getattr(units, name).value for name in ("K", "MAIL", "DOWN", "END")}
+
+
+class Drawing:
+    """What `units.draw` calls, in Python: a ticket that other clusters draw from too, one cluster's mail, and what its programs tell."""
+
+    def __init__(self, seed: int, others: bool) -> None:
+        self.random, self.others = random.Random(seed), others
+        self.next, self.mail, self.told = 0, {}, {0: [], 1: []}
+
+    def atomic_add(self, ticket, one, sem):
+        self.next += 1 + (self.random.randint(0, 3) if self.others else 0)
+        return self.next - 1
+
+    def atomic_xchg(self, at, value, sem):
+        self.mail.setdefault(at, [0]).append(value)
+
+    def wait_until(self, at, least, pause, how):
+        return next(value for value in self.mail[at] if value >= least)  # in time, nothing that was there before will do
+
+    def run(self, monkeypatch, rank: int, tiles: int, hidden: int, inter: int, cluster: int) -> list[int]:
+        language = SimpleNamespace(
+            load=lambda at: at, program_id=lambda axis: rank, to_tensor=int, where=lambda a, b, c: b if a else c,
+            atomic_add=self.atomic_add, atomic_xchg=self.atomic_xchg,
+        )  # fmt: skip
+        begun = SimpleNamespace(index=lambda i: None)
+        told = dict(wait_until=self.wait_until, tell=lambda queue, told, heard, n, unit: self.told[rank].append(unit))
+        barriers = dict(mbarrier=SimpleNamespace(wait=lambda barrier, parity: None))
+        for name, value in dict(gl=language, **told, **barriers, **NUMBERS).items():
+            monkeypatch.setitem(units.draw.fn.__globals__, name, value)
+        units.draw.fn(0, 0, None, None, None, begun, tiles, hidden, inter, cluster)
+        return self.told[rank]
+
+
+@pytest.mark.parametrize("others", [False, True])
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prefill_draws(cluster, seed, others, monkeypatch):
+    """Both GEMMs' units, ascending, then the end: all of them where no other cluster draws; the same in a cluster's other program."""
+    tiles, down, end = seed, NUMBERS["DOWN"], NUMBERS["END"]
+    drawing = Drawing(seed, others)
+    first, *more = [drawing.run(monkeypatch, rank, tiles, 1024, 512, cluster) for rank in range(cluster)]
+    every = [*range(tiles * 4 // cluster), *range(down, down + tiles * 4 // cluster), end]
+    assert all(told == first for told in more)
+    assert first == sorted(set(first)) and first[-1] == end and set(first) <= set(every)
+    assert others or first == every
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -65,20 +65,18 @@ class Launch:
     num_warps: int
     pdl: bool
     descriptors: tuple[Descriptor, ...] = ()
-    cooperative: bool = False  # all programs run at once, or the launch waits
     cluster: int = 1  # programs that run side by side and reach each other's shared memory
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of Triton's launch; cooperative is not asked for where it need not be: other backends don't know it."""
-        found = dict(num_warps=self.num_warps, launch_pdl=self.pdl)
-        return found | dict(launch_cooperative_grid=True) if self.cooperative else found
+        """Of Triton's launch."""
+        return dict(num_warps=self.num_warps, launch_pdl=self.pdl)
 
     @property
     def key(self) -> tuple:
         """What a compiled kernel depends on, on one device."""
         types = tuple(s.dtype for s in self.slots), tuple((d.kind.dtype, d.kind.box, d.kind.layout) for d in self.descriptors)
-        return self.kernel.__name__, self.constants, self.kernel.__module__, self.num_warps, self.pdl, self.cooperative, *types
+        return self.kernel.__name__, self.constants, self.kernel.__module__, self.num_warps, self.pdl, *types
 
 
 def interpreted() -> bool:

@@ -7,9 +7,10 @@ the lowest there is.
 
 Two steps. A token's experts are chosen by one warp (`choose_experts`); then the tile list (tile_count, tile_expert,
 tile_begin, tile_end) is made, the pairs are sorted by expert, then token (pair_token, pair_weight), and each token's rows
-are noted for the combine (token_pair, token_pairs). `route_kernel` does both in one program and holds all tokens' weights in
-registers. `choose_kernel` and `place_kernel` take a program a run ("chunk") of tokens, with each token's weight for every
-local expert and each chunk's pairs an expert in memory between them.
+are noted for the combine (token_pair, token_pairs), or, for prefill, the tile of each pair's predecessor in its token
+(before). `route_kernel` does both in one program and holds all tokens' weights in registers. `choose_kernel` and
+`place_kernel` take a program a run ("chunk") of tokens, with each token's weight for every local expert and each chunk's
+pairs an expert in memory between them.
 
 What it costs is latency: of the launches, of a few dependent reads, and of instructions out of a cold cache. So loops stay
 loops, and reads are asked for before they are needed.
@@ -166,16 +167,38 @@ def list_tiles(
 
 
 @triton.jit
-def list_rows(weight, token, there, base, pair_token, pair_weight, token_pair, token_pairs, TOP_K: tl.constexpr):
-    """Stores the pairs of `weight` [tokens, experts], each expert's from row `base` on."""
+def list_rows(
+    weight, token, there, base, pair_token, pair_weight, token_pair, token_pairs, before, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    PREFILL: tl.constexpr,
+):  # fmt: skip
+    """Stores the pairs of `weight` [tokens, experts], each expert's from row `base` on.
+
+    For prefill also the tile of the token's pair of the expert before, or -1: rows increase with experts, so it is that of the second
+    largest row up to here. Else each token's rows, and how many.
+    """
     expert = tl.arange(0, weight.shape[1])
     mine = (weight != 0.0).to(tl.int32)
     row = base[None, :] + tl.cumsum(mine, 0) - mine
-    past = tl.cumsum(mine, 1)
     tl.store(pair_token + row, token[:, None] + tl.zeros_like(row), mask=mine > 0)
     tl.store(pair_weight + row, weight, mask=mine > 0)
-    tl.store(token_pair + (token[:, None] * TOP_K + past - 1), row, mask=mine > 0)
-    tl.store(token_pairs + (token[:, None] + 0 * row), past, mask=there[:, None] & (expert == weight.shape[1] - 1)[None, :])
+    if PREFILL:
+        _, earlier = tl.associative_scan((tl.where(mine > 0, row, -1), tl.full(row.shape, -1, tl.int32)), 1, two_largest)
+        tl.store(before + row, tl.where(earlier < 0, -1, earlier // BLOCK_N), mask=mine > 0)
+    else:
+        past = tl.cumsum(mine, 1)
+        tl.store(token_pair + (token[:, None] * TOP_K + past - 1), row, mask=mine > 0)
+        tl.store(token_pairs + (token[:, None] + 0 * row), past, mask=there[:, None] & (expert == weight.shape[1] - 1)[None, :])
+
+
+@triton.jit
+def write_zeros(out, weight, token, there, HIDDEN: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr):
+    """Columns BEGIN ... END - 1 of out [T, HIDDEN] for tokens without a pair, by their `weight` [tokens, experts]."""
+    none = (tl.sum((weight != 0.0).to(tl.int32), 1) == 0) & there
+    column = tl.arange(0, 512)
+    to = out + token[:, None] * HIDDEN + column[None, :]
+    for c in tl.range(BEGIN, END, 512, loop_unroll_factor=1):
+        inside = none[:, None] & (c + column < END)[None, :]
+        tl.store(to + c, tl.zeros((token.shape[0], 512), out.dtype.element_ty), mask=inside, cache_modifier=".cs")
 
 
 @triton.jit
@@ -211,19 +234,19 @@ def route_kernel(
     else:
         total = tl.sum((weight != 0.0).to(tl.int32), 0)
         start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, False)
-        list_rows(weight, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, TOP_K)
+        list_rows(weight, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, None, TOP_K, BLOCK_N, False)
 
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
 def choose_kernel(
     logits, bias, token_weight, chunk_count, out, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
-    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, ZEROS: tl.constexpr,
-    PDL: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, HIDDEN: tl.constexpr,
+    ZEROS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """token_weight [T, LOCAL] (0: not chosen) and each local expert's pairs in this program's chunk: chunk_count [chunks, LOCAL].
 
-    ZEROS, if not 0: the hidden size; out [T, ZEROS] is set to zero where a token has no pair.
+    The first ZEROS columns of out [T, HIDDEN] are set to zero where a token has no pair.
     """
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
@@ -239,21 +262,16 @@ def choose_kernel(
         tl.store(at, weight, mask=(token < tokens)[:, None] & (cell < LOCAL)[None, :])
         count += (weight != 0.0).to(tl.int32)
         if ZEROS > 0:
-            none = (tl.sum((weight != 0.0).to(tl.int32), 1) == 0) & (token < tokens)
-            column = tl.arange(0, 512)
-            to = out + token[:, None] * ZEROS + column[None, :]
-            for c in tl.range(0, ZEROS, 512, loop_unroll_factor=1):
-                inside = none[:, None] & (c + column < ZEROS)[None, :]
-                tl.store(to + c, tl.zeros((BLOCK_T, 512), out.dtype.element_ty), mask=inside, cache_modifier=".cs")
+            write_zeros(out, weight, token, token < tokens, HIDDEN, 0, ZEROS)
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
 @triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count"])
 def place_kernel(
     token_weight, chunk_count, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, counters, chunks, tokens, chunk_tokens, counter_count,
+    token_pairs, counters, before, chunks, tokens, chunk_tokens, counter_count,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    COUNTS: tl.constexpr, ONCE: tl.constexpr, ALIGNED: tl.constexpr, PDL: tl.constexpr,
+    COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once."""
     before_next_kernel(PDL)
@@ -271,13 +289,17 @@ def place_kernel(
         sums += tl.sum(tl.where(other < chunk, count * 65537, count), 0)  # of the chunks before in the upper half
     base = sums >> 16
     base += list_tiles(
-        sums & 65535, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, ALIGNED
+        sums & 65535, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, PREFILL
     )  # fmt: skip
     if ONCE:
-        list_rows(weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, TOP_K)
+        list_rows(
+            weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, TOP_K, BLOCK_N, PREFILL
+        )  # fmt: skip
     else:
         for _ in range(0, chunk_tokens, BLOCK_T):
-            list_rows(weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, TOP_K)
+            list_rows(
+                weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, TOP_K, BLOCK_N, PREFILL
+            )  # fmt: skip
             base += tl.sum((weight != 0.0).to(tl.int32), 0)
             token += BLOCK_T
             weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
@@ -293,8 +315,8 @@ def warp_lanes(g: MoEGeometry, logits: Slot, bias: Slot) -> int:
 def route(logits: Slot, bias: Slot, out: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
     """One launch or two, as the plan says. `bias` may be anything where routing is renormalize.
 
-    For prefill the rows of `out` of tokens without a pair are set to zero on the way: nothing of it is read here, and memory is idle. In
-    the GEMMs, spread over all tiles or not, the same stores cost 30 to 90 us at T = 14107 (docs/kernel-log.md).
+    For prefill the rows of `out` of tokens without a pair are set to zero on the way: nothing of it is read here, and memory is idle.
+    In the GEMMs, spread over all tiles or not, the same stores cost 30 to 90 us at T = 14107 (docs/kernel-log.md).
     """
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile, block_n, local = plan.route, plan.gate_up.block_n, g.num_local_experts
@@ -314,10 +336,11 @@ def route(logits: Slot, bias: Slot, out: Slot, offset: int, factor: float, round
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"])
     arguments = (logits, bias, *weights, out, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
-    zeros = g.hidden_size if plan.path == "prefill" else 0
-    choose = round.launch(choose_kernel, sizes.chunks, arguments, (*choosing, zeros, plan.pdl), tile.num_warps)
-    arguments = (*weights, *lists, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
-    counts, aligned = max(1, min(64, 2048 // cells)), plan.path == "prefill"
-    constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, aligned, plan.pdl)
+    prefill = plan.path == "prefill"
+    zeros = g.hidden_size if prefill else 0
+    choose = round.launch(choose_kernel, sizes.chunks, arguments, (*choosing, g.hidden_size, zeros, plan.pdl), tile.num_warps)
+    arguments = (*weights, *lists, b["before"], sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
+    counts = max(1, min(64, 2048 // cells))
+    constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, prefill, plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
     return [choose, place]

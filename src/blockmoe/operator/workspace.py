@@ -52,6 +52,7 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
 
 
 MOST_PROGRAMS = 256  # of a persistent kernel: one a multiprocessor
+MAIL_SLOTS = 8  # of units that a cluster's first program of the prefill kernel passes on: at most three are unread
 
 
 def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
@@ -59,7 +60,8 @@ def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
     if plan.path == "stream":
         return {"ticket": 1, "written": 1, "finished": bound.tiles}
     if plan.path == "prefill":
-        return {"prepared": 1, "ready": MOST_PROGRAMS, "finished": bound.tiles}
+        mail, added = MOST_PROGRAMS // 2 * MAIL_SLOTS, bound.tiles * bound.blocks // 2
+        return {"ticket": 1, "mail": mail, "ready": MOST_PROGRAMS, "finished": bound.tiles, "added": added}
     return {}
 
 
@@ -67,7 +69,7 @@ def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
 def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:
     """Offset, element count and type of every buffer, and the bytes of all."""
     bound = sizes(geometry, tokens, plan)
-    local, block_i = geometry.num_local_experts, plan.gate_up.block_i
+    local, block_i, prefill = geometry.num_local_experts, plan.gate_up.block_i, plan.path == "prefill"
     fields: dict[str, tuple[int, torch.dtype]] = {
         "token_weight": (tokens * local, torch.float32),
         "chunk_count": (bound.chunks * local, torch.int32),
@@ -78,18 +80,14 @@ def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tu
         "tile_end": (bound.tiles, torch.int32),
         "pair_token": (bound.rows, torch.int32),
         "pair_weight": (bound.rows, torch.float32),
-        "token_pair": (tokens * geometry.top_k, torch.int32),
-        "token_pairs": (tokens, torch.int32),
+        "token_pair": (0 if prefill else tokens * geometry.top_k, torch.int32),
+        "token_pairs": (0 if prefill else tokens, torch.int32),
+        "before": (bound.rows if prefill else 0, torch.int32),
         "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
         "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),
     }
     fields |= {name: (count, torch.int32) for name, count in counters(bound, plan).items()}
-    if plan.path == "prefill":
-        fields |= {
-            "before": (bound.rows, torch.int32),
-            "added": ((bound.tiles + 1) * geometry.hidden_size // (2 * BLOCK), torch.int32),
-        }
-    elif not plan.dense:
+    if not plan.dense and not prefill:
         fields["rows"] = (bound.rows * bound.blocks * BLOCK, torch.bfloat16)
     elif plan.path == "dense" and plan.down.split > 1:
         fields["rows"] = (plan.down.split * tokens * geometry.hidden_size, torch.float32)
@@ -143,13 +141,9 @@ class Round:
     programs: int  # bound on the grids of the sorted and wide paths
     sm_count: int
 
-    def launch(
-        self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int, *, cooperative: bool = False,
-        cluster: int = 1,
-    ) -> Launch:  # fmt: skip
-        """`arguments` are TMA descriptors, then slots, then numbers. Programs that wait for each other are `cooperative`."""
+    def launch(self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int, *, cluster: int = 1) -> Launch:
+        """`arguments` are TMA descriptors, then slots, then numbers."""
         described = sum(isinstance(a, Descriptor) for a in arguments)
         count = described + sum(isinstance(a, Slot) for a in arguments)
         slots, numbers = arguments[described:count], arguments[count:]
-        pdl = self.plan.pdl and not cooperative
-        return Launch(kernel, programs, slots, numbers, constants, num_warps, pdl, arguments[:described], cooperative, cluster)
+        return Launch(kernel, programs, slots, numbers, constants, num_warps, self.plan.pdl, arguments[:described], cluster)

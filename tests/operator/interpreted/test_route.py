@@ -35,8 +35,6 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
     assert all(not any(lists[name]) for name in counters(bound, plan))
     if plan.path == "prefill":
         assert [begin for _, begin, _ in tiles] == [128 * t for t in range(count)]
-        empty = torch.tensor(lists["token_pairs"][:tokens]) == 0
-        assert not out[empty].any() and (out[~empty] == 7).all()
     for expert, begin, end in tiles:
         assert 0 < end - begin <= plan.gate_up.block_n and end <= bound.rows
         listed = lists["pair_token"][begin:end]
@@ -45,7 +43,14 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
             if lists["pair_weight"][row] != 0:
                 assert (token, expert) not in pairs
                 pairs[token, expert], row_of[row] = lists["pair_weight"][row], token
-    if not plan.dense:
+    if plan.path == "prefill":
+        earlier, last = {}, {}  # tile of the token's pair before, by row in ascending order
+        for row in sorted(row_of):
+            earlier[row], last[row_of[row]] = last.get(row_of[row], -1), row // 128
+        assert {row: lists["before"][row] for row in row_of} == earlier
+        empty = torch.tensor([token not in last for token in range(tokens)])
+        assert not out[empty].any() and (out[~empty] == 7).all()
+    elif not plan.dense:
         rows = [(lists["token_pair"][token * g.top_k + n], token) for token in range(tokens) for n in range(lists["token_pairs"][token])]
         assert dict(rows) == row_of and len(rows) == len(row_of)
     return pairs
@@ -74,10 +79,12 @@ def test_as_the_reference(g, name, tokens):
     agree(layer.make(g, tokens, seed=tokens), g, min(8, g.num_experts - g.num_local_experts), layer.PLANS[name])
 
 
+@pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("tokens", [1, 50, 700])
-def test_aligned_tiles(tokens):
-    plan = Plan("prefill", RouteTile(16, 16, 4, False), PrefillTile(4))
-    g = replace(TINY, intermediate_size=512)  # prefill's least
+def test_prefill(tokens, once):
+    """Aligned tiles, the order of addition, zeros."""
+    plan = Plan("prefill", RouteTile(16, 16, 4, False, once), PrefillTile(4))
+    g = replace(TINY, hidden_size=1280, intermediate_size=512)
     agree(layer.make(g, tokens, seed=tokens), g, 8, plan)
 
 

@@ -1,10 +1,10 @@
 """The layer after routing as one persistent, warp-specialised Gluon kernel, for many pairs an expert (sm_90).
 
 Pairs are sorted by expert; tile t holds pairs t * 128 ..., all of one expert. A unit is a tile by a column tile (2 x 128 weight
-rows). A multiprocessor runs one program; units are dealt out to programs, or to clusters of two, in ascending order, all of GEMM1 before
-those of GEMM2 (`parts.py`).
+rows). A multiprocessor runs one program; programs, or clusters of two, draw units in ascending order, all of GEMM1 before those of GEMM2.
 
-  parts.py     units, stages, loads, products: what both GEMMs share
+  units.py     which tile and columns a unit is, and how units are drawn
+  parts.py     stages, loads, products: what both GEMMs share
   gate_up.py   GEMM1: hidden states gathered by token, SwiGLU, quantisation
   down.py      GEMM2: each tile's rows stored or added to the output in the order of experts
   layer.py     the kernel and its roles
@@ -12,14 +12,16 @@ those of GEMM2 (`parts.py`).
 What programs wait for from each other, by counters in global memory:
 
   begin   a cluster's programs: both have initialised their barriers (`ready`)
+  always  a cluster's second program: the first has drawn a unit (`mail`)
   GEMM2   a tile's loads: all its rows of the intermediate stored (`finished`)
-          additions: all programs have found which tile adds to a token's row before another (`prepared`)
           a unit's addition: that of the same columns of the tiles that hold the same tokens' pairs before (`added`)
 
 and within a cluster, in both GEMMs, for stages that the other's consumers free.
 
-Why this ends. All programs run at once: a cooperative launch starts all of them or none. A cluster's programs have the same units at the
-same time, of tiles of which neither waits for the other, so stages become free in both. GEMM1 waits for nothing else: every unit of it
-ends, and `prepared` and `finished` are reached. Then a unit waits for additions of lower ones only, and every program has ascending ones,
-so the lowest unit that is not added waits for nothing.
+Why this ends. Only programs that run have units, and a cluster's programs start together. Both have the same units in the same order, and
+of their tiles neither waits for the other, so stages become free in both. A unit is drawn and told when loads of the one before it have
+begun and all roles have heard of that before (`draw`), so what a cluster does of a unit waits for its own lower units and, of other
+clusters, for `finished` and `added` of lower ones. Every cluster has ascending units. So the lowest unit of all that is not done waits for
+nothing; and while units are left, a cluster that is done draws the next. One thing is late: a consumer tells `finished` of a unit only
+behind the products of its next, or when it hears that GEMM1 has no other for it; neither waits for another cluster.
 """

@@ -12,32 +12,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from blockmoe.operator.persistent import GENERIC, barrier, wait_until
-from blockmoe.operator.prefill.parts import ROWS, K, multiply, my_units, skip, unit_at
-
-
-@gluon.jit
-def prepare_adding(
-    token_pair, token_pairs, before, added, prepared, tile_count, tokens, TOP_K: gl.constexpr, COLUMNS: gl.constexpr,
-):  # fmt: skip
-    """Four warps. before[pair]: the tile of the token's pair before (a lower expert's, so a lower tile), or -1. added
-    [tiles + 1, COLUMNS]: zeros, but ones ahead of the first tile, for the pairs that are their token's first. `prepared` counts
-    programs."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    lane = gl.arange(0, 128, layout=LAYOUT)
-    flags = (gl.load(tile_count) + 1) * COLUMNS
-    for i in range(gl.program_id(0) * 128, flags, gl.num_programs(0) * 128):
-        gl.store(added + i + lane, (i + lane < COLUMNS).to(gl.int32), mask=i + lane < flags)
-    for i in range(gl.program_id(0) * 128, tokens, gl.num_programs(0) * 128):
-        token = i + lane
-        count = gl.load(token_pairs + token, mask=token < tokens, other=0)
-        earlier = gl.full([128], -1, gl.int32, LAYOUT)
-        for n in gl.static_range(TOP_K):
-            pair = gl.load(token_pair + token * TOP_K + n, mask=n < count, other=0)
-            gl.store(before + pair, earlier, mask=n < count)
-            earlier = pair // (2 * ROWS)
-    barrier()
-    gl.atomic_add(prepared, 1, sem="release")
+from blockmoe.operator.persistent import GENERIC, barrier, hear, wait_until
+from blockmoe.operator.prefill.parts import ROWS, multiply, skip
+from blockmoe.operator.prefill.units import DOWN, END, K, unit_at
 
 
 @gluon.jit
@@ -65,7 +42,7 @@ def read_targets(PART: gl.constexpr, pair_token, before, begin, end, LAYOUT: gl.
     row = begin + PART * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))
     there = row < end
     token = gl.load(pair_token + row, mask=there, other=0)
-    earlier = gl.load(before + row, mask=there, other=-1, cache_modifier=".cg")
+    earlier = gl.load(before + row, mask=there, other=-1)
     return 4 * token + gl.where(there, gl.where(earlier >= 0, 2, 1), 0)
 
 
@@ -82,10 +59,12 @@ def put_part(PART: gl.constexpr, targets, out, left, right, c, HIDDEN: gl.conste
 
 @gluon.jit
 def add_rows(
-    out, rows_0, rows_1, rows_2, rows_3, done, taken, pair_token, before, added, prepared, tile_count, tile_group, tile_begin, tile_end,
-    HIDDEN: gl.constexpr, CLUSTER: gl.constexpr,
+    out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, tile_group,
+    tile_begin, tile_end,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Four warps. All that is known beforehand is read before the wait: another tile with the same tokens may wait for this one."""
+    """Four warps, from the nth unit on. All that is known beforehand is read before the wait: another tile with the same tokens may wait
+    for this one."""
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
@@ -94,24 +73,19 @@ def add_rows(
     right_0 = rows_1._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
     left_1 = rows_2._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
     right_1 = rows_3._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
-    one = gl.zeros([128], gl.int32, ONE_EACH) + 1
-    wait_until(prepared + (one - 1), one * gl.num_programs(0), one + 200, GENERIC)
-    barrier()
-    tiles = 0
-    large_tiles = 0
-    first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
-    for unit in range(first_unit, units, stride):
-        tile, c, _ = unit_at(unit, tile_group, COLUMNS, CLUSTER)
+    tiles = gl.to_tensor(0)
+    large_tiles = gl.to_tensor(0)
+    while unit < END:
+        tile, c, _ = unit_at(unit - DOWN, tile_group, COLUMNS, CLUSTER)
         begin = gl.load(tile_begin + tile)
         end = gl.load(tile_end + tile)
         row = begin + gl.arange(0, 2 * ROWS, layout=ONE_EACH)
-        earlier = gl.load(before + row, mask=row < end, other=-1, cache_modifier=".cg")
+        earlier = gl.load(before + row, mask=row < end, other=-1)
         targets_0 = read_targets(0, pair_token, before, begin, end, LAYOUT)
         targets_1 = read_targets(1, pair_token, before, begin, end, LAYOUT)
         targets_2 = read_targets(2, pair_token, before, begin, end, LAYOUT)
         targets_3 = read_targets(3, pair_token, before, begin, end, LAYOUT)
-        # tile -1 is the entry ahead of the first tile's, and always 1
-        wait_until(added + ((earlier + 1) * COLUMNS + c), one, one + 40, GENERIC)
+        wait_until(added + (gl.maximum(earlier, 0) * COLUMNS + c), (earlier >= 0).to(gl.int32), gl.full_like(earlier, 40), GENERIC)
         barrier()
         mbarrier.wait(done.index(0), tiles & 1)
         put_part(0, targets_0, out, left_0, right_0, c, HIDDEN, LAYOUT)
@@ -125,24 +99,26 @@ def add_rows(
             barrier()
             mbarrier.arrive(taken.index(1), count=1)
             large_tiles += 1
-        tiles += 1  # noqa: SIM113
-        gl.atomic_xchg(added + ((tile + 1) * COLUMNS + c), 1, sem="release")
+        tiles += 1
+        gl.atomic_xchg(added + (tile * COLUMNS + c), 1, sem="release")
+        n += 1
+        unit = hear(queue, told, heard, n, 4)
 
 
 @gluon.jit
 def down_consumer(
-    GROUP: gl.constexpr, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full, empty, done, taken, w_scale,
-    tile_count, tile_expert, tile_group, tile_begin, tile_end,
+    GROUP: gl.constexpr, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full, empty, done, taken, queue, told, heard, n, unit,
+    w_scale, tile_expert, tile_group, tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: pairs GROUP * 64 ... of each tile, as bfloat16 [64, 128] into `left_rows` and `right_rows`, for `add_rows` to take."""
+    """Four warps, from the nth unit on: pairs GROUP * 64 ... of each tile, as bfloat16 [64, 128] into `left_rows` and `right_rows`, for
+    `add_rows` to take."""
     BLOCKS: gl.constexpr = INTER // K
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
     step = gl.to_tensor(0)
-    tiles = 0  # that this consumer had a part in
-    first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
-    for unit in range(first_unit, units, stride):
-        tile, column, _ = unit_at(unit, tile_group, COLUMNS, CLUSTER)
+    tiles = gl.to_tensor(0)  # that this consumer had a part in
+    while unit < END:
+        tile, column, _ = unit_at(unit - DOWN, tile_group, COLUMNS, CLUSTER)
         begin = gl.load(tile_begin + tile) + GROUP * ROWS
         if begin < gl.load(tile_end + tile):
             scale = w_scale + (gl.load(tile_expert + tile) * (2 * COLUMNS) + 2 * column) * BLOCKS
@@ -157,3 +133,5 @@ def down_consumer(
             tiles += 1
         else:
             step = skip(full, empty, step, BLOCKS, STAGES, CLUSTER)
+        n += 1
+        unit = hear(queue, told, heard, n, 4)

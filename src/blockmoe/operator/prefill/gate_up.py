@@ -10,16 +10,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
-from blockmoe.operator.persistent import barrier
-from blockmoe.operator.prefill.parts import PAIRS, ROWS, SUMS, K, multiply, my_units, skip, unit_at
+from blockmoe.operator.persistent import barrier, hear
+from blockmoe.operator.prefill.parts import PAIRS, ROWS, SUMS, multiply, skip
+from blockmoe.operator.prefill.units import DOWN, K, unit_at
 
 
 @gluon.jit
 def gather(
-    x, x_scale, x_buffers, s_buffers, full, empty, pair_token, tile_count, tile_group, tile_begin, tile_end, tokens,
+    x, x_scale, x_buffers, s_buffers, full, empty, queue, told, heard, pair_token, tile_group, tile_begin, tile_end, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: 128 bytes of each pair's row, and its scale, a stage.
+    """Four warps: 128 bytes of each pair's row, and its scale, a stage. Returns the number of the next unit, and that.
 
     A stage is said to be full when the one after it has been asked for: these warps wait for their copies and set the fence behind which
     wgmma sees them, which the consumers would otherwise do between products (26 us at T = 14107).
@@ -30,8 +31,9 @@ def gather(
     scales = s_buffers._reinterpret(gl.float32, [STAGES, 2 * ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, X)), 0)
     step = gl.to_tensor(0)
-    first_unit, stride, units = my_units(tile_count, INTER // K, CLUSTER)
-    for unit in range(first_unit, units, stride):
+    n = gl.to_tensor(0)
+    unit = hear(queue, told, heard, n, 4)
+    while unit < DOWN:
         tile, _, _ = unit_at(unit, tile_group, INTER // K, CLUSTER)
         begin = gl.load(tile_begin + tile)
         end = gl.load(tile_end + tile)
@@ -59,6 +61,9 @@ def gather(
             step += 1
         async_copy.wait_group(0)
         gathered(full, step - 1, STAGES)
+        n += 1
+        unit = hear(queue, told, heard, n, 4)
+    return n, unit
 
 
 @gluon.jit
@@ -84,17 +89,18 @@ def stored(finished, pending):
 
 @gluon.jit
 def gate_up_consumer(
-    GROUP: gl.constexpr, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, w_scale, pair_weight, middle_scale,
-    finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, pitch,
+    GROUP: gl.constexpr, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, w_scale, pair_weight,
+    middle_scale, finished, tile_expert, tile_group, tile_begin, tile_end, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: pairs GROUP * 64 ... of each tile."""
+    """Four warps: pairs GROUP * 64 ... of each tile. Returns the number of the next unit, and that."""
     BLOCKS: gl.constexpr = HIDDEN // K
     COLUMNS: gl.constexpr = INTER // K
-    step = 0
-    pending = -1
-    first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
-    for unit in range(first_unit, units, stride):
+    step = gl.to_tensor(0)
+    pending = gl.to_tensor(-1)
+    n = gl.to_tensor(0)
+    unit = hear(queue, told, heard, n, 4)
+    while unit < DOWN:
         tile, column, _ = unit_at(unit, tile_group, COLUMNS, CLUSTER)
         begin = gl.load(tile_begin + tile) + GROUP * ROWS
         end = gl.load(tile_end + tile)
@@ -120,4 +126,7 @@ def gate_up_consumer(
         else:
             step = skip(full, empty, step, BLOCKS, STAGES, CLUSTER)
             gl.atomic_add(finished + tile, 1, sem="relaxed")
+        n += 1
+        unit = hear(queue, told, heard, n, 4)
     stored(finished, pending)
+    return n, unit

@@ -6,15 +6,16 @@ import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.extra.cuda import gdc_wait
 
 from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Launch, Slot, descriptor
-from blockmoe.operator.prefill.down import add_rows, down_consumer, prepare_adding
+from blockmoe.operator.persistent import hear, unit_queue
+from blockmoe.operator.prefill.down import add_rows, down_consumer
 from blockmoe.operator.prefill.gate_up import gate_up_consumer, gather
 from blockmoe.operator.prefill.parts import (
     CODES,
     ROWS,
-    K,
     drain,
     load_down,
     load_gate_up,
@@ -23,6 +24,7 @@ from blockmoe.operator.prefill.parts import (
     stage_barriers,
     stage_buffers,
 )
+from blockmoe.operator.prefill.units import DOWN, K, draw
 from blockmoe.operator.workspace import Round
 
 REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warps beside; more for the consumers spill (ptxas 12.9)
@@ -43,79 +45,82 @@ def finished_rows(x_buffers, w_buffers, codes, STAGES: gl.constexpr):
 @gluon.jit
 def consume(
     GROUP: gl.constexpr, middle, codes, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2,
-    done, taken, w1_scale, w2_scale, pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count,
-    tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+    done, taken, queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, tile_expert, tile_group,
+    tile_begin, tile_end, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: 64 pairs of each tile. The first consumer prepares GEMM2's order of addition while it would wait for its first stage."""
-    if GROUP == 0:
-        prepare_adding(token_pair, token_pairs, before, added, prepared, tile_count, tokens, TOP_K, HIDDEN // (2 * K))
-    gate_up_consumer(
-        GROUP, middle, codes, x_buffers, w_buffers, s_buffers, full_1, empty_1, w1_scale, pair_weight, middle_scale, finished,
-        tile_count, tile_expert, tile_group, tile_begin, tile_end, pitch, HIDDEN, INTER, STAGES, CLUSTER,
+    """Four warps: 64 pairs of each tile."""
+    n, unit = gate_up_consumer(
+        GROUP, middle, codes, x_buffers, w_buffers, s_buffers, full_1, empty_1, queue, told, heard, w1_scale, pair_weight, middle_scale,
+        finished, tile_expert, tile_group, tile_begin, tile_end, pitch, HIDDEN, INTER, STAGES, CLUSTER,
     )  # fmt: skip
     down_consumer(
-        GROUP, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_2, empty_2, done, taken, w2_scale, tile_count, tile_expert,
-        tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES - 1, CLUSTER,
+        GROUP, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_2, empty_2, done, taken, queue, told, heard, n, unit,
+        w2_scale, tile_expert, tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES - 1, CLUSTER,
     )  # fmt: skip
 
 
 @gluon.jit
 def carry(
-    x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, pair_token, before, added,
-    prepared, tile_count, tile_group, tile_begin, tile_end, tokens,
+    x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, queue, told, heard,
+    pair_token, before, added, tile_group, tile_begin, tile_end, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: hidden states to the stages of GEMM1, then finished rows of GEMM2 to the output."""
-    gather(
-        x, x_scale, x_buffers, s_buffers, full_1, empty_1, pair_token, tile_count, tile_group, tile_begin, tile_end, tokens,
-        HIDDEN, INTER, STAGES, CLUSTER,
+    n, unit = gather(
+        x, x_scale, x_buffers, s_buffers, full_1, empty_1, queue, told, heard, pair_token, tile_group, tile_begin, tile_end,
+        tokens, HIDDEN, INTER, STAGES, CLUSTER,
     )  # fmt: skip
     add_rows(
-        out, rows_0, rows_1, rows_2, rows_3, done, taken, pair_token, before, added, prepared, tile_count, tile_group, tile_begin, tile_end,
-        HIDDEN, CLUSTER,
+        out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, tile_group,
+        tile_begin, tile_end, HIDDEN, INTER, CLUSTER,
     )  # fmt: skip
 
 
 @gluon.jit
 def load(
-    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, finished, tile_count, tile_expert, tile_group,
-    tile_begin, tile_end,
+    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, queue, told, heard, begun, finished,
+    tile_expert, tile_group, tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp: what TMA loads. Each of a tile's units of GEMM1 counts twice in `finished`, once a consumer. `second`: the buffers are
-    GEMM2's."""
-    step = load_gate_up(w1, w_buffers, full_1, empty_1, tile_count, tile_expert, tile_group, HIDDEN, INTER, STAGES, CLUSTER)
+    """One warp: what TMA loads. `second`: the buffers are GEMM2's."""
+    step, n, unit = load_gate_up(
+        w1, w_buffers, full_1, empty_1, queue, told, heard, begun, tile_expert, tile_group, HIDDEN, INTER, STAGES, CLUSTER
+    )
     drain(empty_1, step, STAGES)
     mbarrier.arrive(second.index(0), count=1)
     boxes = x_buffers._reinterpret(gl.float8e4nv, [2 * CLUSTER * STAGES, ROWS // CLUSTER, K], CODES)
     step = load_down(
-        middle, w2, boxes, w_buffers, full_2, empty_2, finished, 2 * (INTER // K), tile_count, tile_expert, tile_group, tile_begin,
-        tile_end, HIDDEN, INTER, STAGES - 1, CLUSTER,
+        middle, w2, boxes, w_buffers, full_2, empty_2, queue, told, heard, begun, n, unit, finished, tile_expert,
+        tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES - 1, CLUSTER,
     )  # fmt: skip
     drain(empty_2, step, STAGES - 1)
 
 
 @gluon.jit
 def load_middle_scales(
-    middle_scale, s_buffers, full_2, empty_2, second, finished, tile_count, tile_group, tile_begin, pitch,
+    middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, finished, tile_group, tile_begin, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp, for GEMM2."""
-    IN: gl.constexpr = INTER // K
+    """One warp, for GEMM2: of GEMM1's units it only hears."""
+    n = gl.to_tensor(0)
+    unit = hear(queue, told, heard, n, 1)
+    while unit < DOWN:
+        n += 1
+        unit = hear(queue, told, heard, n, 1)
     mbarrier.wait(second.index(0), 0)
     load_scales(
-        middle_scale, s_buffers, full_2, empty_2, finished, 2 * IN, tile_count, tile_group, tile_begin, pitch,
-        HIDDEN // (2 * K), IN, STAGES - 1, CLUSTER,
+        middle_scale, s_buffers, full_2, empty_2, queue, told, heard, n, unit, finished, tile_group, tile_begin, pitch,
+        HIDDEN, INTER, STAGES - 1, CLUSTER,
     )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["tokens", "pitch"])
 def prefill_kernel(
-    w1, middle, middle_boxes, w2, x, x_scale, w1_scale, w2_scale, out, middle_scale, pair_token, pair_weight, token_pair, token_pairs,
-    before, added, ready, prepared, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
-    CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr,
+    w1, middle, middle_boxes, w2, x, x_scale, w1_scale, w2_scale, out, middle_scale, pair_token, pair_weight, before, added, ready,
+    ticket, mail, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+    CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing, which has set the rows of tokens without a pair to zero.
 
@@ -123,8 +128,9 @@ def prefill_kernel(
     in bfloat16, the sum over the token's pairs, in the order of their experts, rounded after each. GEMM1 has STAGES stages, GEMM2 one less.
 
     Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]; out
-    [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that tiles can have. ready [programs], prepared and
-    finished [tiles] begin at 0.
+    [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that tiles can have. before [pitch]: the tile of the
+    pair of the same token before, or -1. added [tiles, H / 256], ready [programs], ticket, mail [clusters, MAIL] and finished [tiles] begin
+    at 0.
     """
     x_buffers, w_buffers, s_buffers = stage_buffers(STAGES)
     codes = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
@@ -134,38 +140,44 @@ def prefill_kernel(
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     second = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    begun = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    queue, told, heard = unit_queue(5)
     mbarrier.init(second.index(0), count=1)
+    mbarrier.init(begun.index(0), count=1)
     for i in gl.static_range(2):
         mbarrier.init(done.index(i), count=1)
         mbarrier.init(taken.index(i), count=1)
+    if PDL:
+        gdc_wait()
     meet(ready, CLUSTER)
     gl.warp_specialize(
         [
             (consume, (
                 0, middle, codes, rows_0, rows_1, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2, done, taken,
-                w1_scale, w2_scale, pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count,
-                tile_expert, tile_group, tile_begin, tile_end, tokens, pitch, HIDDEN, INTER, TOP_K, STAGES, CLUSTER,
+                queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, tile_expert, tile_group,
+                tile_begin, tile_end, pitch, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (consume, (
                 1, middle, codes, rows_2, rows_3, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2, done, taken,
-                w1_scale, w2_scale, pair_weight, middle_scale, token_pair, token_pairs, before, added, prepared, finished, tile_count,
-                tile_expert, tile_group, tile_begin, tile_end, tokens, pitch, HIDDEN, INTER, TOP_K, STAGES, CLUSTER,
+                queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, tile_expert, tile_group,
+                tile_begin, tile_end, pitch, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (carry, (
-                x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, pair_token, before,
-                added, prepared, tile_count, tile_group, tile_begin, tile_end, tokens, HIDDEN, INTER, STAGES, CLUSTER,
+                x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, queue, told, heard,
+                pair_token, before, added, tile_group, tile_begin, tile_end, tokens, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (load, (
-                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, finished, tile_count, tile_expert,
-                tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES, CLUSTER,
+                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, queue, told, heard, begun, finished,
+                tile_expert, tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (load_middle_scales, (
-                middle_scale, s_buffers, full_2, empty_2, second, finished, tile_count, tile_group, tile_begin, pitch,
+                middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, finished, tile_group, tile_begin, pitch,
                 HIDDEN, INTER, STAGES, CLUSTER,
             )),
+            (draw, (ticket, mail, queue, told, heard, begun, tile_count, HIDDEN, INTER, CLUSTER)),
         ],
-        [4, 4, 1, 1],
-        [CONSUMERS, CARRIERS, LOADERS, LOADERS],
+        [4, 4, 1, 1, 1],
+        [CONSUMERS, CARRIERS, LOADERS, LOADERS, LOADERS],
     )  # fmt: skip
 
 
@@ -178,12 +190,12 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64, BLOCK), CODES.value)
     boxes = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64 // tile.cluster, BLOCK), CODES.value)
     others = descriptor(w2, (g.num_local_experts * g.hidden_size, g.intermediate_size), (BLOCK, BLOCK), CODES.value)
-    lists = ("pair_token", "pair_weight", "token_pair", "token_pairs", "before", "added", "ready", "prepared", "finished")
+    lists = ("pair_token", "pair_weight", "before", "added", "ready", "ticket", "mail", "finished")
     lists = tuple(b[n] for n in (*lists, "tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end"))
     arguments = (
         weights, middle, boxes, others, x, x_scale, w1_scale, w2_scale, Slot(out.tensor, torch.int64), b["middle_scale"], *lists,
         round.sizes.tokens, round.sizes.rows,
     )  # fmt: skip
-    shape = (g.hidden_size, g.intermediate_size, g.top_k, tile.stages, tile.cluster)
+    constants = (g.hidden_size, g.intermediate_size, tile.stages, tile.cluster, *REGISTERS, round.plan.pdl)
     programs = round.sm_count // tile.cluster * tile.cluster
-    return [round.launch(prefill_kernel, programs, arguments, (*shape, *REGISTERS), 4, cooperative=True, cluster=tile.cluster)]
+    return [round.launch(prefill_kernel, programs, arguments, constants, 4, cluster=tile.cluster)]

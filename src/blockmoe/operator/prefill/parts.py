@@ -1,4 +1,4 @@
-"""What both GEMMs of the prefill engine are made of: their units, stages in shared memory, who fills them, and who multiplies.
+"""What both GEMMs of the prefill engine are made of: stages in shared memory, who fills them, and who multiplies.
 
   load_...      one warp: the TMA loads of stages of one K block (128 columns): weights; in GEMM2 pairs too
   load_scales   GEMM2, one warp: the pairs' scales
@@ -22,9 +22,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from blockmoe.operator.persistent import BOTH, GENERIC, MULTICAST, barrier, say, wait_until
+from blockmoe.operator.persistent import BOTH, GENERIC, MULTICAST, PROXY, barrier, hear, say, wait_until
+from blockmoe.operator.prefill.units import DOWN, END, K, unit_at
 
-K = gl.constexpr(128)  # columns a stage, and a scale
 ROWS = gl.constexpr(64)  # pairs of a consumer
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 PAIRS = gl.constexpr(128)  # arrivals for them
@@ -62,40 +62,6 @@ def meet(ready, CLUSTER: gl.constexpr):
         gl.atomic_xchg(ready + program, 1, sem="release")
         wait_until(ready + (program ^ 1), 1, 50)
         barrier()
-
-
-@gluon.jit
-def my_units(tile_count, COLUMNS: gl.constexpr, CLUSTER: gl.constexpr):
-    """This program's first unit, the step to its next, and how many there are. A cluster's programs have the same units."""
-    units = gl.load(tile_count) * (COLUMNS // CLUSTER)
-    return gl.program_id(0) // CLUSTER, gl.num_programs(0) // CLUSTER, units
-
-
-@gluon.jit
-def unit_at(unit, tile_group, COLUMNS: gl.constexpr, CLUSTER: gl.constexpr):
-    """The tile and column tile of this program's part of a unit, and whether its cluster has two tiles and one column tile (paired).
-
-    An expert has as many units as tiles in every CLUSTER column tiles. These stand side by side, since they read the same weights.
-    """
-    group = gl.load(tile_group + unit // (COLUMNS // CLUSTER))  # 4096 * the expert's first tile + its tiles
-    first = group >> 12
-    tiles = group & 4095
-    inside = unit - first * (COLUMNS // CLUSTER)
-    column = inside // tiles * CLUSTER
-    place = inside % tiles
-    if CLUSTER == 1:
-        return first + place, column, False
-    else:
-        rank = gl.program_id(0) % 2
-        pairs = tiles // 2
-        paired = place < 2 * pairs
-        if paired:
-            column += place // pairs
-            tile = first + place % pairs * 2 + rank
-        else:
-            column += rank
-            tile = first + tiles - 1
-        return tile, column, paired
 
 
 @gluon.jit
@@ -150,43 +116,56 @@ def load_rows(x, boxes, bar, stage, begin, rows, k, paired, CLUSTER: gl.constexp
 
 @gluon.jit
 def load_gate_up(
-    w, w_buffers, full, empty, tile_count, tile_expert, tile_group,
+    w, w_buffers, full, empty, queue, told, heard, begun, tile_expert, tile_group,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp: the weights of GEMM1, up rows and gate rows. Returns how many stages it filled."""
+    """One warp: the weights of GEMM1, up rows and gate rows. Returns how many stages it filled, the number of the next unit, and that."""
     step = gl.to_tensor(0)
-    first_unit, stride, units = my_units(tile_count, INTER // K, CLUSTER)
-    for unit in range(first_unit, units, stride):
+    n = gl.to_tensor(0)
+    unit = hear(queue, told, heard, n, 1)
+    while unit < DOWN:
+        mbarrier.arrive(begun.index(0), count=1)
         tile, column, paired = unit_at(unit, tile_group, INTER // K, CLUSTER)
         first = gl.load(tile_expert + tile) * (2 * INTER) + column * K
         for k in range(HIDDEN // K):
             stage, bar = acquire(empty, full, step, 0, STAGES)
             load_weights(w, w_buffers, bar, stage, first, k, paired, INTER)
             step += 1
-    return step
+        n += 1
+        unit = hear(queue, told, heard, n, 1)
+    return step, n, unit
+
+
+@gluon.jit
+def wait_until_finished(finished, tile, INTER: gl.constexpr, HOW: gl.constexpr):
+    """One warp: a tile's rows of the intermediate are there. Each of its units of GEMM1 counts twice, once a consumer."""
+    zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    wait_until(finished + tile + zeros, zeros + 2 * (INTER // K), zeros + 100, HOW)
 
 
 @gluon.jit
 def load_down(
-    middle, w, boxes, w_buffers, full, empty, finished, enough, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+    middle, w, boxes, w_buffers, full, empty, queue, told, heard, begun, n, unit, finished, tile_expert, tile_group,
+    tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp: weights and pairs of GEMM2. A tile's pairs are there when `finished` counts `enough`."""
+    """One warp: weights and pairs of GEMM2, from the nth unit on. Returns how many stages it filled."""
     step = gl.to_tensor(0)
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
-    zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
-    for unit in range(first_unit, units, stride):
-        tile, column, paired = unit_at(unit, tile_group, COLUMNS, CLUSTER)
+    while unit < END:
+        mbarrier.arrive(begun.index(0), count=1)
+        tile, column, paired = unit_at(unit - DOWN, tile_group, COLUMNS, CLUSTER)
         first = gl.load(tile_expert + tile) * HIDDEN + column * (2 * K)
         begin = gl.load(tile_begin + tile)
         rows = gl.load(tile_end + tile) - begin
-        wait_until(finished + tile + zeros, zeros + enough, zeros + 100)
+        wait_until_finished(finished, tile, INTER, PROXY)
         for k in range(INTER // K):
             stage, bar = acquire(empty, full, step, rows, STAGES)
             load_rows(middle, boxes, bar, stage, begin, rows, k, paired, CLUSTER)
             load_weights(w, w_buffers, bar, stage, first, k, paired, K)
             step += 1
+        n += 1
+        unit = hear(queue, told, heard, n, 1)
     return step
 
 
@@ -199,18 +178,17 @@ def drain(empty, step, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_scales(
-    scale, s_buffers, full, empty, finished, enough, tile_count, tile_group, tile_begin, pitch,
-    COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+    scale, s_buffers, full, empty, queue, told, heard, n, unit, finished, tile_group, tile_begin, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp: `scale` [BLOCKS, pitch] of the pairs as they are sorted. A load runs a stage ahead."""
-    step = 0
+    """One warp, for GEMM2 from the nth unit on: `scale` [I / 128, pitch] of the pairs as they are sorted. A load runs a stage ahead."""
+    step = gl.to_tensor(0)
+    BLOCKS: gl.constexpr = INTER // K
     LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    first_unit, stride, units = my_units(tile_count, COLUMNS, CLUSTER)
-    for unit in range(first_unit, units, stride):
-        tile, _, _ = unit_at(unit, tile_group, COLUMNS, CLUSTER)
+    while unit < END:
+        tile, _, _ = unit_at(unit - DOWN, tile_group, HIDDEN // (2 * K), CLUSTER)
         begin = gl.load(tile_begin + tile)
-        wait_until(finished + tile + zeros, zeros + enough, zeros + 100, GENERIC)
+        wait_until_finished(finished, tile, INTER, GENERIC)
         at = scale + begin + gl.arange(0, ROWS, layout=LAYOUT)
         s_a = gl.load(at, cache_modifier=".cg")
         s_b = gl.load(at + ROWS, cache_modifier=".cg")
@@ -226,6 +204,8 @@ def load_scales(
             s_a = next_a
             s_b = next_b
             step += 1
+        n += 1
+        unit = hear(queue, told, heard, n, 1)
 
 
 @gluon.jit
@@ -247,8 +227,8 @@ def multiply(
     sum_0 = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_1 = gl.zeros([ROWS, K], gl.float32, SUMS)
     for k in range(BLOCKS):
-        stage = step % STAGES
-        mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+        stage = (step + k) % STAGES
+        mbarrier.wait(full.index(stage), ((step + k) // STAGES) & 1)
         rows = x_buffers.index(2 * stage + GROUP)
         product = warpgroup_mma(rows, w_buffers.index(2 * stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         s = s_buffers.index(2 * stage + GROUP).load(BY_ROW)
@@ -262,8 +242,7 @@ def multiply(
         product = warpgroup_mma_wait(0, deps=(product,))
         free(empty, stage, CLUSTER)
         sum_1 += product * gl.expand_dims(by_1, 1)
-        step += 1
-    return sum_0, sum_1, step
+    return sum_0, sum_1, step + BLOCKS
 
 
 @gluon.jit

@@ -1,0 +1,79 @@
+"""Units of the prefill engine: how many there are, which tile and columns one is, and how a cluster comes by its next.
+
+One ticket deals out all units in ascending order, GEMM1's before GEMM2's: a cluster that is done takes the next, so that all end within a
+unit of each other, though a unit of 64 pairs takes half the time of one of 128. A warp of the cluster's first program draws, and tells the
+other roles; that of the second reads what the first has drawn in `mail`, MAIL slots a cluster, so that both have the same units in the
+same order.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from blockmoe.geometry import BLOCK
+from blockmoe.operator.persistent import GENERIC, tell, wait_until
+from blockmoe.operator.workspace import MAIL_SLOTS
+
+K = gl.constexpr(BLOCK)  # columns of K a stage, of the intermediate a unit; of the output a unit has twice as many
+MAIL = gl.constexpr(MAIL_SLOTS)
+DOWN = gl.constexpr(1 << 28)  # what roles are told: unit u of GEMM1 as u, of GEMM2 as DOWN + u, and last END
+END = gl.constexpr(1 << 29)
+
+
+@gluon.jit
+def unit_at(unit, tile_group, COLUMNS: gl.constexpr, CLUSTER: gl.constexpr):
+    """The tile and column tile of this program's part of a unit, and whether its cluster has two tiles and one column tile (paired).
+
+    An expert has as many units as tiles in every CLUSTER column tiles. These stand side by side, since they read the same weights.
+    """
+    group = gl.load(tile_group + unit // (COLUMNS // CLUSTER))  # 4096 * the expert's first tile + its tiles
+    first = group >> 12
+    tiles = group & 4095
+    inside = unit - first * (COLUMNS // CLUSTER)
+    column = inside // tiles * CLUSTER
+    place = inside % tiles
+    if CLUSTER == 1:
+        return first + place, column, False
+    else:
+        rank = gl.program_id(0) % 2
+        pairs = tiles // 2
+        paired = place < 2 * pairs
+        if paired:
+            column += place // pairs
+            tile = first + place % pairs * 2 + rank
+        else:
+            column += rank
+            tile = first + tiles - 1
+        return tile, column, paired
+
+
+@gluon.jit
+def draw(
+    ticket, mail, queue, told, heard, begun, tile_count, HIDDEN: gl.constexpr, INTER: gl.constexpr, CLUSTER: gl.constexpr,
+):  # fmt: skip
+    """One warp: tells this program's roles every unit, then END. A unit is drawn when loads for the one before it begin (`begun`): early
+    enough to be known in time, and late enough to even out what units cost. tile_count tiles have INTER / K / CLUSTER units of GEMM1 each,
+    HIDDEN / (2 * K) / CLUSTER of GEMM2.
+
+    mail [clusters, MAIL] begins at 0 and holds units plus one. A slot's new value is larger than the last one read: units ascend. It
+    is not overwritten unread: the first program asks for nothing of a unit before the cluster's consumers have freed nearly all
+    stages of the last, so that it is at most three units ahead here.
+    """
+    tiles = gl.load(tile_count)
+    units_1 = tiles * (INTER // K // CLUSTER)
+    units = units_1 + tiles * (HIDDEN // (2 * K) // CLUSTER)
+    slots = mail + gl.program_id(0) // CLUSTER * MAIL
+    unit = gl.to_tensor(-1)
+    n = 0
+    while unit < units:
+        mbarrier.wait(begun.index(0), (n & 1) ^ 1)
+        if gl.program_id(0) % CLUSTER == 0:
+            unit = gl.atomic_add(ticket, 1, sem="relaxed")
+            if CLUSTER > 1:
+                gl.atomic_xchg(slots + n % MAIL, unit + 1, sem="relaxed")
+        else:
+            unit = wait_until(slots + n % MAIL, unit + 2, 50, GENERIC) - 1
+        tell(queue, told, heard, n, gl.where(unit < units_1, unit, gl.where(unit < units, DOWN + unit - units_1, END)))
+        n += 1
