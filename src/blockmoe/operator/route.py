@@ -32,6 +32,7 @@ from blockmoe.operator.workspace import Round
 LOWEST = tl.constexpr(-(2**31))  # below the key of every float
 TAKEN = tl.constexpr(-(2**31) + 1)  # also below
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
+ZEROS_FIRST = 0.75  # of the output's columns, whole 512s: what choose_kernel sets to zero for prefill; place_kernel the others
 
 
 @triton.jit
@@ -269,11 +270,12 @@ def choose_kernel(
 @triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count"])
 def place_kernel(
     token_weight, chunk_count, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, counters, before, chunks, tokens, chunk_tokens, counter_count,
+    token_pairs, counters, before, out, chunks, tokens, chunk_tokens, counter_count,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
+    COUNTS: tl.constexpr, ONCE: tl.constexpr, HIDDEN: tl.constexpr, ZEROS: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once."""
+    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. For prefill, columns ZEROS ... of out [T, HIDDEN] are
+    set to zero where a token has no pair, while nothing else is asked of memory."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     zero_counters(counters, chunk, chunks, counter_count)
@@ -287,6 +289,8 @@ def place_kernel(
         other = (c + tl.arange(0, COUNTS))[:, None]
         count = tl.load(chunk_count + other * LOCAL + expert[None, :], mask=(other < chunks) & real, other=0)
         sums += tl.sum(tl.where(other < chunk, count * 65537, count), 0)  # of the chunks before in the upper half
+    if PREFILL and ONCE:
+        write_zeros(out, weight, token, token < past, HIDDEN, ZEROS, HIDDEN)
     base = sums >> 16
     base += list_tiles(
         sums & 65535, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, PREFILL
@@ -300,6 +304,8 @@ def place_kernel(
             list_rows(
                 weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, TOP_K, BLOCK_N, PREFILL
             )  # fmt: skip
+            if PREFILL:
+                write_zeros(out, weight, token, token < past, HIDDEN, ZEROS, HIDDEN)
             base += tl.sum((weight != 0.0).to(tl.int32), 0)
             token += BLOCK_T
             weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
@@ -315,8 +321,8 @@ def warp_lanes(g: MoEGeometry, logits: Slot, bias: Slot) -> int:
 def route(logits: Slot, bias: Slot, out: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
     """One launch or two, as the plan says. `bias` may be anything where routing is renormalize.
 
-    For prefill the rows of `out` of tokens without a pair are set to zero on the way: nothing of it is read here, and memory is idle.
-    In the GEMMs, spread over all tiles or not, the same stores cost 30 to 90 us at T = 14107 (docs/kernel-log.md).
+    For prefill the rows of `out` of tokens without a pair are set to zero on the way, in both launches: nothing of it is read here, and
+    memory is idle. In the GEMMs, spread over all tiles or not, the same stores cost 30 to 90 us at T = 14107 (docs/kernel-log.md).
     """
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile, block_n, local = plan.route, plan.gate_up.block_n, g.num_local_experts
@@ -337,10 +343,10 @@ def route(logits: Slot, bias: Slot, out: Slot, offset: int, factor: float, round
     weights = (b["token_weight"], b["chunk_count"])
     arguments = (logits, bias, *weights, out, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     prefill = plan.path == "prefill"
-    zeros = g.hidden_size if prefill else 0
+    zeros = int(ZEROS_FIRST * g.hidden_size) // 512 * 512 if prefill else 0
     choose = round.launch(choose_kernel, sizes.chunks, arguments, (*choosing, g.hidden_size, zeros, plan.pdl), tile.num_warps)
-    arguments = (*weights, *lists, b["before"], sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
+    arguments = (*weights, *lists, b["before"], out, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
     counts = max(1, min(64, 2048 // cells))
-    constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, prefill, plan.pdl)
+    constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, g.hidden_size, zeros, prefill, plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
     return [choose, place]

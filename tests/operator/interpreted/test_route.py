@@ -82,7 +82,7 @@ def test_as_the_reference(g, name, tokens):
 @pytest.mark.parametrize("once", [False, True])
 @pytest.mark.parametrize("tokens", [1, 50, 700])
 def test_prefill(tokens, once):
-    """Aligned tiles, the order of addition, zeros."""
+    """Aligned tiles, the order of addition, zeros: those of 512 columns by the first launch and of 768 by the second."""
     plan = Plan("prefill", RouteTile(16, 16, 4, False, once), PrefillTile(4))
     g = replace(TINY, hidden_size=1280, intermediate_size=512)
     agree(layer.make(g, tokens, seed=tokens), g, 8, plan)
