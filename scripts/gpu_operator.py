@@ -207,24 +207,16 @@ def candidates(tokens: int) -> dict[str, Plan]:
         plan = Plan("stream", base.route, StreamTile(*tile, **more))
         found[str(plan.gate_up)] = plan
 
-    if tokens <= 16:
-        stream(64, 16, 10, 2, dense=True)
-        stream(64, 16, 11, 1, dense=True)
-        stream(64, 16, 8, 2, dense=True)
-        stream(64, 16, 12, 2)
-        stream(128, 16, 6, 2)
-    elif tokens <= 192:
-        stream(64, 16, 12, 2)
-        stream(64, 16, 12, 2, 128)
-        stream(64, 16, 12, 4)
-        stream(128, 16, 6, 2)
-        stream(128, 32, 5, 1)
-        found["sorted"] = without_tma(base)
-    elif tokens <= 5000:
-        for stages, burst, promotion in ((4, 2, 256), (4, 2, 128), (5, 1, 256), (3, 1, 256), (2, 1, 256)):
-            stream(128, 64, stages, burst, promotion)
-        stream(128, 32, 6, 2)
-        stream(128, 32, 3, 1)
+    tile = base.gate_up
+    if base.path == "stream":
+        for flight in (2, 3, 4, None):
+            stream(tile.rows, tile.block_n, tile.stages, dense=tile.dense, flight=flight, groups=tile.groups)
+        if not tile.dense:
+            for groups in (1, 4, 7):
+                stream(tile.rows, tile.block_n, tile.stages, flight=tile.flight, groups=groups)
+            stream(128, 16, 6, flight=3, groups=2)
+            stream(128, 64, 3, groups=2)
+            found["sorted"] = without_tma(base)
     if tokens > 500:
         for stages, cluster in ((4, 1), (4, 2), (3, 2)):
             plan = Plan("prefill", base.route, PrefillTile(stages, cluster))

@@ -28,7 +28,7 @@ def variants(tokens: int) -> dict[str, Plan]:
         found[f"clusters of {cluster}"] = Plan("prefill", base.route, PrefillTile(4, cluster))
     if tokens <= 5000:
         for depth in (4, 5):
-            found[f"stream {depth}s"] = Plan("stream", base.route, StreamTile(128, 64, depth, 2 if depth == 4 else 1))
+            found[f"stream {depth}s"] = Plan("stream", base.route, StreamTile(128, 64, depth, groups=2))
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 
 

@@ -18,7 +18,7 @@ from blockmoe.operator.plan import PrefillTile, StreamTile, choose_plan, plans  
 SHARED_LIMIT = 232_448
 CHOSEN = [plan.gate_up for plan in plans(HEADLINE) if plan.path == "stream"]
 # candidates of scripts/gpu_operator.py
-TILES = dict.fromkeys((*CHOSEN, StreamTile(64, 16, 11, dense=True), StreamTile(128, 16, 6, 2), StreamTile(128, 64, 3)))
+TILES = dict.fromkeys((*CHOSEN, StreamTile(64, 16, 11, dense=True), StreamTile(128, 16, 6, groups=4), StreamTile(128, 64, 3)))
 
 
 def warnings(ptx: str, folder) -> str:

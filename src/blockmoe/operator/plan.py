@@ -89,29 +89,33 @@ class DownTile:
 
 @dataclass(frozen=True)
 class StreamTile:
-    """Twice `rows` weight rows by `block_n` pairs; `stages` K blocks of 128 in shared memory, asked for `burst` at a time.
+    """Twice `rows` weight rows by `block_n` pairs; `stages` K blocks of 128 in shared memory, of which `flight` (None: all) may be on their
+    way at once.
 
-    GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns of a tile's pairs; where `dense`, a
-    tile lists all tokens, and `rows` columns are summed over all experts. `promotion`: bytes that the L2 reads at once (128 or 256).
-    `burst` is 1 where it doesn't divide the K blocks.
+    GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns of a tile's pairs, the output's last sum
+    in `groups` column groups, each while the next one's weights come in (1 where they don't divide the columns); where `dense`, a tile
+    lists all tokens, and `rows` columns are summed over all experts. `promotion`: bytes that the L2 reads at once (128 or 256).
     """
 
     rows: int
     block_n: int
     stages: int
-    burst: int = 1
     promotion: int = 256
     dense: bool = False
+    groups: int = 1
+    flight: int | None = None
 
     def __post_init__(self) -> None:
         assert self.rows in (64, 128), "wgmma's M, and each run of rows stays in one scale block"
         assert self.block_n in (16, 32, 64), "128 needs four accumulators: T = 901: 555.7 us, in the same run 64 pairs 549.2"
-        assert self.burst <= self.stages
+        assert self.flight is None or 0 < self.flight <= self.stages
+        assert not self.dense or self.groups == 1, "dense GEMM2 writes the output itself"
         assert not self.dense or (self.rows == 64 and self.block_n == 16), "a stage of GEMM2 is two K blocks of 64 rows"
 
     def __str__(self) -> str:
-        more = f" burst {self.burst}" if self.burst > 1 else ""
-        more += f" promoted {self.promotion}" if self.promotion != 128 else ""
+        more = f" promoted {self.promotion}" if self.promotion != 128 else ""
+        more += f" {self.flight} in flight" if self.flight else ""
+        more += f" {self.groups} groups" if self.groups > 1 else ""
         return f"{2 * self.rows}x{self.block_n} {self.stages}s{more}{' dense' if self.dense else ''}"
 
     @property
@@ -224,13 +228,17 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
 def _stream(geometry: MoEGeometry, tokens: int, rows: float) -> StreamTile:
     """The tile for so many mean rows an expert: tall enough for skewed routing too, where that costs nothing under uniform routing."""
     if tokens <= STREAM_DENSE_TOKENS and geometry.intermediate_size % (2 * BLOCK) == 0:
-        return StreamTile(64, 16, 10, 2, dense=True)
+        # T = 1, 7, 14, 15: 54.6, 98.5, 169.5, 87.6 us; all stages in flight 57.7, 103.8, 174.8, 87.9
+        return StreamTile(64, 16, 10, dense=True, flight=3)
     if rows <= 6:
         # T = 55, 80: 340.3, 469.1 us; 128x16 341.0, 469.2; 256x16 340.5, 470.0. T = 128: 446.6, 128x16 446.5; all on the same eight
         # experts: 201.7, 413.6
-        return StreamTile(128, 32, 5)
+        # With 6 stages, 3 of them in flight, and two groups T = 16, 32, 80: 185.9, 298.9, 472.0; with 5, all in flight, and one: 188.6,
+        # 302.6, 473.9
+        return StreamTile(128, 32, 6, flight=3, groups=2)
     # T = 300: 480.2 us, 256x32 478.9; 901: 507.3, 4 stages in bursts of two 507.1, 3 stages 504.9; 2048: 536.3, 541.0, 543.0
-    return StreamTile(128, 64, 5)
+    # In two groups T = 901: 516.9, one 535.0, four 519.4, seven 528.1; 3 stages in flight 518.5
+    return StreamTile(128, 64, 5, groups=2)
 
 
 def without_tma(plan: Plan) -> Plan:

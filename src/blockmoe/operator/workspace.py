@@ -58,7 +58,7 @@ MAIL_SLOTS = 8  # of units that a cluster's first program of the prefill kernel 
 def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
     """What the programs of a persistent kernel count in, one after the other in memory; routing sets them to zero."""
     if plan.path == "stream":
-        return {"ticket": 1, "written": 1, "finished": bound.tiles}
+        return {"ticket": 1, "written": plan.gate_up.groups, "finished": bound.tiles}
     if plan.path == "prefill":
         mail, added = MOST_PROGRAMS // 2 * MAIL_SLOTS, bound.tiles * bound.blocks // 2
         return {"ticket": 1, "mail": mail, "ready": MOST_PROGRAMS, "finished": bound.tiles, "added": added}

@@ -11,12 +11,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from blockmoe.operator.persistent import GENERIC, barrier, hear, wait_until
-from blockmoe.operator.stream.load import pairs_at, unit_at
+from blockmoe.operator.stream.load import pairs_at, second_unit, sum_units, unit_at
 
 
 @gluon.jit
 def two_sums(
-    it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty,
+    it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
     ROWS: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, PARTS: gl.constexpr, X_BUFS: gl.constexpr, S_BUFS: gl.constexpr,
     STAGES: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
@@ -28,6 +28,7 @@ def two_sums(
     second = gl.zeros([ROWS, N], gl.float32, M)
     for _ in range(COUNT):
         at = it % STAGES
+        mbarrier.wait(asked.index(at), (it // STAGES) & 1)
         mbarrier.wait(full.index(at), (it // STAGES) & 1)
         fence_async_shared()  # the pairs' rows came by cp.async, wgmma reads them by the other proxy
         for part in gl.static_range(PARTS):
@@ -50,7 +51,7 @@ def two_sums(
 
 @gluon.jit
 def one_sum(
-    sum, it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty,
+    sum, it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
     ROWS: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
     """`sum` [ROWS, N] and the scaled products of COUNT stages of two K blocks, of which a pair has two scales each."""
@@ -58,6 +59,7 @@ def one_sum(
     zero = gl.zeros([ROWS, N], gl.float32, M)
     for _ in range(COUNT):
         at = it % STAGES
+        mbarrier.wait(asked.index(at), (it // STAGES) & 1)
         mbarrier.wait(full.index(at), (it // STAGES) & 1)
         fence_async_shared()
         w_0, w_1 = w_bufs.index(2 * at), w_bufs.index(2 * at + 1)
@@ -110,18 +112,22 @@ def store_rows(sum, begin, end, column, rows, HIDDEN: gl.constexpr, ROWS: gl.con
 
 @gluon.jit
 def combine(
-    rows, out, token_pair, token_pairs, tokens,
-    HIDDEN: gl.constexpr, TOP_K: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
+    rows, out, token_pair, token_pairs, tokens, group, number, numbers,
+    HIDDEN: gl.constexpr, COLUMNS: gl.constexpr, TOP_K: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """out[t] = the sum over a token's rows, in the order of their experts, in float32. A warp a token, RUN columns at a time."""
+    """out[t] = the sum over a token's rows, in the order of their experts, in float32: a column group's, share `number` of `numbers`.
+
+    A warp a token, RUN columns at a time.
+    """
     C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     T: gl.constexpr = gl.SliceLayout(1, C)
-    RUNS: gl.constexpr = (HIDDEN + RUN - 1) // RUN
+    RUNS: gl.constexpr = (COLUMNS + RUN - 1) // RUN
     parts = (tokens + WARPS - 1) // WARPS * RUNS
-    for part in range(gl.program_id(0), parts, gl.num_programs(0)):
+    for part in range(number, parts, numbers):
         token = part // RUNS * WARPS + gl.arange(0, WARPS, layout=T)
-        column = part % RUNS * RUN + gl.arange(0, RUN, layout=gl.SliceLayout(0, C))
-        there = gl.expand_dims(token < tokens, 1) & gl.expand_dims(column < HIDDEN, 0)
+        inside = part % RUNS * RUN + gl.arange(0, RUN, layout=gl.SliceLayout(0, C))
+        there = gl.expand_dims(token < tokens, 1) & gl.expand_dims(inside < COLUMNS, 0)
+        column = group * COLUMNS + inside
         count = gl.load(token_pairs + token, mask=token < tokens, other=0)
         sum = gl.zeros([WARPS, RUN], gl.float32, C)
         for n in gl.static_range(TOP_K):
@@ -135,21 +141,22 @@ def combine(
 
 @gluon.jit
 def consumer(
-    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, middle, middle_scale, rows, out, finished, written,
+    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out, finished, written,
     tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
+    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` all units of GEMM2."""
+    """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` a column group's of GEMM2."""
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
     IN: gl.constexpr = INTER // ROWS
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
+    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS
     PARTS: gl.constexpr = 128 // ROWS
     X_BUFS: gl.constexpr = 2 if DENSE else 1
     S_BUFS: gl.constexpr = X_BUFS * PARTS
     tiles = gl.load(tile_count)
     units_1 = tiles * IN
-    units = units_1 + (OUT if DENSE else tiles * OUT)
+    sums = 0 if DENSE else sum_units(tokens, HIDDEN, GROUPS, RUN, WARPS)
+    units = units_1 + (OUT if DENSE else GROUPS * (tiles * OUT + sums))
     it = 0
     n = 0
     unit = hear(queue, told, heard, n, WARPS)
@@ -159,7 +166,7 @@ def consumer(
         s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
         weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
         up, gate, it = two_sums(
-            it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, HIDDEN // 128, 1, X_BUFS, S_BUFS, STAGES, M
+            it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, ROWS, N, HIDDEN // 128, 1, X_BUFS, S_BUFS, STAGES, M
         )  # fmt: skip
         store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, M)
         barrier()
@@ -170,22 +177,25 @@ def consumer(
         if DENSE:
             sum = gl.zeros([ROWS, N], gl.float32, M)
             for _ in range(tiles):
-                sum, it = one_sum(sum, it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, INTER // 256, STAGES, M)
+                sum, it = one_sum(sum, it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, ROWS, N, INTER // 256, STAGES, M)
             store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS)
         else:
-            tile, block = unit_at(unit - units_1, tile_group, OUT, False)
-            begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
-            first, second, it = two_sums(
-                it, w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, ROWS, N, INTER // 128, PARTS, X_BUFS, S_BUFS, STAGES, M
-            )  # fmt: skip
-            store_rows(first, begin, end, block * (2 * ROWS), rows, HIDDEN, ROWS, N, WARPS)
-            store_rows(second, begin, end, block * (2 * ROWS) + ROWS, rows, HIDDEN, ROWS, N, WARPS)
-            barrier()
-            gl.atomic_add(written, 1, sem="release")
+            group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
+            if is_sum:
+                once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+                wait_until(written + group + once, once + tiles * OUT, once + 50, GENERIC)
+                barrier()
+                combine(rows, out, token_pair, token_pairs, tokens, group, number, sums, HIDDEN, HIDDEN // GROUPS, TOP_K, RUN, WARPS)
+            else:
+                tile, block = unit_at(number, tile_group, OUT, False)
+                begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
+                first, second, it = two_sums(
+                    it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, ROWS, N, INTER // 128, PARTS, X_BUFS, S_BUFS, STAGES, M
+                )  # fmt: skip
+                column = (group * OUT + block) * (2 * ROWS)
+                store_rows(first, begin, end, column, rows, HIDDEN, ROWS, N, WARPS)
+                store_rows(second, begin, end, column + ROWS, rows, HIDDEN, ROWS, N, WARPS)
+                barrier()
+                gl.atomic_add(written + group, 1, sem="release")
         n += 1
         unit = hear(queue, told, heard, n, WARPS)
-    if not DENSE:
-        once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
-        wait_until(written + once, once + tiles * OUT, once + 50, GENERIC)
-        barrier()
-        combine(rows, out, token_pair, token_pairs, tokens, HIDDEN, TOP_K, RUN, WARPS)

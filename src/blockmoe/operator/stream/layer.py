@@ -28,12 +28,14 @@ def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DEN
     x_bufs = gl.allocate_shared_memory(gl.float8e4nv, [X_BUFS * STAGES, N, 128], CODES)
     s_bufs = gl.allocate_shared_memory(gl.float32, [X_BUFS * (128 // ROWS) * STAGES, N], VECTOR)
     w_s_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], VECTOR)
+    asked = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + 32)
+        mbarrier.init(asked.index(i), count=1)
+        mbarrier.init(full.index(i), count=32)
         mbarrier.init(empty.index(i), count=1)
-    return w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty
+    return w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty
 
 
 @gluon.jit(do_not_specialize=["tokens"])
@@ -41,7 +43,8 @@ def stream_kernel(
     w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, tile_count, tile_expert, tile_group, tile_begin, tile_end,
     pair_token, pair_weight, token_pair, token_pairs, ticket, finished, written, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    BURST: gl.constexpr, DENSE: gl.constexpr, RUN: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, REGISTERS: gl.constexpr,
+    WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
 
@@ -50,25 +53,25 @@ def stream_kernel(
 
     Descriptors: w1 [L * 2 I, H], w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]. ticket, finished [tiles] and written begin at 0.
     """
-    w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty = stage_buffers(ROWS, N, STAGES, DENSE)
+    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stage_buffers(ROWS, N, STAGES, DENSE)
     queue, told, heard = unit_queue(2)
     if PDL:
         gdc_wait()
     gl.warp_specialize(
         [
             (consumer, (
-                w_bufs, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, middle, middle_scale, rows, out, finished, written,
-                tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
-                HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, RUN, WARPS,
+                w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out, finished,
+                written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
+                HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS,
             )),
             (weights_producer, (
-                w1, w2, w_bufs, full, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group,
-                HIDDEN, INTER, ROWS, STAGES, BURST, DENSE,
+                w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens,
+                HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT,
             )),
             (pairs_producer, (
                 x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
                 tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
-                HIDDEN, INTER, ROWS, N, STAGES, DENSE,
+                HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN,
             )),
         ],
         [1, 1],
@@ -91,8 +94,9 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     lists = tuple(b[n] for n in (*lists, "ticket", "finished", "written"))
     rows = out if tile.dense else b["rows"]
     arguments = (first, second, x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], rows, out, *lists, round.sizes.tokens)
-    burst = tile.burst if g.hidden_blocks % tile.burst == 0 == g.intermediate_size // BLOCK % tile.burst else 1
     registers = 80 if tile.block_n == 64 else 56
     run = 1024 if tile.block_n == 64 else 512
-    constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, burst, tile.dense, run, registers)
-    return [round.launch(stream_kernel, round.sm_count, arguments, (*constants, tile.num_warps, round.plan.pdl), tile.num_warps)]
+    groups = tile.groups if g.hidden_size // (2 * tile.rows) % tile.groups == 0 else 1
+    constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, tile.dense, groups, run)
+    constants += (tile.flight or tile.stages, registers, tile.num_warps, round.plan.pdl)
+    return [round.launch(stream_kernel, round.sm_count, arguments, constants, tile.num_warps)]

@@ -27,6 +27,29 @@ def unit_at(unit, tile_group, BLOCKS: gl.constexpr, DENSE: gl.constexpr):
 
 
 @gluon.jit
+def second_unit(unit, size, sums, GROUPS: gl.constexpr):
+    """Column group, number in it, and whether it is a sum: of the units after GEMM1's.
+
+    `size` units of GEMM2 a group and `sums` of its last sum: a group's sum follows the next group's units, which hide it.
+    """
+    past = unit - size
+    turn = past // (size + sums)
+    inside = past % (size + sums)
+    last = turn >= GROUPS - 1
+    is_sum = (unit >= size) & (last | (inside >= size))
+    group = gl.where(unit < size, 0, gl.where(is_sum, turn, turn + 1))
+    number = gl.where(unit < size, unit, gl.where(is_sum & (last == 0), inside - size, inside))
+    return group, number, is_sum
+
+
+@gluon.jit
+def sum_units(tokens, HIDDEN: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr):
+    """How many units share a column group's last sum."""
+    COLUMNS: gl.constexpr = HIDDEN // GROUPS
+    return gl.minimum((tokens + WARPS - 1) // WARPS * ((COLUMNS + RUN - 1) // RUN), gl.num_programs(0))
+
+
+@gluon.jit
 def pairs_at(tile, tile_begin, tile_end, tokens, N: gl.constexpr, DENSE: gl.constexpr):
     """First row of a tile and that behind its last. Where DENSE tile t lists all tokens from row N * t on, which saves a read."""
     if DENSE:
@@ -37,44 +60,71 @@ def pairs_at(tile, tile_begin, tile_end, tokens, N: gl.constexpr, DENSE: gl.cons
 
 @gluon.jit
 def load_weights(
-    w, w_bufs, full, empty, it, row,
-    OTHER_ROWS: gl.constexpr, OTHER_K: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, BURST: gl.constexpr,
+    w, w_bufs, asked, empty, it, row, flight,
+    OTHER_ROWS: gl.constexpr, OTHER_K: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """COUNT stages, BURST at a time; the second box lies OTHER_ROWS rows below the first, or OTHER_K columns right of it."""
-    STEP: gl.constexpr = 128 + OTHER_K
-    for k in range(0, COUNT, BURST):
-        for j in gl.static_range(BURST):
-            at = (it + j) % STAGES
-            mbarrier.wait(empty.index(at), (((it + j) // STAGES) & 1) ^ 1)
-            mbarrier.expect(full.index(at), 2 * ROWS * 128)
+    """COUNT stages; the second box lies OTHER_ROWS rows below the first, or OTHER_K columns right of it.
+
+    At most `flight` stages are on their way: more would wait in the memory's queues, and everything else behind them.
+    """
+    for k in range(COUNT):
+        at = it % STAGES
+        mbarrier.wait(empty.index(at), ((it // STAGES) & 1) ^ 1)
+        before = it - flight
+        if before >= 0:
+            mbarrier.wait(asked.index(before % STAGES), (before // STAGES) & 1)
+        mbarrier.expect(asked.index(at), 2 * ROWS * 128)
         for half in gl.static_range(2):
-            for j in gl.static_range(BURST):
-                at = (it + j) % STAGES
-                box = [row + half * OTHER_ROWS, (k + j) * STEP + half * OTHER_K]
-                tma.async_copy_global_to_shared(w, box, full.index(at), w_bufs.index(2 * at + half))
-        it += BURST
+            box = [row + half * OTHER_ROWS, k * (128 + OTHER_K) + half * OTHER_K]
+            tma.async_copy_global_to_shared(w, box, asked.index(at), w_bufs.index(2 * at + half))
+        it += 1
     return it
 
 
 @gluon.jit
+def share_of_flight(unit, units, FLIGHT: gl.constexpr, STAGES: gl.constexpr):
+    """Stages that a program with `unit` of the last `units` may ask for ahead: more where fewer programs than all have one of them, as
+    the others wait for their results."""
+    programs = gl.num_programs(0)
+    streaming = units - unit // programs * programs
+    return gl.minimum(STAGES, gl.maximum(FLIGHT, 5 * programs // (2 * streaming)))
+
+
+TOUCH = gl.constexpr("ld.global.ca.b32 $0, [$1];")
+
+
+@gluon.jit
+def touch(list):
+    """Asks for a list's first 32 entries: a later read that depends on another finds them in the L1."""
+    at = list + gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    gl.inline_asm_elementwise(TOUCH, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def weights_producer(
-    w1, w2, w_bufs, full, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, BURST: gl.constexpr, DENSE: gl.constexpr,
+    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group,
+    tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+    GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: draws units and tells the other roles, loads the weights. Units of GEMM1 come before those of GEMM2."""
     IN: gl.constexpr = INTER // ROWS
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
+    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS  # units of GEMM2, a tile and column group
     unit = gl.atomic_add(ticket, 1, sem="relaxed")
+    touch(tile_expert)
+    touch(tile_group)
     tiles = gl.load(tile_count)
     units_1 = tiles * IN
-    units = units_1 + (OUT if DENSE else tiles * OUT)
+    sums = 0 if DENSE else sum_units(tokens, HIDDEN, GROUPS, RUN, ROWS // 16)
+    units = units_1 + (OUT if DENSE else GROUPS * (tiles * OUT + sums))
     it = 0
     n = 0
     tell(queue, told, heard, n, unit)
     while unit < units_1:
         tile, block = unit_at(unit, tile_group, IN, DENSE)
         row = gl.load(tile_expert + tile) * (2 * INTER) + block * ROWS
-        it = load_weights(w1, w_bufs, full, empty, it, row, INTER, 0, HIDDEN // 128, ROWS, STAGES, BURST)
+        flight = share_of_flight(unit, units_1, FLIGHT, STAGES) if DENSE else FLIGHT
+        it = load_weights(w1, w_bufs, asked, empty, it, row, flight, INTER, 0, HIDDEN // 128, ROWS, STAGES)
         unit = gl.atomic_add(ticket, 1, sem="relaxed")
         n += 1
         tell(queue, told, heard, n, unit)
@@ -82,11 +132,13 @@ def weights_producer(
         if DENSE:
             for tile in range(tiles):
                 row = gl.load(tile_expert + tile) * HIDDEN + (unit - units_1) * ROWS
-                it = load_weights(w2, w_bufs, full, empty, it, row, 0, 128, INTER // 256, ROWS, STAGES, 1)
+                it = load_weights(w2, w_bufs, asked, empty, it, row, FLIGHT, 0, 128, INTER // 256, ROWS, STAGES)
         else:
-            tile, block = unit_at(unit - units_1, tile_group, OUT, False)
-            row = gl.load(tile_expert + tile) * HIDDEN + block * (2 * ROWS)
-            it = load_weights(w2, w_bufs, full, empty, it, row, ROWS, 0, INTER // 128, ROWS, STAGES, BURST)
+            group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
+            if is_sum == 0:
+                tile, block = unit_at(number, tile_group, OUT, False)
+                row = gl.load(tile_expert + tile) * HIDDEN + (group * OUT + block) * (2 * ROWS)
+                it = load_weights(w2, w_bufs, asked, empty, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES)
         unit = gl.atomic_add(ticket, 1, sem="relaxed")
         n += 1
         tell(queue, told, heard, n, unit)
@@ -114,17 +166,32 @@ def load_pairs(
     return it
 
 
+LOOK = gl.constexpr("ld.acquire.gpu.global.s32 $0, [$1];")
+
+
+@gluon.jit
+def tiles_finished(finished, tile, tiles, known, enough):
+    """A number of tiles, larger than `tile`, that GEMM1 is done with. It looks at 32 counters at once, where `known` is too small."""
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    at = finished + gl.minimum(tile + lane, tiles - 1)
+    while known <= tile:
+        count = gl.inline_asm_elementwise(LOOK, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
+        known = tile + gl.min(gl.where(count >= enough, 32, lane), 0)
+    return known
+
+
 @gluon.jit
 def pairs_producer(
     x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
     tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+    GROUPS: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
     """One warp: by cp.async the pairs' codes, gathered by token in GEMM1, and all scales."""
     X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [1, 1], [1, 0])
     V: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     IN: gl.constexpr = INTER // ROWS
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
+    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS
     H_BLOCKS: gl.constexpr = HIDDEN // 128
     I_BLOCKS: gl.constexpr = INTER // 128
     PARTS: gl.constexpr = 128 // ROWS
@@ -135,9 +202,11 @@ def pairs_producer(
     k = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, X)), 0)
     tiles = gl.load(tile_count)
     units_1 = tiles * IN
-    units = units_1 + (OUT if DENSE else tiles * OUT)
+    sums = 0 if DENSE else sum_units(tokens, HIDDEN, GROUPS, RUN, ROWS // 16)
+    units = units_1 + (OUT if DENSE else GROUPS * (tiles * OUT + sums))
     it = 0
     n = 0
+    known = gl.to_tensor(0)
     unit = hear(queue, told, heard, n, 1)
     while unit < units_1:
         tile, block = unit_at(unit, tile_group, IN, DENSE)
@@ -167,8 +236,14 @@ def pairs_producer(
             past = tiles
             block = unit - units_1
         else:
-            first, block = unit_at(unit - units_1, tile_group, OUT, False)
-            past = first + 1
+            group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
+            first = 0
+            past = 0
+            block = 0
+            if is_sum == 0:
+                first, block = unit_at(number, tile_group, OUT, False)
+                past = first + 1
+                block += group * OUT
         for tile in range(first, past):
             begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
             line = begin + gl.arange(0, N, layout=gl.SliceLayout(1, X))
@@ -176,7 +251,10 @@ def pairs_producer(
             row = gl.load(tile_expert + tile) * HIDDEN + block * (ROWS if DENSE else 2 * ROWS)
             w_s_at = w2_scale + (row // 128) * I_BLOCKS + gl.arange(0, 1, layout=V)
             w_s_other = w_s_at + (1 if DENSE else ROWS // 128 * I_BLOCKS)
-            wait_until(finished + tile + zeros, zeros + IN, zeros + 50, GENERIC)
+            if DENSE:
+                known = tiles_finished(finished, tile, tiles, known, IN)
+            else:
+                wait_until(finished + tile + zeros, zeros + IN, zeros + 50, GENERIC)
             it = load_pairs(
                 x_bufs, s_bufs, w_s_bufs, full, empty, it, middle + gl.expand_dims(line * INTER, 1) + k, gl.expand_dims(line < end, 1),
                 middle_scale + s_line * IN, s_line < end, 1, w_s_at, w_s_other, I_BLOCKS // HALVES, HALVES, PARTS, X_BUFS, S_BUFS, STAGES,
