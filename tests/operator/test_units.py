@@ -119,3 +119,27 @@ def test_stream(seed, monkeypatch):
     assert sorted(places) == [(tile, block) for tile in range(sum(tiles)) for block in range(32)]
     assert [groups + tile for tile, _ in places] == sorted(groups + tile for tile, _ in places)
     assert [unit_at(unit, None, 32, True) for unit in range(64)] == [(unit // 32, unit % 32) for unit in range(64)]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4, 7])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_stream_last_sum(groups, seed, monkeypatch):
+    """Every unit of GEMM2 and every share of a sum once a column group; a group's sum after all of its units, which it waits for."""
+    draw = random.Random(seed)
+    size, sums = draw.randint(1, 40), draw.randint(1, 20)
+    gl = SimpleNamespace(where=lambda condition, a, b: a if condition else b)
+    monkeypatch.setitem(load.second_unit.fn.__globals__, "gl", gl)
+    found = [load.second_unit.fn(unit, size, sums, groups) for unit in range(groups * (size + sums))]
+    wanted = Counter((g, n, False) for g in range(groups) for n in range(size))
+    wanted.update((g, n, True) for g in range(groups) for n in range(sums))
+    assert Counter((group, number, bool(is_sum)) for group, number, is_sum in found) == wanted
+    for group in range(groups):
+        last = max(i for i, (g, _, is_sum) in enumerate(found) if g == group and not is_sum)
+        assert all(i > last for i, (g, _, is_sum) in enumerate(found) if g == group and is_sum)
+
+
+@pytest.mark.parametrize("unit, units, flight", [(0, 96, 3), (95, 96, 3), (131, 132, 3), (132, 192, 5), (132, 160, 10), (131, 160, 3)])
+def test_stream_flight(unit, units, flight, monkeypatch):
+    gl = SimpleNamespace(num_programs=lambda axis: 132, minimum=min, maximum=max)
+    monkeypatch.setitem(load.share_of_flight.fn.__globals__, "gl", gl)
+    assert load.share_of_flight.fn(unit, units, 3, 10) == flight

@@ -7,8 +7,9 @@
 One program a multiprocessor. Units are drawn from a ticket, those of GEMM1 first, and told to the program's other roles, so that no
 multiprocessor idles between the GEMMs: the weights of GEMM2 come in while the last tiles of GEMM1 are multiplied. Few tokens (`dense`):
 a tile of an active expert lists all of them, and GEMM2 sums over the experts in its accumulator. Else pairs are sorted by expert, GEMM2
-writes a row a pair, and the programs that have no more units wait for all rows and sum them by token.
+writes a row a pair, and the last sum, by token, comes in column groups, whose shares are units too: a group's follow the next group's
+units of GEMM2, whose weights come in meanwhile.
 
 Why nobody waits for ever: a unit of GEMM2 waits for units of GEMM1, which have lower tickets, so programs that run drew them; those
-wait for nothing. The last sum waits for units alone.
+wait for nothing. A share of the last sum waits for its column group's units of GEMM2, which have lower tickets too.
 """
