@@ -28,9 +28,9 @@ STREAM_DENSE_TOKENS = 15  # T = 1: 56.7 us, sorted 64.5; 16 (12 experts): 187.1,
 DENSE_TOKENS = 7  # elsewhere. T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
 ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
-# The same for prefill. Uniform routing: T = 2048 (64 rows): 565 us, stream 551; 2560: 581, 580; 3072: 593, 606; 4096: 637, 653. But at
-# 2048, where every token has eight pairs on the same eight experts: 1247, 2177; where all are one expert's: 184, 297.
-PREFILL_ROWS = 64
+# The same for prefill. Uniform routing: T = 1024 (32 rows): 526 us, stream 515; 2047: 544, 568. Where every token has eight pairs on the
+# same eight experts, at 1024: 596, 1022; where all are one expert's: 101, 167.
+PREFILL_ROWS = 32
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
