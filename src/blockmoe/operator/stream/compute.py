@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from blockmoe.operator.persistent import GENERIC, barrier, hear, wait_until
-from blockmoe.operator.stream.load import pairs_at, second_unit, sum_units, unit_at
+from blockmoe.operator.stream.load import pairs_at, second_unit, unit_at, unit_counts
 
 
 @gluon.jit
@@ -153,10 +153,7 @@ def consumer(
     PARTS: gl.constexpr = 128 // ROWS
     X_BUFS: gl.constexpr = 2 if DENSE else 1
     S_BUFS: gl.constexpr = X_BUFS * PARTS
-    tiles = gl.load(tile_count)
-    units_1 = tiles * IN
-    sums = 0 if DENSE else sum_units(tokens, HIDDEN, GROUPS, RUN, WARPS)
-    units = units_1 + (OUT if DENSE else GROUPS * (tiles * OUT + sums))
+    tiles, units_1, sums, units = unit_counts(tile_count, tokens, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     it = 0
     n = 0
     unit = hear(queue, told, heard, n, WARPS)

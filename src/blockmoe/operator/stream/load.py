@@ -43,10 +43,22 @@ def second_unit(unit, size, sums, GROUPS: gl.constexpr):
 
 
 @gluon.jit
-def sum_units(tokens, HIDDEN: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr):
-    """How many units share a column group's last sum."""
+def unit_counts(
+    tile_count, tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr,
+):  # fmt: skip
+    """How many tiles there are, units of GEMM1, shares of a column group's last sum (one for each of ROWS / 16 warps' tokens and RUN
+    columns at most), and units in all."""
     COLUMNS: gl.constexpr = HIDDEN // GROUPS
-    return gl.minimum((tokens + WARPS - 1) // WARPS * ((COLUMNS + RUN - 1) // RUN), gl.num_programs(0))
+    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else COLUMNS // (2 * ROWS)
+    WARPS: gl.constexpr = ROWS // 16
+    tiles = gl.load(tile_count)
+    units_1 = tiles * (INTER // ROWS)
+    if DENSE:
+        return tiles, units_1, 0, units_1 + OUT
+    else:
+        sums = gl.minimum((tokens + WARPS - 1) // WARPS * ((COLUMNS + RUN - 1) // RUN), gl.num_programs(0))
+        return tiles, units_1, sums, units_1 + GROUPS * (tiles * OUT + sums)
 
 
 @gluon.jit
@@ -102,8 +114,7 @@ def touch(list):
 
 @gluon.jit
 def weights_producer(
-    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group,
-    tokens,
+    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr,
 ):  # fmt: skip
@@ -113,10 +124,7 @@ def weights_producer(
     unit = gl.atomic_add(ticket, 1, sem="relaxed")
     touch(tile_expert)
     touch(tile_group)
-    tiles = gl.load(tile_count)
-    units_1 = tiles * IN
-    sums = 0 if DENSE else sum_units(tokens, HIDDEN, GROUPS, RUN, ROWS // 16)
-    units = units_1 + (OUT if DENSE else GROUPS * (tiles * OUT + sums))
+    tiles, units_1, sums, units = unit_counts(tile_count, tokens, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     it = 0
     n = 0
     tell(queue, told, heard, n, unit)
@@ -200,10 +208,7 @@ def pairs_producer(
     S_BUFS: gl.constexpr = HALVES * PARTS
     zeros = gl.zeros([32], gl.int32, V)
     k = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, X)), 0)
-    tiles = gl.load(tile_count)
-    units_1 = tiles * IN
-    sums = 0 if DENSE else sum_units(tokens, HIDDEN, GROUPS, RUN, ROWS // 16)
-    units = units_1 + (OUT if DENSE else GROUPS * (tiles * OUT + sums))
+    tiles, units_1, sums, units = unit_counts(tile_count, tokens, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     it = 0
     n = 0
     known = gl.to_tensor(0)
