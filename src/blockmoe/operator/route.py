@@ -203,6 +203,18 @@ def write_zeros(out, weight, token, there, HIDDEN: tl.constexpr, BEGIN: tl.const
 
 
 @triton.jit
+def ask_for_rows(x, weight, token, HIDDEN: tl.constexpr, LINES: tl.constexpr):
+    """The hidden states of tokens with a pair, by their `weight` [tokens, experts], to the L2, where they stay until told otherwise
+    (`stream.load.let_go`); LINES is a power of two of at least HIDDEN / 128."""
+    some = tl.sum((weight != 0.0).to(tl.int32), 1) > 0
+    line = tl.arange(0, LINES)
+    at = x + token[:, None] * HIDDEN + 128 * line[None, :]
+    asked = (some[:, None] & (128 * line < HIDDEN)[None, :]).to(tl.int32)
+    word: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2::evict_last [$1]; mov.b32 $0, 0; }"
+    tl.inline_asm_elementwise(word, "=r,l,r", [at, asked], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def zero_counters(counters, program, programs, count):
     """A program's share of what the next kernel counts in."""
     for first in range(program * 128, count, programs * 128):
@@ -240,14 +252,15 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
 def choose_kernel(
-    logits, bias, token_weight, chunk_count, out, tokens, offset, factor, rounds, chunk_tokens,
+    logits, bias, token_weight, chunk_count, out, x, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, HIDDEN: tl.constexpr,
-    ZEROS: tl.constexpr, PDL: tl.constexpr,
+    ZEROS: tl.constexpr, STAY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """token_weight [T, LOCAL] (0: not chosen) and each local expert's pairs in this program's chunk: chunk_count [chunks, LOCAL].
 
-    The first ZEROS columns of out [T, HIDDEN] are set to zero where a token has no pair.
+    The first ZEROS columns of out [T, HIDDEN] are set to zero where a token has no pair. STAY: x [T, HIDDEN], of bytes, is asked for where
+    it has one.
     """
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
@@ -262,6 +275,8 @@ def choose_kernel(
         at = token_weight + token[:, None] * LOCAL + cell[None, :]
         tl.store(at, weight, mask=(token < tokens)[:, None] & (cell < LOCAL)[None, :])
         count += (weight != 0.0).to(tl.int32)
+        if STAY:
+            ask_for_rows(x, weight, token, HIDDEN, triton.next_power_of_2(HIDDEN // 128))
         if ZEROS > 0:
             write_zeros(out, weight, token, token < tokens, HIDDEN, 0, ZEROS)
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
@@ -318,7 +333,7 @@ def warp_lanes(g: MoEGeometry, logits: Slot, bias: Slot) -> int:
     return max(group, min(32 * width, power_of_two_at_least(g.num_experts)))
 
 
-def route(logits: Slot, bias: Slot, out: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
+def route(logits: Slot, bias: Slot, x: Slot, out: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
     """One launch or two, as the plan says. `bias` may be anything where routing is renormalize.
 
     For prefill the rows of `out` of tokens without a pair are set to zero on the way, in both launches: nothing of it is read here, and
@@ -341,10 +356,11 @@ def route(logits: Slot, bias: Slot, out: Slot, offset: int, factor: float, round
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"])
-    arguments = (logits, bias, *weights, out, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
+    arguments = (logits, bias, *weights, out, x, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     prefill = plan.path == "prefill"
     zeros = int(ZEROS_FIRST * g.hidden_size) // 512 * 512 if prefill else 0
-    choose = round.launch(choose_kernel, sizes.chunks, arguments, (*choosing, g.hidden_size, zeros, plan.pdl), tile.num_warps)
+    constants = (*choosing, g.hidden_size, zeros, plan.hidden_states_stay, plan.pdl)
+    choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
     arguments = (*weights, *lists, b["before"], out, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
     counts = max(1, min(64, 2048 // cells))
     constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, g.hidden_size, zeros, prefill, plan.pdl)

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from blockmoe.operator.persistent import GENERIC, barrier, hear, wait_until
+from blockmoe.operator.persistent import GENERIC, barrier, hear, let_go, may_leave, wait_until
 from blockmoe.operator.stream.load import pairs_at, second_unit, unit_at, unit_counts
 
 
@@ -85,8 +85,9 @@ def one_sum(
 @gluon.jit
 def store_middle(
     up, gate, weight, begin, end, block, middle, middle_scale,
-    INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr, M: gl.constexpr,
+    INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr, STAY: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
+    """A unit's part of the intermediate. STAY: in the L2, until the last sum."""
     BLOCKS: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = gl.BlockedLayout([16, 1], [ROWS // 16, 512 // ROWS], [1, WARPS], [0, 1])
     s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
@@ -97,17 +98,32 @@ def store_middle(
     pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
     column = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
     to = middle + gl.expand_dims(pair * INTER, 0) + gl.expand_dims(column, 1)
-    gl.store(to, codes, mask=gl.expand_dims(pair < end, 0))
+    gl.store(to, codes, mask=gl.expand_dims(pair < end, 0), eviction_policy="evict_last" if STAY else "")
 
 
 @gluon.jit
-def store_rows(sum, begin, end, column, rows, HIDDEN: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr):
-    """[ROWS, N] as bfloat16 to `rows` [pairs, H]: columns `column` ... of rows begin ... end - 1."""
+def store_rows(
+    sum, begin, end, column, rows, HIDDEN: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr, STAY: gl.constexpr
+):  # fmt: skip
+    """[ROWS, N] as bfloat16 to `rows` [pairs, H]: columns `column` ... of rows begin ... end - 1. STAY: in the L2, until `combine` has
+    read them, so that they don't reach DRAM beside the weights (T = 300: 6 us of 491)."""
     OUT: gl.constexpr = gl.BlockedLayout([8, 1], [ROWS // 8, 256 // ROWS], [1, WARPS], [0, 1])
     pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
     at = column + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
     to = rows + gl.expand_dims(pair.to(gl.int64) * HIDDEN, 0) + gl.expand_dims(at, 1)
-    gl.store(to, gl.convert_layout(sum.to(gl.bfloat16), OUT), mask=gl.expand_dims(pair < end, 0))
+    values = gl.convert_layout(sum.to(gl.bfloat16), OUT)
+    gl.store(to, values, mask=gl.expand_dims(pair < end, 0), eviction_policy="evict_last" if STAY else "")
+
+
+@gluon.jit
+def rows_of(token, tokens, token_pair, token_pairs, TOP_K: gl.constexpr):
+    """Of each `token`: how many pairs it has, and TOP_K numbers of which the first so many are their rows."""
+    there = token < tokens
+    count = gl.load(token_pairs + token, mask=there, other=0)
+    pairs = ()
+    for n in gl.static_range(TOP_K):
+        pairs = pairs + (gl.load(token_pair + token * TOP_K + n, mask=there, other=0),)
+    return count, pairs
 
 
 @gluon.jit
@@ -117,26 +133,35 @@ def combine(
 ):  # fmt: skip
     """out[t] = the sum over a token's rows, in the order of their experts, in float32: a column group's, share `number` of `numbers`.
 
-    A warp a token, RUN columns at a time.
+    A warp a token, RUN columns at a time. Where the next token's rows are is read meanwhile, and what has been read may leave the L2.
     """
     C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
-    T: gl.constexpr = gl.SliceLayout(1, C)
+    LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])  # of 64 columns
     RUNS: gl.constexpr = (COLUMNS + RUN - 1) // RUN
     parts = (tokens + WARPS - 1) // WARPS * RUNS
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
+    line = gl.arange(0, 32, layout=gl.SliceLayout(0, LINES))
+    count, pairs = rows_of(number // RUNS * WARPS + warp, tokens, token_pair, token_pairs, TOP_K)
     for part in range(number, parts, numbers):
-        token = part // RUNS * WARPS + gl.arange(0, WARPS, layout=T)
-        inside = part % RUNS * RUN + gl.arange(0, RUN, layout=gl.SliceLayout(0, C))
+        token = part // RUNS * WARPS + warp
+        first = part % RUNS * RUN
+        inside = first + gl.arange(0, RUN, layout=gl.SliceLayout(0, C))
         there = gl.expand_dims(token < tokens, 1) & gl.expand_dims(inside < COLUMNS, 0)
-        column = group * COLUMNS + inside
-        count = gl.load(token_pairs + token, mask=token < tokens, other=0)
+        column = gl.expand_dims(group * COLUMNS + inside, 0)
+        next_count, next_pairs = rows_of((part + numbers) // RUNS * WARPS + warp, tokens, token_pair, token_pairs, TOP_K)
         sum = gl.zeros([WARPS, RUN], gl.float32, C)
         for n in gl.static_range(TOP_K):
-            pair = gl.load(token_pair + token * TOP_K + n, mask=n < count, other=0)
-            at = rows + gl.expand_dims(pair.to(gl.int64) * HIDDEN, 1) + gl.expand_dims(column, 0)
+            at = rows + gl.expand_dims(pairs[n].to(gl.int64) * HIDDEN, 1) + column
             mask = there & gl.expand_dims(n < count, 1)
             sum += gl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(gl.float32)
-        to = out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + gl.expand_dims(column, 0)
-        gl.store(to, sum.to(gl.bfloat16), mask=there)
+        gl.store(out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + column, sum.to(gl.bfloat16), mask=there)
+        lines = gl.expand_dims((line < RUN // 64) & (first + 64 * line < COLUMNS), 0)
+        for n in gl.static_range(TOP_K):
+            pair = gl.convert_layout(gl.where(n < count, pairs[n], -1), gl.SliceLayout(1, LINES))
+            at = rows + gl.expand_dims(pair.to(gl.int64) * HIDDEN, 1) + gl.expand_dims(group * COLUMNS + first + 64 * line, 0)
+            may_leave(at, lines & gl.expand_dims(pair >= 0, 1))
+        count = next_count
+        pairs = next_pairs
 
 
 @gluon.jit
@@ -165,7 +190,7 @@ def consumer(
         up, gate, it = two_sums(
             it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, ROWS, N, HIDDEN // 128, 1, X_BUFS, S_BUFS, STAGES, M
         )  # fmt: skip
-        store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, M)
+        store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, not DENSE, M)
         barrier()
         gl.atomic_add(finished + tile, 1, sem="release")
         n += 1
@@ -175,7 +200,7 @@ def consumer(
             sum = gl.zeros([ROWS, N], gl.float32, M)
             for _ in range(tiles):
                 sum, it = one_sum(sum, it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, ROWS, N, INTER // 256, STAGES, M)
-            store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS)
+            store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS, False)
         else:
             group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
             if is_sum:
@@ -183,6 +208,8 @@ def consumer(
                 wait_until(written + group + once, once + tiles * OUT, once + 50, GENERIC)
                 barrier()
                 combine(rows, out, token_pair, token_pairs, tokens, group, number, sums, HIDDEN, HIDDEN // GROUPS, TOP_K, RUN, WARPS)
+                if group == GROUPS - 1:  # GEMM2 is done
+                    let_go(middle, gl.load(tile_end + tiles - 1, mask=tiles > 0, other=0) * INTER, number, sums, WARPS)
             else:
                 tile, block = unit_at(number, tile_group, OUT, False)
                 begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
@@ -190,8 +217,8 @@ def consumer(
                     it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, ROWS, N, INTER // 128, PARTS, X_BUFS, S_BUFS, STAGES, M
                 )  # fmt: skip
                 column = (group * OUT + block) * (2 * ROWS)
-                store_rows(first, begin, end, column, rows, HIDDEN, ROWS, N, WARPS)
-                store_rows(second, begin, end, column + ROWS, rows, HIDDEN, ROWS, N, WARPS)
+                store_rows(first, begin, end, column, rows, HIDDEN, ROWS, N, WARPS, True)
+                store_rows(second, begin, end, column + ROWS, rows, HIDDEN, ROWS, N, WARPS, True)
                 barrier()
                 gl.atomic_add(written + group, 1, sem="release")
         n += 1

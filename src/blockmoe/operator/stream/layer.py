@@ -44,7 +44,7 @@ def stream_kernel(
     pair_token, pair_weight, token_pair, token_pairs, ticket, finished, written, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, REGISTERS: gl.constexpr,
-    WARPS: gl.constexpr, PDL: gl.constexpr,
+    WARPS: gl.constexpr, STAY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
 
@@ -72,7 +72,7 @@ def stream_kernel(
             (pairs_producer, (
                 x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
                 tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
-                HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN,
+                HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, STAY,
             )),
         ],
         [1, 1],
@@ -99,5 +99,5 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     run = 1024 if tile.block_n == 64 else 512
     groups = tile.groups if g.hidden_size // (2 * tile.rows) % tile.groups == 0 else 1
     constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, tile.dense, groups, run)
-    constants += (tile.flight or tile.stages, registers, tile.num_warps, round.plan.pdl)
+    constants += (tile.flight or tile.stages, registers, tile.num_warps, round.plan.hidden_states_stay, round.plan.pdl)
     return [round.launch(stream_kernel, round.sm_count, arguments, constants, tile.num_warps)]

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from blockmoe.operator.persistent import GENERIC, hear, tell, wait_until
+from blockmoe.operator.persistent import GENERIC, hear, let_go, tell, wait_until
 
 
 @gluon.jit
@@ -193,9 +193,10 @@ def pairs_producer(
     x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
     tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    GROUPS: gl.constexpr, RUN: gl.constexpr,
+    GROUPS: gl.constexpr, RUN: gl.constexpr, STAY: gl.constexpr,
 ):  # fmt: skip
-    """One warp: by cp.async the pairs' codes, gathered by token in GEMM1, and all scales."""
+    """One warp: by cp.async the pairs' codes, gathered by token in GEMM1, and all scales. STAY: the hidden states were to stay in the L2
+    until here."""
     X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [1, 1], [1, 0])
     V: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     IN: gl.constexpr = INTER // ROWS
@@ -235,6 +236,8 @@ def pairs_producer(
         )  # fmt: skip
         n += 1
         unit = hear(queue, told, heard, n, 1)
+    if STAY:
+        let_go(x, tokens * HIDDEN, gl.program_id(0), gl.num_programs(0), 1)
     while unit < units:
         if DENSE:
             first = 0
