@@ -56,6 +56,7 @@ class Handler:
         from blockmoe.bench.environment import worker_environment
         from blockmoe.bench.schema import Definition
         from blockmoe.bench.session import Session
+        from blockmoe.bench.timing import DeviceTimer
 
         task = Definition.model_validate_json(definition)
         self.session = Session(task, Path(root), device, mode, seed, use_cupti)
@@ -64,6 +65,8 @@ class Handler:
         offset = events_offset_us(self.session.timer)
         if offset is not None:
             found["extra"]["events_offset_us"] = offset
+        if isinstance(self.session.timer, DeviceTimer):
+            found["extra"]["releases_l2"] = self.session.timer.releases_l2
         return found
 
     def do_build(self, solution: str) -> None:

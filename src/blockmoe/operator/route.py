@@ -362,7 +362,7 @@ def route(logits: Slot, bias: Slot, x: Slot, out: Slot, offset: int, factor: flo
     constants = (*choosing, g.hidden_size, zeros, plan.hidden_states_stay, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
     arguments = (*weights, *lists, b["before"], out, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
-    counts = max(1, min(64, 2048 // cells))
+    counts = max(1, min(128, 4096 // cells))
     constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, g.hidden_size, zeros, prefill, plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
     return [choose, place]

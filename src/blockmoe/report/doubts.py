@@ -19,7 +19,7 @@ _REASONS = {  # bits of NVML's mask that hold clocks back; idle (1) and chosen a
     0x40: "hardware thermal slowdown",
     0x80: "power brake",
 }
-_MACHINE = ("driver", "platform", "commit", "flush_bytes")
+_MACHINE = ("driver", "platform", "commit", "flush_bytes", "releases_l2")
 
 
 def facts(records: Sequence[Record]) -> dict[str, str]:
