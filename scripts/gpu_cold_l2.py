@@ -56,7 +56,7 @@ def store(data, POLICY: tl.constexpr):
 
 def ns_a_load(data: torch.Tensor, before: list[Callable[[], object]], timer: DeviceTimer) -> float:
     lines = len(data) // 32
-    step = max(1, lines // LOADS - 1 | 1)  # odd
+    step = max(1, (lines // LOADS - 1) | 1)  # odd
     loads = min(LOADS, lines // step)
     found = torch.zeros(2, dtype=torch.int64, device="cuda")
     samples = []
@@ -65,8 +65,8 @@ def ns_a_load(data: torch.Tensor, before: list[Callable[[], object]], timer: Dev
         timer.release_l2()
         timer.flush()
         timer.flush()
-        for step in before:
-            step()
+        for work in before:
+            work()
         chase[(1,)](data, found, 32 * step, loads, num_warps=1)
         samples.append(found[0].item() / loads)
     return statistics.median(samples)
