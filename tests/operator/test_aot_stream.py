@@ -48,6 +48,18 @@ def test_stream(tile, tmp_path):
     assert products(usage.sass) == ["Q" * 8, *second]
     assert all(meta["block_size"] == [tile.rows, 128] and meta["elem_size"] == 1 for meta in usage.tensordesc)
     assert len(usage.tensordesc) == 2
+    # what a kernel has the L2 keep outlasts it: it lets that go again; where all is summed in the accumulator nothing is kept
+    assert ("evict_last" in usage.ptx) == ("applypriority.global.L2::evict_normal" in usage.ptx) == (not tile.dense)
+
+
+@pytest.mark.parametrize("tokens", [80, 901])
+def test_hidden_states_stay(tokens):
+    """Routing asks for them where the layer lets them go, and only there."""
+    plan = choose_plan(HEADLINE, tokens)
+    choose, _, layer = (aot.compiled(launch, 90).ptx for launch in aot.launches(HEADLINE, tokens, plan))
+    assert ("prefetch.global.L2::evict_last" in choose) == plan.hidden_states_stay == (tokens == 901)
+    rows = HEADLINE.top_k  # a line of each
+    assert layer.count("applypriority") == rows + 1 + plan.hidden_states_stay  # the intermediate; the hidden states
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

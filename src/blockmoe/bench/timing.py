@@ -73,8 +73,8 @@ class HostTimer:
 def release_kept_lines() -> Callable[[], bool]:
     """The driver's call by which every line of the L2 may leave it again, whatever kernels asked for; it says whether it worked.
 
-    An 8 MB buffer loaded or stored with evict_last was still in an H100's L2 after 900 MB had been written and read
-    (results/h100/cold-l2.txt); after this call and one flush it was not.
+    8 MB loaded or stored with evict_last were still in an H100's L2 after three flushes; after this call and one they were
+    not (results/h100/cold-l2.txt).
     """
     try:
         reset = ctypes.CDLL("libcuda.so.1").cuCtxResetPersistingL2Cache

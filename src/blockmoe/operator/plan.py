@@ -174,7 +174,7 @@ class Plan:
     @property
     def hidden_states_stay(self) -> bool:
         """Whether routing asks for the hidden states of tokens with a local pair, to stay in the L2 while GEMM1 gathers them again and
-        again beside the weights. T = 901, 512, 300, 80: 515.3, 492.3, 486.6, 471.6 us, else 519.5, 495.8, 486.7, 471.0."""
+        again beside the weights: about 4 us of 507 at T = 901, 2 of 484 at 512, nothing at 80 (results/h100/operator/l2-stay.txt)."""
         return self.path == "stream" and self.gate_up.block_n == 64 and not self.route.one_launch
 
     def __str__(self) -> str:
@@ -243,7 +243,8 @@ def _stream(geometry: MoEGeometry, tokens: int, rows: float) -> StreamTile:
         # 302.6, 473.9
         return StreamTile(128, 32, 6, flight=3, groups=2)
     # T = 300: 480.2 us, 256x32 478.9; 901: 507.3, 4 stages in bursts of two 507.1, 3 stages 504.9; 2048: 536.3, 541.0, 543.0
-    # In two groups T = 901: 516.9, one 535.0, four 519.4, seven 528.1; 3 stages in flight 518.5
+    # In two groups T = 901: 516.9, one 535.0, four 519.4, seven 528.1; 3 stages in flight 518.5. With rows, intermediate and hidden
+    # states in the L2: 4 in flight 515.3, 3 517.2, all 517.3; 4 stages 515.6
     return StreamTile(128, 64, 5, groups=2, flight=4)
 
 
