@@ -15,6 +15,7 @@ from blockmoe.bench.inputs import Inputs
 from blockmoe.bench.schema import Workload
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator import ptx
+from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan
 from blockmoe.operator.workspace import layout, rounds
 from blockmoe.reference import moe_reference, route
@@ -116,8 +117,8 @@ def machine(device: torch.device) -> dict[str, int]:
     """What plans and workspaces depend on; the defaults for a CPU."""
     if device.type != "cuda":
         return {}
-    properties = torch.cuda.get_device_properties(device)
-    return {"sm_count": properties.multi_processor_count, "capability": 10 * properties.major + properties.minor}
+    sm_count, capability = of_gpu(torch.cuda.current_device() if device.index is None else device.index)
+    return {"sm_count": sm_count, "capability": capability}
 
 
 def plan_of(g: MoEGeometry, tokens: int, device: torch.device) -> Plan:

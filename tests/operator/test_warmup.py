@@ -1,12 +1,15 @@
 """`blockmoe warmup`: what it compiles, and one clear line where it can't."""
 
 import sys
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from blockmoe import cli, operator
 from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY
+from blockmoe.operator import machine
 
 
 @pytest.fixture
@@ -27,6 +30,8 @@ def two_gpus(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(machine, "of_gpu", lambda index, argument: (132, 90))
     monkeypatch.setattr(operator, "warmup", lambda geometry, device: compiled.append((geometry, device)) or 23)
     return compiled
 
@@ -57,3 +62,17 @@ def test_compiles_for_each_definition(warmup, two_gpus):
     assert warmup("--definitions", TINY.definition_name, "*_renormalize_*", "--device", "cuda:1")[0] == 0
     renormalize = [(g, 1) for g in GEOMETRIES.values() if g.routing == "renormalize"]
     assert sorted(map(str, two_gpus[1:])) == sorted(map(str, [(TINY, 1), *renormalize]))
+
+
+def test_a_gpu_without_fp8(warmup, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=8, minor=0, multi_processor_count=108))
+    machine.of_gpu.cache_clear()
+    try:
+        assert warmup() == (2, "", "blockmoe: --device: expected a GPU with FP8 (compute capability 8.9 or more), got 8.0\n")
+    finally:
+        machine.of_gpu.cache_clear()

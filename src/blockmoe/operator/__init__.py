@@ -14,7 +14,7 @@ def warmup(geometry: MoEGeometry, device: int | None = None, logits_dtype: torch
     """Compile (or load from Triton's cache) every kernel that some T of `geometry` launches on CUDA device `device`.
 
     Takes seconds and no device memory to speak of; launches nothing. `device` None is the current one, `logits_dtype` None is
-    float32. Returns how many kernels there are. Raises RuntimeError where there is no GPU.
+    float32. Returns how many kernels there are. Raises RuntimeError where there is no GPU, ValueError where it has no FP8.
     """
     from blockmoe.operator.pipeline import compile_all
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry, Routing
+from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least, without_tma
 from blockmoe.operator.ptx import known
 from blockmoe.operator.workspace import layout, rounds
@@ -216,7 +217,7 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
     call = _Call(geometry, device, tokens, offset, factor)
     if device.type == "cpu" and not _interpreted():
         return call
-    sm_count, capability = _device(device.index) if device.type == "cuda" else (132, 89)  # the interpreter knows neither PDL nor Gluon
+    sm_count, capability = of_gpu(device.index) if device.type == "cuda" else (132, 89)  # the interpreter knows neither PDL nor Gluon
     counts = rounds(tokens)
     machine = dict(sm_count=sm_count, capability=capability, clusters=known())
     plans = [plan or choose_plan(geometry, t, **machine) for t in counts]
@@ -235,15 +236,6 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
     ]
     call.rounds = found if device.type == "cpu" else [Prepared(one, device.index) for one in found]
     return call
-
-
-@lru_cache(maxsize=16)
-def _device(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    capability = 10 * properties.major + properties.minor
-    if capability < 89:
-        raise ValueError(f"hidden_states: expected a GPU with FP8 (compute capability 8.9 or more), got {capability / 10}")
-    return properties.multi_processor_count, capability
 
 
 def _interpreted() -> bool:

@@ -55,6 +55,8 @@ def _device(name: str) -> int | None:
     try:
         import torch
         import triton  # noqa: F401
+
+        from blockmoe.operator.machine import of_gpu
     except ModuleNotFoundError as error:
         raise ValueError(f"warmup: needs the package {error.name}, which is not installed") from None
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -62,4 +64,6 @@ def _device(name: str) -> int | None:
         raise ValueError("warmup: expected a CUDA device, found none")
     if index and int(index) >= count:
         raise ValueError(f"--device: expected cuda:0 to cuda:{count - 1}, got {name}")
-    return int(index) if index else None
+    found = int(index) if index else None
+    of_gpu(torch.cuda.current_device() if found is None else found, "--device")
+    return found

@@ -25,6 +25,7 @@ from blockmoe.operator.launch import (
     compile_only,
     interpreted,
 )  # fmt: skip
+from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.plan import Plan, plans
 from blockmoe.operator.ptx import known
 from blockmoe.operator.route import route
@@ -85,8 +86,7 @@ def compile_all(geometry: MoEGeometry, device: int | None, logits_dtype: torch.d
     if not torch.cuda.is_available():
         raise RuntimeError("warmup: expected a CUDA device, found none")
     with torch.cuda.device(torch.cuda.current_device() if device is None else device):
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        sm_count, capability = properties.multi_processor_count, 10 * properties.major + properties.minor
+        sm_count, capability = of_gpu(torch.cuda.current_device(), "device")
         found = {}
         for plan in plans(geometry, sm_count=sm_count, capability=capability, clusters=known()):
             bias_dtype = torch.bfloat16 if geometry.routing == "deepseek_v3" else None
