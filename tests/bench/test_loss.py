@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import toy_tree as toy
@@ -60,7 +61,10 @@ def traces(folder):
     return [(trace.workload.uuid, trace.solution, trace.evaluation.status.value, trace.evaluation.extra["run"]) for trace in found], faults
 
 
-def test_parent_killed(tree, tmp_path):
+def test_parent_killed(tree, tmp_path, monkeypatch):
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
     run = start(tmp_path)
     workers = in_the_third_workload(tmp_path, run)
     run.kill()
@@ -69,7 +73,8 @@ def test_parent_killed(tree, tmp_path):
     before, faults = traces(tmp_path)
     assert [entry[:3] for entry in before] == [(uuid, name, "PASSED") for uuid in ("aaaa", "bbbb") for name in ("reference", "slow")]
     assert faults == []
-    left_behind = set(scratch._root().glob(f"{scratch.PREFIX}*"))
+    left_behind = {*scratch._root().glob(f"{scratch.PREFIX}*"), *temporary.glob(f"{scratch.PREFIX}*")}
+    assert len(list(temporary.glob(f"{scratch.PREFIX}*/solution-*"))) == 2  # the workers' sources
 
     with toy.traces_path(tmp_path / "out").open("a") as file:
         file.write('{"definition": "scale_w64", "workl')  # as if it had been killed in mid-line
@@ -81,6 +86,7 @@ def test_parent_killed(tree, tmp_path):
     assert len(faults) == 1 and f"ignored: {faults[0]}" in said[1]
     mine = [path for path in left_behind if not path.exists()]
     assert mine, "the killed run's scratch folder should have gone with the next run"
+    assert not list(temporary.iterdir())
 
 
 def test_interrupted_and_resumed_by_the_hint(tree, tmp_path):
@@ -160,7 +166,7 @@ def test_key_changes_with_all_that_an_evaluation_depends_on(tmp_path):
     workload, other = (workload.to_json() for workload in dataset.workloads[toy.NAME])
 
     def key(definition=definition, solution=solution, workload=workload, settings=settings, hardware="H100"):
-        return resume_key(Contender(definition, solution, "", settings), workload, settings, hardware)
+        return resume_key(Contender(definition, solution, "", settings, Path()), workload, settings, hardware)
 
     same = {key(), key(settings=dataclasses.replace(settings, timeout=1.0)), key(settings=dataclasses.replace(settings, device="cpu"))}
     assert len(same) == 1

@@ -24,6 +24,7 @@ from blockmoe.bench.pack import add_folders, write_packed
 from blockmoe.bench.progress import TerminalObserver
 from blockmoe.bench.runner import Outcome, Plan, Run, RunError, prepare_output
 from blockmoe.bench.schema import Solution
+from blockmoe.bench.scratch import scratch_folder
 from blockmoe.bench.settings import Settings, default_device, preset, torch_build
 from blockmoe.geometry import HEADLINE
 
@@ -142,8 +143,8 @@ def run(
     quick_cpu = settings.device == "cpu" and preset_name != "full" and not workloads and not local and not definitions
     plan = make_plan(local, definitions, solutions, QUICK_CPU_WORKLOADS if quick_cpu else workloads, settings)
     plan.resume, plan.retry_failed, plan.command = resume, retry_failed, shlex.join(["blockmoe", *sys.argv[1:]])
-    with tempfile.TemporaryDirectory(prefix="blockmoe-unsaved-") as unsaved:
-        plan.output = _output(output, resume) if save_results else Path(unsaved)
+    with scratch_folder(Path(tempfile.gettempdir())) as unsaved:
+        plan.output = _output(output, resume) if save_results else unsaved
         outcome = _execute(plan, log_level)
         _summary(plan, outcome, save_results)
     if outcome.interrupted:

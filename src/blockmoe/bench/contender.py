@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from blockmoe.bench.dataset import REFERENCE
@@ -65,8 +66,8 @@ class Findings:
 class Contender:
     """Starts its worker when first asked; a worker that died or hung is replaced when the next workload begins."""
 
-    def __init__(self, definition: Definition, solution: Solution, root: str, settings: Settings) -> None:
-        self.definition, self.solution, self.root, self.settings = definition, solution, root, settings
+    def __init__(self, definition: Definition, solution: Solution, root: str, settings: Settings, sources: Path) -> None:
+        self.definition, self.solution, self.root, self.settings, self.sources = definition, solution, root, settings, sources
         self.name = solution.name
         self.worker: WorkerProcess | None = None
         self.environment: dict[str, Any] = {}
@@ -98,7 +99,7 @@ class Contender:
             failure, self.findings.log = self.unbuildable
             raise failure
         if self.worker is None:
-            self.worker = WorkerProcess()
+            self.worker = WorkerProcess(self.sources)
             settings = self.settings
             self._send(
                 "start", definition=self.definition.to_json(), root=self.root, device=settings.device, mode=settings.inputs,

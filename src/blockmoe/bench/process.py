@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 LOG_BYTES = 1 << 15  # of a worker's output kept: its end
@@ -32,10 +33,11 @@ class WorkerTimeout(Exception):
 class WorkerProcess:
     """One worker, in a process group of its own so that its children end with it and Ctrl-C doesn't reach it."""
 
-    def __init__(self) -> None:
+    def __init__(self, sources: Path) -> None:
+        """In `sources` a folder for the solution's is made."""
         ours, theirs = socket.socketpair()
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        self._folder = tempfile.mkdtemp(prefix="blockmoe-solution-")
+        self._folder = tempfile.mkdtemp(prefix="solution-", dir=sources)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "blockmoe.bench.worker", str(theirs.fileno()), str(os.getpid()), self._folder],
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import tempfile
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -90,9 +91,10 @@ class Run:
             self._read_earlier()
         self.observer.begin(sum(len(self.plan.workloads[name]) * len(self.plan.solutions[name]) for name in self.plan.workloads))
         try:
-            with scratch_folder() as scratch:
+            # apart: a solution knows where its sources lie, and may build there what memory would not let it load (noexec)
+            with scratch_folder() as scratch, scratch_folder(Path(tempfile.gettempdir())) as sources:
                 for name in self.plan.workloads:
-                    self._definition(self.plan.dataset.definitions[name], scratch)
+                    self._definition(self.plan.dataset.definitions[name], scratch, sources)
         except KeyboardInterrupt:
             self.outcome.interrupted = True
         except OSError as error:
@@ -104,10 +106,10 @@ class Run:
             self._write_manifest(finished=_now())
         return self.outcome
 
-    def _definition(self, definition: Definition, scratch: Path) -> None:
+    def _definition(self, definition: Definition, scratch: Path, sources: Path) -> None:
         root = str(self.plan.dataset.roots[definition.name])
-        reference = Contender(definition, reference_solution(definition), root, self.settings)
-        contenders = [Contender(definition, solution, root, self.settings) for solution in self.plan.solutions[definition.name]]
+        reference = Contender(definition, reference_solution(definition), root, self.settings, sources)
+        contenders = [Contender(definition, solution, root, self.settings, sources) for solution in self.plan.solutions[definition.name]]
         try:
             self._learn_hardware(reference)
             contenders = self._able(contenders)

@@ -1,4 +1,4 @@
-"""The folder through which outputs pass between the processes of a run."""
+"""The folders of a run: through one outputs pass between its processes, in another lie their solutions' sources."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LEAST_FREE_BYTES = 4 << 30
 
 
 @contextlib.contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder that is gone afterwards; folders of runs that were killed go too."""
-    root = _root()
+def scratch_folder(root: Path | None = None) -> Iterator[Path]:
+    """A folder in `root` (None: memory, if there is enough) that is gone afterwards; folders there of runs that were killed go too."""
+    root = root or _root()
     for path in root.glob(f"{PREFIX}*/{LOCK}"):
         _remove_if_abandoned(path)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
