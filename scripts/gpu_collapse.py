@@ -204,11 +204,17 @@ def measure(name: str, module, bench: Bench, flush, tokens: int) -> None:
 def worker(arguments) -> None:
     import torch
 
+    from blockmoe.bench.timing import release_kept_lines
+
     properties = torch.cuda.get_device_properties(0)
     say("device", name=properties.name, torch=torch.__version__, calls=CALLS)
     buffer = torch.zeros(2 * properties.L2_cache_size // 4, dtype=torch.int32, device="cuda")
 
+    release_l2 = release_kept_lines()
+
     def flush():
+        torch.cuda.synchronize()
+        release_l2()
         buffer.add_(1)  # write, so that nothing of ours stays; then read, so that no line stays dirty
         buffer.sum()
 

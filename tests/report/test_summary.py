@@ -117,6 +117,23 @@ def test_doubts(tmp_path):
     assert "held its clocks back in 1 of 2 evaluations: software power cap" in text
 
 
+@pytest.mark.parametrize(
+    ("released", "said"),
+    [
+        ((True, True), None),
+        ((None, True), "In 1 of 2 evaluations lines that a kernel had the L2 keep could outlast the flush"),
+        ((False, False), "could outlast the flush: the driver did not let them go"),
+        ((None, None), None),  # all from before that was known
+    ],
+)
+def test_doubts_about_the_flush(tmp_path, released, said):
+    traces = [trace("alpha", 1), trace("beta", 1)]
+    for one, value in zip(traces, released, strict=True):
+        one["evaluation"]["environment"]["extra"] |= {"flush_bytes": 1 << 26} | ({} if value is None else {"releases_l2": value})
+    text = " ".join(section(tmp_path, traces).doubts)
+    assert said in text if said else "outlast" not in text
+
+
 def test_baseline_stands_on_the_right(tmp_path):
     pairs = section(tmp_path, run({"a": 1.0, "b": 2.0, "c": 3.0}), baseline="a").pairs
     assert [(p.first, p.second) for p in pairs] == [("b", "a"), ("c", "a"), ("b", "c")]

@@ -73,8 +73,8 @@ class HostTimer:
 def release_kept_lines() -> Callable[[], bool]:
     """The driver's call by which every line of the L2 may leave it again, whatever kernels asked for; it says whether it worked.
 
-    8 MB loaded or stored with evict_last were still in an H100's L2 after three flushes; after this call and one they were
-    not (results/h100/cold-l2.txt).
+    8 MB loaded or stored with evict_last were still in an H100's L2 after a flush, and most of them after three; after this call
+    and a flush they were not (results/h100/cold-l2.txt).
     """
     try:
         reset = ctypes.CDLL("libcuda.so.1").cuCtxResetPersistingL2Cache
@@ -114,14 +114,16 @@ class DeviceTimer:
         self._synchronize(self.device)
 
     def hold(self) -> None:
-        """Keep the device, which is idle, from all that is enqueued from here on until the next timed call is enqueued too."""
+        """Wait for the device and let go what its L2 was to keep; then keep it from all that is enqueued from here on until the next timed
+        call is enqueued too."""
+        self.synchronize()  # what still runs could have more kept
         self.release_l2()
         self._held = self._event()
         self._spin(int(self._hold_us * SPIN_CYCLES_PER_US))
         self._record(self._held, self._stream(self.device))
 
     def flush(self) -> None:
-        """Leave nothing of the caller's in L2 that nobody had it keep, and no dirty lines."""
+        """Leave nothing of the caller's in L2, save lines that a kernel had it keep (`hold` lets those go), and no dirty lines."""
         self._dirty.add_(1)
         self._clean.sum()
 

@@ -65,7 +65,7 @@ def may_leave(at, there):
 
 @gluon.jit
 def let_go(data, size, number, numbers, WARPS: gl.constexpr):
-    """Share `number` of `numbers` of `size` bytes from `data` on may leave the L2."""
+    """Share `number` of `numbers` of `size` bytes, whole lines' worth, from `data` on may leave the L2."""
     THREADS: gl.constexpr = 32 * WARPS
     thread = gl.arange(0, THREADS, layout=gl.BlockedLayout([1], [32], [WARPS], [0]))
     for first in range(number * THREADS, size // 128 + 1, numbers * THREADS):  # data may begin inside a line

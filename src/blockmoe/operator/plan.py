@@ -174,7 +174,8 @@ class Plan:
     @property
     def hidden_states_stay(self) -> bool:
         """Whether routing asks for the hidden states of tokens with a local pair, to stay in the L2 while GEMM1 gathers them again and
-        again beside the weights: about 4 us of 507 at T = 901, 2 of 484 at 512, nothing at 80 (results/h100/operator/l2-stay.txt)."""
+        again beside the weights. T = 901: 515 us, else 519; 512: 492, 496; 80: 472, 471, read before lines were let go again, so that
+        hidden states lay in the L2 from the call before (results/h100/operator/l2-stay.txt, call 8)."""
         return self.path == "stream" and self.gate_up.block_n == 64 and not self.route.one_launch
 
     def __str__(self) -> str:
@@ -244,7 +245,7 @@ def _stream(geometry: MoEGeometry, tokens: int, rows: float) -> StreamTile:
         return StreamTile(128, 32, 6, flight=3, groups=2)
     # T = 300: 480.2 us, 256x32 478.9; 901: 507.3, 4 stages in bursts of two 507.1, 3 stages 504.9; 2048: 536.3, 541.0, 543.0
     # In two groups T = 901: 516.9, one 535.0, four 519.4, seven 528.1; 3 stages in flight 518.5. With rows, intermediate and hidden
-    # states in the L2: 4 in flight 515.3, 3 517.2, all 517.3; 4 stages 515.6
+    # states in the L2 (call 8, see `hidden_states_stay`): 4 in flight 515.3, 3 517.2, all 517.3; 4 stages 515.6
     return StreamTile(128, 64, 5, groups=2, flight=4)
 
 

@@ -205,7 +205,7 @@ def write_zeros(out, weight, token, there, HIDDEN: tl.constexpr, BEGIN: tl.const
 @triton.jit
 def ask_for_rows(x, weight, token, HIDDEN: tl.constexpr, LINES: tl.constexpr):
     """The hidden states of tokens with a pair, by their `weight` [tokens, experts], to the L2, where they stay until told otherwise
-    (`stream.load.let_go`); LINES is a power of two of at least HIDDEN / 128."""
+    (`persistent.let_go`); LINES is a power of two of at least HIDDEN / 128."""
     some = tl.sum((weight != 0.0).to(tl.int32), 1) > 0
     line = tl.arange(0, LINES)
     at = x + token[:, None] * HIDDEN + 128 * line[None, :]

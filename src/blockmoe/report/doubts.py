@@ -124,6 +124,15 @@ def _mixtures(records: Sequence[Record]) -> Iterable[str]:
 
 
 def _machine(records: Sequence[Record]) -> Iterable[str]:
+    flushed = [record for record in records if record.environment.get("flush_bytes")]
+    kept = sum(1 for record in flushed if not record.environment.get("releases_l2"))
+    if kept and kept < len(flushed):
+        yield (
+            f"In {kept} of {len(flushed)} evaluations lines that a kernel had the L2 keep could outlast the flush; in the others they were "
+            "let go before each call."
+        )
+    elif any(record.environment.get("releases_l2") is False for record in flushed):
+        yield "Lines that a kernel had the L2 keep could outlast the flush: the driver did not let them go."
     found = [_throttled(record.environment.get("gpu")) for record in records]
     if any(found):
         reasons = ", ".join(sorted(set().union(*found)))

@@ -133,7 +133,8 @@ def combine(
 ):  # fmt: skip
     """out[t] = the sum over a token's rows, in the order of their experts, in float32: a column group's, share `number` of `numbers`.
 
-    A warp a token, RUN columns at a time. Where the next token's rows are is read meanwhile, and what has been read may leave the L2.
+    A warp a token, RUN columns at a time. Where the next token's rows are is read meanwhile, and what has been read may leave the L2 (in a
+    workspace that begins inside a line a row's last line may stay).
     """
     C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])  # of 64 columns
@@ -208,7 +209,7 @@ def consumer(
                 wait_until(written + group + once, once + tiles * OUT, once + 50, GENERIC)
                 barrier()
                 combine(rows, out, token_pair, token_pairs, tokens, group, number, sums, HIDDEN, HIDDEN // GROUPS, TOP_K, RUN, WARPS)
-                if group == GROUPS - 1:  # GEMM2 is done
+                if group == GROUPS - 1:  # nothing is stored there any more
                     let_go(middle, gl.load(tile_end + tiles - 1, mask=tiles > 0, other=0) * INTER, number, sums, WARPS)
             else:
                 tile, block = unit_at(number, tile_group, OUT, False)
