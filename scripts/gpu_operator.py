@@ -25,6 +25,7 @@ from blockmoe.bench.timing import release_kept_lines
 from blockmoe.geometry import BLOCK, GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.launch import Prepared, _compiled
+from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.pipeline import stages
 from blockmoe.operator.plan import Plan, PrefillTile, StreamTile, choose_plan, without_tma
 from blockmoe.operator.workspace import layout
@@ -184,7 +185,7 @@ def stage_times(timer: Timer, inputs, g: MoEGeometry, offset: int, plan: Plan, t
     memory = torch.empty(layout(g, tokens, plan)[1], dtype=torch.uint8, device=DEVICE)
     tensors = [*(t if t is not None else inputs[0] for t in inputs), out, memory]
     addresses = [t.data_ptr() for t in tensors]
-    sm_count = torch.cuda.get_device_properties(0).multi_processor_count
+    sm_count, _ = of_gpu(0)
     bias_dtype = None if inputs[1] is None else inputs[1].dtype
     found = stages(g, tokens, plan, offset, 2.5, sm_count=sm_count, bias_dtype=bias_dtype)
     ready = {name: Prepared(launches, 0) for name, launches in found.items()}

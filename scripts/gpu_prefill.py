@@ -16,6 +16,7 @@ import torch
 
 from blockmoe.geometry import HEADLINE
 from blockmoe.operator.launch import Prepared
+from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.pipeline import stages
 from blockmoe.operator.plan import Plan, PrefillTile, StreamTile, choose_plan
 from blockmoe.operator.workspace import layout
@@ -41,7 +42,7 @@ class Variant:
         memory = torch.empty(layout(HEADLINE, tokens, plan)[1], dtype=torch.uint8, device="cuda")
         self.tensors = [*inputs, out, memory]
         self.addresses = [t.data_ptr() for t in self.tensors]
-        sm_count = torch.cuda.get_device_properties(0).multi_processor_count
+        sm_count, _ = of_gpu(0)
         found = stages(HEADLINE, tokens, plan, offset, 2.5, sm_count=sm_count)
         order = list(found.items())
         self.names = [name for name, _ in order]
