@@ -73,7 +73,7 @@ def test_parent_killed(tree, tmp_path, monkeypatch):
     before, faults = traces(tmp_path)
     assert [entry[:3] for entry in before] == [(uuid, name, "PASSED") for uuid in ("aaaa", "bbbb") for name in ("reference", "slow")]
     assert faults == []
-    left_behind = {*scratch._root().glob(f"{scratch.PREFIX}*"), *temporary.glob(f"{scratch.PREFIX}*")}
+    left_behind = {*scratch._memory().glob(f"{scratch.PREFIX}*"), *temporary.glob(f"{scratch.PREFIX}*")}
     assert len(list(temporary.glob(f"{scratch.PREFIX}*/solution-*"))) == 2  # the workers' sources
 
     with toy.traces_path(tmp_path / "out").open("a") as file:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
@@ -143,7 +142,7 @@ def run(
     quick_cpu = settings.device == "cpu" and preset_name != "full" and not workloads and not local and not definitions
     plan = make_plan(local, definitions, solutions, QUICK_CPU_WORKLOADS if quick_cpu else workloads, settings)
     plan.resume, plan.retry_failed, plan.command = resume, retry_failed, shlex.join(["blockmoe", *sys.argv[1:]])
-    with scratch_folder(Path(tempfile.gettempdir())) as unsaved:
+    with scratch_folder() as unsaved:
         plan.output = _output(output, resume) if save_results else unsaved
         outcome = _execute(plan, log_level)
         _summary(plan, outcome, save_results)

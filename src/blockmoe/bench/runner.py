@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import tempfile
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -92,7 +91,7 @@ class Run:
         self.observer.begin(sum(len(self.plan.workloads[name]) * len(self.plan.solutions[name]) for name in self.plan.workloads))
         try:
             # apart: a solution knows where its sources lie, and may build there what memory would not let it load (noexec)
-            with scratch_folder() as scratch, scratch_folder(Path(tempfile.gettempdir())) as sources:
+            with scratch_folder(in_memory=True) as scratch, scratch_folder() as sources:
                 for name in self.plan.workloads:
                     self._definition(self.plan.dataset.definitions[name], scratch, sources)
         except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""The folders of a run: through one outputs pass between its processes, in another lie their solutions' sources."""
+"""The folders of a run: for outputs on their way between its processes, its solutions' sources, results that are not saved."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LEAST_FREE_BYTES = 4 << 30
 
 
 @contextlib.contextmanager
-def scratch_folder(root: Path | None = None) -> Iterator[Path]:
-    """A folder in `root` (None: memory, if there is enough) that is gone afterwards; folders there of runs that were killed go too."""
-    root = root or _root()
+def scratch_folder(*, in_memory: bool = False) -> Iterator[Path]:
+    """A folder that is gone afterwards, `in_memory` if there is enough; folders beside it of runs that were killed go too."""
+    root = _memory() if in_memory else Path(tempfile.gettempdir())
     for path in root.glob(f"{PREFIX}*/{LOCK}"):
         _remove_if_abandoned(path)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
@@ -36,7 +36,7 @@ def _remove_if_abandoned(lock: Path) -> None:
         shutil.rmtree(lock.parent, ignore_errors=True)
 
 
-def _root() -> Path:
+def _memory() -> Path:
     """Memory, where outputs of hundreds of MB pass between processes; the ordinary temporary folder elsewhere."""
     memory = Path("/dev/shm")
     if os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > LEAST_FREE_BYTES:

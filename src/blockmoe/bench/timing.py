@@ -43,6 +43,7 @@ class HostTimer:
 
     name = "host_clock"
     flush_bytes = 0
+    releases_l2: bool | None = None
 
     def __init__(self) -> None:
         self._clock = time.perf_counter

@@ -56,7 +56,6 @@ class Handler:
         from blockmoe.bench.environment import worker_environment
         from blockmoe.bench.schema import Definition
         from blockmoe.bench.session import Session
-        from blockmoe.bench.timing import DeviceTimer
 
         task = Definition.model_validate_json(definition)
         self.session = Session(task, Path(root), device, mode, seed, use_cupti)
@@ -65,7 +64,7 @@ class Handler:
         offset = events_offset_us(self.session.timer)
         if offset is not None:
             found["extra"]["events_offset_us"] = offset
-        if isinstance(self.session.timer, DeviceTimer):
+        if self.session.timer.releases_l2 is not None:
             found["extra"]["releases_l2"] = self.session.timer.releases_l2
         return found
 

@@ -46,6 +46,7 @@ def doubts(rows: Sequence[Row], contenders: Sequence[Contender], records: Sequen
         *_words(rows),
         *_noise(passed),
         *_mixtures(records),
+        *_flushes(records),
         *_machine(records),
     ]
     return lines
@@ -123,7 +124,7 @@ def _mixtures(records: Sequence[Record]) -> Iterable[str]:
             yield f"Mixed {name}: {', '.join(sorted(values))}."
 
 
-def _machine(records: Sequence[Record]) -> Iterable[str]:
+def _flushes(records: Sequence[Record]) -> Iterable[str]:
     flushed = [record for record in records if record.environment.get("flush_bytes")]
     kept = sum(1 for record in flushed if not record.environment.get("releases_l2"))
     if kept and kept < len(flushed):
@@ -133,6 +134,9 @@ def _machine(records: Sequence[Record]) -> Iterable[str]:
         )
     elif any(record.environment.get("releases_l2") is False for record in flushed):
         yield "Lines that a kernel had the L2 keep could outlast the flush: the driver did not let them go."
+
+
+def _machine(records: Sequence[Record]) -> Iterable[str]:
     found = [_throttled(record.environment.get("gpu")) for record in records]
     if any(found):
         reasons = ", ".join(sorted(set().union(*found)))
