@@ -76,7 +76,7 @@ def test_clusters(stub, monkeypatch):
     sent, _ = stub
     compiled = SimpleNamespace(
         run=SimpleNamespace(launch_cooperative_grid=False, launch_pdl=True), packed_metadata=(16, 1, 999), function=8,
-        metadata=SimpleNamespace(tensordesc_meta=[dict(swizzle=3, elem_size=1, elem_type=0, block_size=[64, 128])] * 4),
+        metadata=SimpleNamespace(tensordesc_meta=[dict(swizzle=3, elem_size=1, elem_type=0, block_size=[64, 128])] * 5),
     )  # fmt: skip
     rewritten, asked = [], []
     monkeypatch.setattr(triton.JITFunction, "warmup", lambda self, *arguments, **options: compiled)

@@ -163,7 +163,7 @@ class Plan:
     def __post_init__(self) -> None:
         assert isinstance(self.gate_up, TILES.get(self.path, GateUpTile)) and (self.down is None) == (self.path in TILES)
         assert self.down is None or self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"
-        assert self.path != "prefill" or not self.route.one_launch, "with two, tiles begin at multiples of 128 and `out` is set to zero"
+        assert self.path != "prefill" or not self.route.one_launch, "with two, tiles begin at multiples of 128, and each token's pairs are counted"
         assert self.path != "wide" or self.gate_up.block_i == self.gate_up.block_n == self.down.block_m == BLOCK
 
     @property
@@ -227,7 +227,7 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     for block_t in (4, 8, 16):  # few warps a multiprocessor: its four schedulers take a token each
         if tokens <= block_t * FEW_CHUNKS:
             return RouteTile(block_t, block_t, block_t, False, True)
-    # two programs a multiprocessor: one writes zeros while the other chooses
+    # two programs a multiprocessor. T = 14107: 35.2 us of routing; 512 chunks of half the tokens 35.1
     place_t = min(64, 4096 // local)
     return RouteTile(16, place_t, 16, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK, MOST_CHUNKS)
 

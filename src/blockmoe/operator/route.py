@@ -32,7 +32,6 @@ from blockmoe.operator.workspace import Round
 LOWEST = tl.constexpr(-(2**31))  # below the key of every float
 TAKEN = tl.constexpr(-(2**31) + 1)  # also below
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
-ZEROS_FIRST = 0.75  # of the output's columns, whole 512s: what choose_kernel sets to zero for prefill; place_kernel the others
 
 
 @triton.jit
@@ -172,10 +171,10 @@ def list_rows(
     weight, token, there, base, pair_token, pair_weight, token_pair, token_pairs, before, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
     PREFILL: tl.constexpr,
 ):  # fmt: skip
-    """Stores the pairs of `weight` [tokens, experts], each expert's from row `base` on.
+    """Stores the pairs of `weight` [tokens, experts], each expert's from row `base` on, and how many each token has.
 
     For prefill also the tile of the token's pair of the expert before, or -1: rows increase with experts, so it is that of the second
-    largest row up to here. Else each token's rows, and how many.
+    largest row up to here. Else each token's rows.
     """
     expert = tl.arange(0, weight.shape[1])
     mine = (weight != 0.0).to(tl.int32)
@@ -185,21 +184,11 @@ def list_rows(
     if PREFILL:
         _, earlier = tl.associative_scan((tl.where(mine > 0, row, -1), tl.full(row.shape, -1, tl.int32)), 1, two_largest)
         tl.store(before + row, tl.where(earlier < 0, -1, earlier // BLOCK_N), mask=mine > 0)
+        tl.store(token_pairs + token, tl.sum(mine, 1), mask=there)
     else:
         past = tl.cumsum(mine, 1)
         tl.store(token_pair + (token[:, None] * TOP_K + past - 1), row, mask=mine > 0)
         tl.store(token_pairs + (token[:, None] + 0 * row), past, mask=there[:, None] & (expert == weight.shape[1] - 1)[None, :])
-
-
-@triton.jit
-def write_zeros(out, weight, token, there, HIDDEN: tl.constexpr, BEGIN: tl.constexpr, END: tl.constexpr):
-    """Columns BEGIN ... END - 1 of out [T, HIDDEN] for tokens without a pair, by their `weight` [tokens, experts]."""
-    none = (tl.sum((weight != 0.0).to(tl.int32), 1) == 0) & there
-    column = tl.arange(0, 512)
-    to = out + token[:, None] * HIDDEN + column[None, :]
-    for c in tl.range(BEGIN, END, 512, loop_unroll_factor=1):
-        inside = none[:, None] & (c + column < END)[None, :]
-        tl.store(to + c, tl.zeros((token.shape[0], 512), out.dtype.element_ty), mask=inside, cache_modifier=".cs")
 
 
 @triton.jit
@@ -252,15 +241,14 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
 def choose_kernel(
-    logits, bias, token_weight, chunk_count, out, x, tokens, offset, factor, rounds, chunk_tokens,
+    logits, bias, token_weight, chunk_count, x, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, HIDDEN: tl.constexpr,
-    ZEROS: tl.constexpr, STAY: tl.constexpr, PDL: tl.constexpr,
+    STAY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """token_weight [T, LOCAL] (0: not chosen) and each local expert's pairs in this program's chunk: chunk_count [chunks, LOCAL].
 
-    The first ZEROS columns of out [T, HIDDEN] are set to zero where a token has no pair. STAY: x [T, HIDDEN], of bytes, is asked for where
-    it has one.
+    STAY: x [T, HIDDEN], of bytes, is asked for where a token has a pair.
     """
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
@@ -277,20 +265,17 @@ def choose_kernel(
         count += (weight != 0.0).to(tl.int32)
         if STAY:
             ask_for_rows(x, weight, token, HIDDEN, triton.next_power_of_2(HIDDEN // 128))
-        if ZEROS > 0:
-            write_zeros(out, weight, token, token < tokens, HIDDEN, 0, ZEROS)
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
 @triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count"])
 def place_kernel(
     token_weight, chunk_count, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, counters, before, out, chunks, tokens, chunk_tokens, counter_count,
+    token_pairs, counters, before, chunks, tokens, chunk_tokens, counter_count,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
-    COUNTS: tl.constexpr, ONCE: tl.constexpr, HIDDEN: tl.constexpr, ZEROS: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
+    COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. For prefill, columns ZEROS ... of out [T, HIDDEN] are
-    set to zero where a token has no pair, while nothing else is asked of memory."""
+    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     zero_counters(counters, chunk, chunks, counter_count)
@@ -304,8 +289,6 @@ def place_kernel(
         other = (c + tl.arange(0, COUNTS))[:, None]
         count = tl.load(chunk_count + other * LOCAL + expert[None, :], mask=(other < chunks) & real, other=0)
         sums += tl.sum(tl.where(other < chunk, count * 65537, count), 0)  # of the chunks before in the upper half
-    if PREFILL and ONCE:
-        write_zeros(out, weight, token, token < past, HIDDEN, ZEROS, HIDDEN)
     base = sums >> 16
     base += list_tiles(
         sums & 65535, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, PREFILL
@@ -319,8 +302,6 @@ def place_kernel(
             list_rows(
                 weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, TOP_K, BLOCK_N, PREFILL
             )  # fmt: skip
-            if PREFILL:
-                write_zeros(out, weight, token, token < past, HIDDEN, ZEROS, HIDDEN)
             base += tl.sum((weight != 0.0).to(tl.int32), 0)
             token += BLOCK_T
             weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
@@ -333,12 +314,8 @@ def warp_lanes(g: MoEGeometry, logits: Slot, bias: Slot) -> int:
     return max(group, min(32 * width, power_of_two_at_least(g.num_experts)))
 
 
-def route(logits: Slot, bias: Slot, x: Slot, out: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
-    """One launch or two, as the plan says. `bias` may be anything where routing is renormalize.
-
-    For prefill the rows of `out` of tokens without a pair are set to zero on the way, in both launches: nothing of it is read here, and
-    memory is idle. In the GEMMs, spread over all tiles or not, the same stores cost 30 to 90 us at T = 14107 (docs/kernel-log.md).
-    """
+def route(logits: Slot, bias: Slot, x: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
+    """One launch or two, as the plan says. `bias` may be anything where routing is renormalize."""
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile, block_n, local = plan.route, plan.gate_up.block_n, g.num_local_experts
     deepseek, cells = g.routing == "deepseek_v3", max(32, power_of_two_at_least(local))
@@ -356,13 +333,11 @@ def route(logits: Slot, bias: Slot, x: Slot, out: Slot, offset: int, factor: flo
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"])
-    arguments = (logits, bias, *weights, out, x, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
-    prefill = plan.path == "prefill"
-    zeros = int(ZEROS_FIRST * g.hidden_size) // 512 * 512 if prefill else 0
-    constants = (*choosing, g.hidden_size, zeros, plan.hidden_states_stay, plan.pdl)
+    arguments = (logits, bias, *weights, x, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
+    constants = (*choosing, g.hidden_size, plan.hidden_states_stay, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
-    arguments = (*weights, *lists, b["before"], out, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
+    arguments = (*weights, *lists, b["before"], sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
     counts = max(1, min(128, 4096 // cells))
-    constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, g.hidden_size, zeros, prefill, plan.pdl)
+    constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
     return [choose, place]

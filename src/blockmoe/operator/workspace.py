@@ -81,7 +81,7 @@ def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tu
         "pair_token": (bound.rows, torch.int32),
         "pair_weight": (bound.rows, torch.float32),
         "token_pair": (0 if prefill else tokens * geometry.top_k, torch.int32),
-        "token_pairs": (0 if prefill else tokens, torch.int32),
+        "token_pairs": (tokens, torch.int32),
         "before": (bound.rows if prefill else 0, torch.int32),
         "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
         "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),

@@ -7,6 +7,7 @@ rows). A multiprocessor runs one program; programs, or clusters of two, draw uni
   parts.py     stages, loads, products: what both GEMMs share
   gate_up.py   GEMM1: hidden states gathered by token, SwiGLU, quantisation
   down.py      GEMM2: each tile's rows stored or added to the output in the order of experts
+  zeros.py     the output's rows of tokens without a pair
   layer.py     the kernel and its roles
 
 What programs wait for from each other, by counters in global memory:

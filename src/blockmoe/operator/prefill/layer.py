@@ -25,9 +25,12 @@ from blockmoe.operator.prefill.parts import (
     stage_buffers,
 )
 from blockmoe.operator.prefill.units import DOWN, K, draw
+from blockmoe.operator.prefill.zeros import COLUMNS, PAGE, page_runs, write_zeros
 from blockmoe.operator.workspace import Round
 
 REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warps beside; more for the consumers spill (ptxas 12.9)
+# Bytes that the L2 reads at once of what TMA loads. T = 2048: 534 us, with 128 555; 4096: 617, 627; 11948: 991, 1000; 14107: 1377, 1383
+PROMOTION = 256
 
 
 @gluon.jit
@@ -117,20 +120,21 @@ def load_middle_scales(
 
 @gluon.jit(do_not_specialize=["tokens", "pitch"])
 def prefill_kernel(
-    w1, middle, middle_boxes, w2, x, x_scale, w1_scale, w2_scale, out, middle_scale, pair_token, pair_weight, before, added, ready,
-    ticket, mail, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
+    w1, middle, middle_boxes, w2, runs, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before,
+    added, ready, ticket, mail, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
     CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The layer after routing, which has set the rows of tokens without a pair to zero.
+    """The layer after routing.
 
     GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[i / 128, p] its scale times the pair's routing weight. GEMM2: out[t, h]
-    in bfloat16, the sum over the token's pairs, in the order of their experts, rounded after each. GEMM1 has STAGES stages, GEMM2 one less.
+    in bfloat16, the sum over the token's pairs (`token_pairs`: how many), in the order of their experts, rounded after each; 0 where it has
+    none. GEMM1 has STAGES stages, GEMM2 one less.
 
-    Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]; out
-    [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that tiles can have. before [pitch]: the tile of the
-    pair of the same token before, or -1. added [tiles, H / 256], ready [programs], ticket, mail [clusters, MAIL] and finished [tiles] begin
-    at 0.
+    Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I], runs: `out` [T * H / 256, 256] in
+    bfloat16. x [T, H]; x_scale [H / 128, T]; out [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that
+    tiles can have. before [pitch]: the tile of the pair of the same token before, or -1. added [tiles, H / 256], ready [programs], ticket,
+    mail [clusters, MAIL] and finished [tiles] begin at 0.
     """
     x_buffers, w_buffers, s_buffers = stage_buffers(STAGES)
     codes = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
@@ -141,7 +145,8 @@ def prefill_kernel(
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     second = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     begun = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    queue, told, heard = unit_queue(5)
+    queue, told, heard = unit_queue(6)
+    page = gl.allocate_shared_memory(gl.bfloat16, runs.block_type.shape, PAGE)
     mbarrier.init(second.index(0), count=1)
     mbarrier.init(begun.index(0), count=1)
     for i in gl.static_range(2):
@@ -175,9 +180,10 @@ def prefill_kernel(
                 HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (draw, (ticket, mail, queue, told, heard, begun, tile_count, HIDDEN, INTER, CLUSTER)),
+            (write_zeros, (runs, page, token_pairs, queue, told, heard, tile_count, tokens, HIDDEN, INTER)),
         ],
-        [4, 4, 1, 1, 1],
-        [CONSUMERS, CARRIERS, LOADERS, LOADERS, LOADERS],
+        [4, 4, 1, 1, 1, 1],
+        [CONSUMERS, CARRIERS, LOADERS, LOADERS, LOADERS, LOADERS],
     )  # fmt: skip
 
 
@@ -186,14 +192,16 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     g, tile, b = round.geometry, round.plan.gate_up, round.memory
     assert g.intermediate_size >= tile.stages * BLOCK, "finished_rows"
     assert g.intermediate_size // BLOCK % tile.cluster == 0 == g.hidden_size % (2 * BLOCK * tile.cluster), "a cluster's columns"
-    weights = descriptor(w1, (g.num_local_experts * 2 * g.intermediate_size, g.hidden_size), (BLOCK, BLOCK), CODES.value)
+    weights = descriptor(w1, (g.num_local_experts * 2 * g.intermediate_size, g.hidden_size), (BLOCK, BLOCK), CODES.value, PROMOTION)
     middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64, BLOCK), CODES.value)
-    boxes = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64 // tile.cluster, BLOCK), CODES.value)
-    others = descriptor(w2, (g.num_local_experts * g.hidden_size, g.intermediate_size), (BLOCK, BLOCK), CODES.value)
-    lists = ("pair_token", "pair_weight", "before", "added", "ready", "ticket", "mail", "finished")
+    boxes = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64 // tile.cluster, BLOCK), CODES.value, PROMOTION)
+    others = descriptor(w2, (g.num_local_experts * g.hidden_size, g.intermediate_size), (BLOCK, BLOCK), CODES.value, PROMOTION)
+    runs = (round.sizes.tokens * g.hidden_size // COLUMNS.value, COLUMNS.value)
+    runs = descriptor(out, runs, (page_runs(g.hidden_size), COLUMNS.value), PAGE.value)
+    lists = ("token_pairs", "pair_token", "pair_weight", "before", "added", "ready", "ticket", "mail", "finished")
     lists = tuple(b[n] for n in (*lists, "tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end"))
     arguments = (
-        weights, middle, boxes, others, x, x_scale, w1_scale, w2_scale, Slot(out.tensor, torch.int64), b["middle_scale"], *lists,
+        weights, middle, boxes, others, runs, x, x_scale, w1_scale, w2_scale, Slot(out.tensor, torch.int64), b["middle_scale"], *lists,
         round.sizes.tokens, round.sizes.rows,
     )  # fmt: skip
     constants = (g.hidden_size, g.intermediate_size, tile.stages, tile.cluster, *REGISTERS, round.plan.pdl)
