@@ -1,0 +1,153 @@
+"""Trees of this project beside each other on a GPU: python scripts/gpu_turns.py [--tokens 14107,11948] [--rounds 6] LABEL=TREE...
+
+    mkdir old && git archive COMMIT | tar x -C old
+    python scripts/gpu_turns.py old=old new=. new2=. variant=.,NAME=VALUE
+
+Each tree's operator (465d850 or newer) runs in a process of its own, with the environment NAME=VALUE, on the same inputs. The processes
+take turns, every other round in reverse; they differ by the memory that they got too, so give a tree twice. Cold L2 before each call.
+Printed at last, as medians over the rounds of medians of six calls: the whole call in us, the clock of the multiprocessors during it,
+their cycles, the stages by themselves. Before that sums over the output's bits, by which trees agree or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import triton
+import triton.language as tl
+
+CALLS = 6  # a turn
+
+
+@triton.jit
+def clocks(at):
+    """Cycles and nanoseconds of this multiprocessor."""
+    cycles = tl.inline_asm_elementwise("mov.u64 $0, %clock64;", "=l,l", [tl.program_id(0)], dtype=tl.int64, is_pure=False, pack=1)
+    now = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l,l", [tl.program_id(0)], dtype=tl.int64, is_pure=False, pack=1)
+    multiprocessor = tl.inline_asm_elementwise("mov.u32 $0, %smid;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
+    tl.store(at + 2 * multiprocessor, cycles)
+    tl.store(at + 2 * multiprocessor + 1, now)
+
+
+class Tree:
+    """A process that measures one tree's operator when asked (`serve`)."""
+
+    def __init__(self, given: str) -> None:
+        self.label, _, rest = given.partition("=")
+        tree, *settings = rest.split(",")
+        if not (Path(tree) / "src/blockmoe/operator").is_dir() or not all("=" in s for s in settings):
+            raise SystemExit(f"gpu_turns: expected LABEL=TREE[,NAME=VALUE]... with src/blockmoe/operator in TREE, got {given!r}")
+        environment = {**os.environ, **dict(s.split("=", 1) for s in settings)}
+        command = [sys.executable, __file__, "--serve", tree]
+        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, question: str) -> None:
+        self.process.stdin.write(question + "\n")
+        self.process.stdin.flush()
+
+    def answer(self) -> str:
+        found = self.process.stdout.readline().strip()
+        if not found:
+            raise SystemExit(f"gpu_turns: {self.label} ended with code {self.process.wait()}")
+        return found
+
+
+def serve(tree: str) -> None:
+    """Answers "make T" with the output's sums and "time T" with us, MHz, thousands of cycles, and us of each stage."""
+    sys.path[:0] = [f"{tree}/scripts", f"{tree}/src"]
+    import gpu_operator as operator
+
+    from blockmoe.geometry import HEADLINE
+    from blockmoe.operator.launch import Prepared
+    from blockmoe.operator.pipeline import stages
+    from blockmoe.operator.plan import choose_plan
+    from blockmoe.operator.workspace import layout
+
+    torch.manual_seed(0)
+    weights, timer, made = operator.weights(HEADLINE), operator.Timer(), {}
+    count = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def make(tokens: int) -> str:
+        inputs, offset = operator.workload(HEADLINE, tokens)
+        plan = choose_plan(HEADLINE, tokens)
+        out = torch.full((tokens, HEADLINE.hidden_size), float("nan"), dtype=torch.bfloat16, device="cuda")
+        memory = torch.full((layout(HEADLINE, tokens, plan)[1],), 255, dtype=torch.uint8, device="cuda")
+        tensors = [*inputs, *weights, out, memory]
+        ready = [Prepared(launches, 0) for launches in stages(HEADLINE, tokens, plan, offset, 2.5).values()]
+        made[tokens] = tensors, [t.data_ptr() for t in tensors], ready
+        for stage in ready:
+            stage.run(made[tokens][1])
+        bits = out.view(torch.int16).long()
+        return f"{int(bits.sum())} {int((bits * torch.arange(1, bits.shape[1] + 1, device='cuda')).sum())} NaN {int(out.isnan().sum())}"
+
+    def measure(tokens: int) -> str:
+        _, addresses, ready = made[tokens]
+        stamps = torch.zeros(CALLS, 2, count, 2, dtype=torch.int64, device="cuda")
+        whole, parts = [], []
+        timer.release_l2()
+        torch.cuda._sleep(4_000_000)  # the host runs ahead
+        for call in range(CALLS):
+            for apart in (False, True):
+                timer.flush()
+                if not apart:
+                    clocks[(count,)](stamps[call, 0])
+                marks = [torch.cuda.Event(enable_timing=True)]
+                marks[0].record()
+                for stage in ready:
+                    stage.run(addresses)
+                    if apart or stage is ready[-1]:
+                        marks.append(torch.cuda.Event(enable_timing=True))
+                        marks[-1].record()
+                if not apart:
+                    clocks[(count,)](stamps[call, 1])
+                (parts if apart else whole).append(marks)
+        torch.cuda.synchronize()
+        us = statistics.median(1000 * m[0].elapsed_time(m[1]) for m in whole)
+        seen = (stamps[..., 1] > 0).all(1)  # multiprocessors that ran a program before and after
+        cycles, ns = (stamps[:, 1] - stamps[:, 0])[seen].double().unbind(-1)
+        mhz = (1000 * cycles / ns).median().item()
+        each = [statistics.median(1000 * m[i].elapsed_time(m[i + 1]) for m in parts) for i in range(len(ready))]
+        return " ".join(f"{value:.1f}" for value in (us, mhz, us * mhz / 1000, *each))
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        word, tokens = line.split()
+        print((make if word == "make" else measure)(int(tokens)), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="14107,11948,4096,2048", help="comma-separated")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("trees", nargs="+", metavar="LABEL=TREE")
+    arguments = parser.parse_args()
+    trees = [Tree(given) for given in arguments.trees]
+    tokens = [int(t) for t in arguments.tokens.split(",")]
+    for tree in trees:
+        print(tree.label, tree.answer(), flush=True)
+    for t in tokens:
+        for tree in trees:
+            tree.ask(f"make {t}")
+        for tree in trees:
+            print(f"T={t} {tree.label}: {tree.answer()}", flush=True)
+    found: dict[tuple[int, str], list[list[float]]] = {(t, tree.label): [] for t in tokens for tree in trees}
+    for n in range(arguments.rounds):
+        for t in tokens:
+            for tree in trees[:: 1 if n % 2 == 0 else -1]:
+                tree.ask(f"time {t}")
+                found[t, tree.label].append([float(value) for value in tree.answer().split()])
+    print("T | tree | call, us | MHz | kcycles | stages, us | least, us")
+    for (t, label), rounds in found.items():
+        us, mhz, cycles, *each = (statistics.median(column) for column in zip(*rounds, strict=True))
+        apart = ", ".join(f"{e:.1f}" for e in each)
+        print(f"{t} | {label} | {us:.1f} | {mhz:.0f} | {cycles:.0f} | {apart} | {min(r[0] for r in rounds):.1f}")
+
+
+if __name__ == "__main__":
+    serve(sys.argv[2]) if sys.argv[1:2] == ["--serve"] else main()
