@@ -163,7 +163,7 @@ class Plan:
     def __post_init__(self) -> None:
         assert isinstance(self.gate_up, TILES.get(self.path, GateUpTile)) and (self.down is None) == (self.path in TILES)
         assert self.down is None or self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"
-        assert self.path != "prefill" or not self.route.one_launch, "with two, tiles begin at multiples of 128, and each token's pairs are counted"
+        assert self.path != "prefill" or not self.route.one_launch, "with two, tiles begin at multiples of 128"
         assert self.path != "wide" or self.gate_up.block_i == self.gate_up.block_n == self.down.block_m == BLOCK
 
     @property
