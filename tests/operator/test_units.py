@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon")
 
-from blockmoe.operator.prefill import units  # noqa: E402
+from blockmoe.operator.prefill import units, zeros  # noqa: E402
 from blockmoe.operator.stream import load  # noqa: E402
 
 
@@ -108,6 +108,40 @@ def test_prefill_draws(cluster, seed, others, monkeypatch):
     assert all(told == first for told in more)
     assert first == sorted(set(first)) and first[-1] == end and set(first) <= set(every)
     assert others or first == every
+
+
+@pytest.mark.parametrize("hidden", [256, 1536, 7168])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_prefill_zeros(seed, hidden, monkeypatch):
+    """Every token without a pair once, by some program, whatever units it hears of, also where there is none; and each hears of all."""
+    draw = random.Random(seed)
+    tokens, programs, tiles = draw.choice([1, 7, 133, 500]), draw.randint(1, 132), seed // 2
+    pairs = [draw.randint(0, 2) for _ in range(tokens)]
+    runs, page = hidden // 256, SimpleNamespace(shape=[zeros.page_runs(hidden)], store=lambda values: None)
+    stored, told, heard = Counter(), [], []
+
+    def hear(queue, told, _, n, warps):
+        heard.append(told[n])
+        return told[n]
+
+    def store(out, at, buffer):
+        stored.update(range(at[0], at[0] + buffer.shape[0]))
+
+    language = SimpleNamespace(
+        load=lambda at: pairs[at] if isinstance(at, int) else at.value, to_tensor=int, where=lambda a, b, c: b if a else c, maximum=max,
+        minimum=min, static_range=range, zeros=lambda *_: None, BlockedLayout=lambda *_: None, bfloat16=None, constexpr=None,
+    )  # fmt: skip
+    calls = dict(hear=hear, barrier=lambda: None, fence_async_shared=lambda: None, gl=language)
+    copies = SimpleNamespace(async_copy_shared_to_global=store, store_wait=lambda pending: stored.update(waited=1))
+    for name, value in dict(calls, tma=copies, **{name: NUMBERS[name] for name in ("K", "END")}, COLUMNS=256).items():
+        monkeypatch.setitem(zeros.write_zeros.fn.__globals__, name, value)
+    for program in range(programs):
+        language.program_id, language.num_programs = (lambda axis, at=program: at), (lambda axis: programs)
+        told, heard[:] = [*range(draw.randint(0, 9)), NUMBERS["END"]], []
+        zeros.write_zeros.fn(None, page, 0, None, told, None, SimpleNamespace(value=tiles), tokens, hidden, 512)
+        assert heard == told
+    assert stored.pop("waited") == programs
+    assert stored == Counter(token * runs + run for token in range(tokens) if pairs[token] == 0 for run in range(runs))
 
 
 @pytest.mark.parametrize("seed", SEEDS)
