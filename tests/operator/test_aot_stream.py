@@ -69,5 +69,6 @@ def test_prefill(cluster, tmp_path):
     usage = aot.compiled(launch, 90)
     assert usage.shared <= SHARED_LIMIT and not warnings(usage.ptx, tmp_path)
     assert set(products(usage.sass)) == {"Q" * 4} and len(products(usage.sass)) == 8  # two halves, two GEMMs, two consumers
+    assert usage.ptx.count("cp.async.bulk.tensor.2d.global") == 2 + 7  # two consumers' codes; a row of zeros in pages of 1,024
     assert usage.ptx.count("multicast::cluster") == (4 if cluster == 2 else 0)  # weights of both GEMMs, GEMM2's pairs
     assert usage.ptx.count("mapa.shared::cluster") == (8 if cluster == 2 else 0)  # a stage freed: two halves, two GEMMs, two consumers
