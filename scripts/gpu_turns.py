@@ -4,14 +4,15 @@
     python scripts/gpu_turns.py old=old new=. new2=. variant=.,NAME=VALUE
 
 Each tree's operator (465d850 or newer) runs in a process of its own, with the environment NAME=VALUE, on the same inputs. The processes
-take turns, every other round in reverse; they differ by the memory that they got too, so give a tree twice. Cold L2 before each call.
-Printed at last, as medians over the rounds of medians of six calls: the whole call in us, the clock of the multiprocessors during it,
-their cycles, the stages by themselves. Before that sums over the output's bits, by which trees agree or not.
+take turns, every other round in reverse. Processes of one tree differ too: give it twice. Cold L2 before each call. Printed last, as
+medians over the rounds of medians of six calls: the whole call in us, the clock of the multiprocessors during it, their cycles, the
+stages by themselves. Before that a sum over the output's bits by place, by which trees agree or not.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
@@ -40,16 +41,20 @@ class Tree:
 
     def __init__(self, given: str) -> None:
         self.label, _, rest = given.partition("=")
-        tree, *settings = rest.split(",")
-        if not (Path(tree) / "src/blockmoe/operator").is_dir() or not all("=" in s for s in settings):
-            raise SystemExit(f"gpu_turns: expected LABEL=TREE[,NAME=VALUE]... with src/blockmoe/operator in TREE, got {given!r}")
-        environment = {**os.environ, **dict(s.split("=", 1) for s in settings)}
-        command = [sys.executable, __file__, "--serve", tree]
-        self.process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.path, *settings = rest.split(",")
+        needed = [Path(self.path or "nowhere") / name for name in ("src/blockmoe/operator/plan.py", "scripts/gpu_operator.py")]
+        if not all(file.is_file() for file in needed) or not all("=" in setting for setting in settings):
+            raise SystemExit(f"gpu_turns: expected LABEL=TREE[,NAME=VALUE]..., with {needed[0]} and {needed[1]}, got {given!r}")
+        self.environment = {**os.environ, **dict(setting.split("=", 1) for setting in settings)}
+
+    def start(self) -> None:
+        command = [sys.executable, __file__, "--serve", self.path]
+        self.process = subprocess.Popen(command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, question: str) -> None:
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # `answer` says that it ended
+            self.process.stdin.write(question + "\n")
+            self.process.stdin.flush()
 
     def answer(self) -> str:
         found = self.process.stdout.readline().strip()
@@ -83,8 +88,8 @@ def serve(tree: str) -> None:
         made[tokens] = tensors, [t.data_ptr() for t in tensors], ready
         for stage in ready:
             stage.run(made[tokens][1])
-        bits = out.view(torch.int16).long()
-        return f"{int(bits.sum())} {int((bits * torch.arange(1, bits.shape[1] + 1, device='cuda')).sum())} NaN {int(out.isnan().sum())}"
+        bits, places = out.view(torch.int16).flatten(), torch.arange(out.numel(), device="cuda")
+        return f"bits {int((bits * (places % 1000003 + 1)).sum())}, {int(out.isnan().sum())} NaN"
 
     def measure(tokens: int) -> str:
         _, addresses, ready = made[tokens]
@@ -127,8 +132,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("trees", nargs="+", metavar="LABEL=TREE")
     arguments = parser.parse_args()
+    try:
+        tokens = [int(t) for t in arguments.tokens.split(",")]
+    except ValueError:
+        parser.error(f"--tokens: expected numbers and commas, got {arguments.tokens!r}")
+    if min(tokens) < 1 or arguments.rounds < 1:
+        parser.error(f"--tokens, --rounds: expected at least 1, got {arguments.tokens} and {arguments.rounds}")
     trees = [Tree(given) for given in arguments.trees]
-    tokens = [int(t) for t in arguments.tokens.split(",")]
+    if len({tree.label for tree in trees}) < len(trees):
+        parser.error(f"expected a label of its own for each tree, got {' '.join(tree.label for tree in trees)}")
+    for tree in trees:
+        tree.start()
     for tree in trees:
         print(tree.label, tree.answer(), flush=True)
     for t in tokens:

@@ -6,9 +6,9 @@ Renormalize: the TOP_K largest logits; weight = softmax over them * factor. Ties
 the lowest there is.
 
 Two steps. A token's experts are chosen by one warp (`choose_experts`); then the tile list (tile_count, tile_expert,
-tile_begin, tile_end) is made, the pairs are sorted by expert, then token (pair_token, pair_weight), and each token's rows
-are noted for the combine (token_pair, token_pairs), or, for prefill, the tile of each pair's predecessor in its token
-(before). `route_kernel` does both in one program and holds all tokens' weights in registers. `choose_kernel` and
+tile_begin, tile_end) is made, the pairs are sorted by expert, then token (pair_token, pair_weight), and how many each token
+has is noted (token_pairs), with its rows for the combine (token_pair) or, for prefill, the tile of each pair's predecessor in
+its token (before). `route_kernel` does both in one program and holds all tokens' weights in registers. `choose_kernel` and
 `place_kernel` take a program a run ("chunk") of tokens, with each token's weight for every local expert and each chunk's
 pairs an expert in memory between them.
 

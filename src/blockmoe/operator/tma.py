@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-MOST_ADDRESSES = 256  # kept of one kind: a model's layers, and the workspaces that its allocator hands out in turn
+MOST_ADDRESSES = 256  # kept of one kind: a model's layers, and the workspaces and outputs that its allocator hands out in turn
 
 
 @dataclass(frozen=True, slots=True)
