@@ -1,6 +1,7 @@
 """Solution folders: manifest, packed form, and what `blockmoe pack` leaves in a tree."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -8,7 +9,7 @@ import pytest
 
 from blockmoe.bench.bundled import definition_of
 from blockmoe.bench.dataset import Dataset, DatasetError, bundled_root, bundled_solutions
-from blockmoe.bench.pack import add_folders, pack, read_manifest, solution_folders, write_packed
+from blockmoe.bench.pack import PACKAGE_FOLDER, add_folders, pack, read_manifest, solution_folders, write_packed
 from blockmoe.bench.schema import Solution
 from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY
 
@@ -145,6 +146,24 @@ def test_packed_tree_keeps_the_formats_rules_and_stands_beside_the_folders(folde
 
 
 # --- bundle -----------------------------------------------------------------------------------------------------------
+
+
+def test_digest_follows_the_modules_that_would_be_carried(tmp_path, monkeypatch):
+    """What a trace and `--resume` know a solution by changes with the operator, and not with the bench."""
+    package = tmp_path / "blockmoe"
+    shutil.copytree(PACKAGE_FOLDER, package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr("blockmoe.bench.pack.PACKAGE_FOLDER", package)
+
+    def digest() -> str:
+        return pack(bundled_solutions() / "blockmoe", HEADLINE.definition_name).digest
+
+    before = digest()
+    (package / "bench" / "timing.py").write_text("")
+    assert digest() == before
+    plan = package / "operator" / "plan.py"
+    plan.write_text(plan.read_text().replace("TOKEN_CHUNK = 16384", "TOKEN_CHUNK = 8192"))
+    assert digest() != before
+
 
 RUN_PACKED = """
 import sys

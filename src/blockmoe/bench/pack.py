@@ -27,6 +27,7 @@ import re
 import sys
 from dataclasses import asdict
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -90,7 +91,7 @@ def pack(folder: Path, definition: str) -> Solution:
     try:
         fields = manifest.model_dump(include={"name", "author", "description", "spec"})
         if manifest.bundle:
-            fields["bundle"] = True  # for `write_packed`, which drops it
+            fields["bundle"] = _carried(sources)[0]  # for the digest, and for `write_packed`, which drops it
         return Solution(definition=definition, sources=sources, **fields)
     except ValidationError as error:
         raise DatasetError(f"{folder / 'solution.toml'}: {first_fault(error)}") from None
@@ -109,21 +110,31 @@ def _with_geometry(content: str, definition: str, path: Path) -> str:
 
 def bundled(solution: Solution) -> Solution:
     """The solution with the modules of this package that its sources import, and those that they import, as its own sources."""
-    mine = {source.path: source.content for source in solution.sources}
-    modules: dict[str, str] = {}
-    new = {path: content for path, content in mine.items() if path.endswith(".py")}
-    while new:
-        found = {module for path, content in new.items() for node in _own_imports(path, content) for module in _module_files(path, node)}
-        new = {path: read_text(PACKAGE_FOLDER / path) for path in sorted(found - modules.keys())}
-        modules |= new
-    package = f"{PACKAGE}_{digest(sorted(modules.items()))}"
+    package, modules = _carried(solution.sources)
     carried = {"__init__.py": f'"""Of blockmoe {__version__} what this solution needs."""\n', **modules}
+    mine = {source.path: source.content for source in solution.sources}
     sources = mine | {f"{package}/{path}": content for path, content in sorted(carried.items())}
     others = {name for path, content in carried.items() for name in _other_packages(path, content)}
     spec = solution.spec
     spec = spec.model_copy(update={"dependencies": sorted({*spec.dependencies, *others} - {PACKAGE})})
     files = [SourceFile(path=path, content=_renamed(path, content, package) or "\n") for path, content in sources.items()]
     return solution.model_copy(update={"sources": files, "spec": spec})
+
+
+def _carried(sources: list[SourceFile]) -> tuple[str, dict[str, str]]:
+    """The package name `blockmoe_DIGEST`, and by path the modules of this package that sources import, and that those import."""
+    modules: dict[str, str] = {}
+    new = {source.path: source.content for source in sources if source.path.endswith(".py")}
+    while new:
+        found = {module for path, content in new.items() for module in _modules_imported(path, content)}
+        new = {path: read_text(PACKAGE_FOLDER / path) for path in sorted(found - modules.keys())}
+        modules |= new
+    return f"{PACKAGE}_{digest(sorted(modules.items()))}", modules
+
+
+@cache
+def _modules_imported(path: str, content: str) -> set[str]:
+    return {module for node in _own_imports(path, content) for module in _module_files(path, node)}
 
 
 def _own_imports(path: str, content: str) -> list[ast.ImportFrom]:

@@ -204,8 +204,10 @@ class Solution(_Model):
 
     @property
     def digest(self) -> str:
-        """Changes with anything that changes what runs."""
-        return digest(self.name, self.definition, self.spec.model_dump(), [(s.path, s.content) for s in self.sources])
+        """Changes with anything that changes what runs: the sources, and the modules of this package where `bundle` names them."""
+        sources = [(source.path, source.content) for source in self.sources]
+        bundle = (self.model_extra or {}).get("bundle")
+        return digest(self.name, self.definition, self.spec.model_dump(), sources, *([bundle] if bundle else []))
 
 
 # --- trace ----------------------------------------------------------------------------------------------------------
