@@ -36,13 +36,27 @@ def products(sass: str) -> list[str]:
     return re.findall(r"Q+(?=W)", order)
 
 
+def uncovered(ptx: str) -> list[str]:
+    """Arrivals at an mbarrier by one thread which what its role's other threads did may follow: no barrier since. The emulator takes an
+    arrival to cover the role."""
+    found, covered = [], False
+    for line in ptx.split("\n"):
+        if re.search(r"\bbar(rier)?(\.warp)?\.sync\b", line):
+            covered = True
+        elif re.search(r"@%p\d+ mbarrier\.arrive\.shared", line) and not covered:
+            found.append(line)
+        elif re.search(r"\b(ld|st|red|atom)\.(shared|global|relaxed|acquire|release)|cp\.async\.c|wgmma|^\$L__BB", line):
+            covered = False
+    return found
+
+
 @pytest.mark.parametrize("tile", TILES, ids=str)
 def test_stream(tile, tmp_path):
     plan = replace(choose_plan(HEADLINE, 8 if tile.dense else 80), gate_up=tile)
     (launch,) = pipeline.stages(HEADLINE, 8, plan, 0, 1.0)["layer"]
     usage = aot.compiled(launch, 90)
     assert usage.shared <= SHARED_LIMIT and usage.stack <= 8
-    assert not warnings(usage.ptx, tmp_path) and not re.search(r"\b[HI]G?MMA", usage.sass)
+    assert not uncovered(usage.ptx) and not warnings(usage.ptx, tmp_path) and not re.search(r"\b[HI]G?MMA", usage.sass)
     # GEMM1: two accumulators by four steps of 32; GEMM2: a group scaled at a time, or all four products of a dense stage
     second = ["Q" * 8] if tile.dense or tile.rows == 128 else ["Q" * 4] * 2
     assert products(usage.sass) == ["Q" * 8, *second]
@@ -67,7 +81,7 @@ def test_prefill(cluster, tmp_path):
     plan = replace(choose_plan(HEADLINE, 4096), gate_up=PrefillTile(4, cluster))
     (launch,) = pipeline.stages(HEADLINE, 4096, plan, 0, 1.0)["layer"]
     usage = aot.compiled(launch, 90)
-    assert usage.shared <= SHARED_LIMIT and not warnings(usage.ptx, tmp_path)
+    assert usage.shared <= SHARED_LIMIT and not warnings(usage.ptx, tmp_path) and not uncovered(usage.ptx)
     assert set(products(usage.sass)) == {"Q" * 4} and len(products(usage.sass)) == 8  # two halves, two GEMMs, two consumers
     assert usage.ptx.count("cp.async.bulk.tensor.2d.global") == 2 + 7  # two consumers' codes; a row of zeros in pages of 1,024
     assert usage.ptx.count("multicast::cluster") == (4 if cluster == 2 else 0)  # weights of both GEMMs, GEMM2's pairs

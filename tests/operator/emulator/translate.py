@@ -1,0 +1,103 @@
+"""From a launch to Python functions over the language here, and to a run of them."""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+from blockmoe.operator import persistent
+from blockmoe.operator.launch import ALIGNMENT, OUT, WORKSPACE, Launch
+from emulator import language, shared
+from emulator.machine import AGENTS, Machine, Program
+from emulator.memory import Account, Buffer, Pointer, kind_of
+
+NAMES = ("logits", "bias", "hidden", "hidden_scale", "w1", "w1_scale", "w2", "w2_scale", "out", "workspace")
+REPLACED = (
+    (gl, language.gl),
+    (hopper.mbarrier, language.mbarrier),
+    (hopper.tma, language.tma),
+    (hopper.async_copy, language.async_copy),
+    (hopper.fence_async_shared, lambda: Machine.current.fence()),
+    (hopper.warpgroup_mma, lambda a, b, acc, use_acc=True, is_async=False: shared.Product(a, b, acc, use_acc)),
+    (hopper.warpgroup_mma_wait, lambda pending, deps: language.wait_for_products(pending, deps)),
+    (persistent.barrier, lambda: Machine.current.barrier()),
+)
+
+
+class Translation:
+    """Functions of kernels in module namespaces of their own. `changes`: by a function's name, text in it and what stands there instead:
+    faults that are planted."""
+
+    def __init__(self, changes: Mapping[str, tuple[str, str]]) -> None:
+        self.changes = dict(changes)
+        self._spaces: dict[int, dict] = {}
+
+    def function(self, jit: Any) -> Callable:
+        given = jit.fn
+        space = self._space(given.__globals__)
+        code = self._changed(given) if given.__name__ in self.changes else given.__code__
+        defaults = tuple(map(self._translated, given.__defaults__ or ()))
+        return types.FunctionType(code, space, given.__name__, defaults, given.__closure__)
+
+    def _changed(self, given: Callable) -> types.CodeType:
+        old, new = self.changes[given.__name__]
+        lines = inspect.getsource(given).splitlines(keepends=True)
+        source = "".join(lines[next(n for n, line in enumerate(lines) if line.startswith("def ")) :])
+        assert old in source, f"{given.__name__} has no {old!r}"
+        found: dict[str, Any] = {}
+        exec(compile(source.replace(old, new), f"<{given.__name__}, changed>", "exec"), found)
+        return found[given.__name__].__code__
+
+    def _space(self, globals: dict) -> dict:
+        if id(globals) not in self._spaces:
+            space = self._spaces[id(globals)] = {}
+            space.update({name: self._translated(value) for name, value in globals.items()})
+        return self._spaces[id(globals)]
+
+    def _translated(self, value: Any) -> Any:
+        for known, new in REPLACED:
+            if value is known:
+                return new
+        if isinstance(value, gl.constexpr):
+            return value.value
+        module = getattr(getattr(value, "fn", None), "__module__", "") or ""
+        return self.function(value) if module.startswith("blockmoe.") else value
+
+
+def emulate(
+    launch: Launch, tensors: Sequence[torch.Tensor], *, programs: int, seed: int = 0, changes: Mapping[str, tuple[str, str]] | None = None
+) -> Machine:
+    """Carry a launch out, by `programs` programs. Raises Fault. `tensors`: the call's ten, on the CPU. `changes`: see Translation."""
+    machine = Machine(programs, launch.cluster, seed)
+    buffers = {}
+    for n, tensor in enumerate(tensors):
+        if tensor is not None:
+            account = Account(tensor.numel() * tensor.itemsize, NAMES[n], machine.agent_name) if n in (OUT, WORKSPACE) else None
+            buffers[n] = Buffer(tensor, NAMES[n], account)
+    kernel = Translation(changes or {}).function(launch.kernel)
+
+    def box(given: Any) -> shared.Tensor:
+        kind = given.kind
+        return shared.Tensor(buffers[given.slot.tensor], kind_of(kind.dtype), given.slot.offset, kind.shape, tuple(kind.box))
+
+    def pointer(slot: Any) -> Pointer:
+        size = slot.dtype.itemsize
+        past = len(buffers[slot.tensor].bytes) if slot.count is None else slot.offset + -(-slot.count * size // ALIGNMENT) * ALIGNMENT
+        return Pointer(buffers[slot.tensor], kind_of(slot.dtype), slot.offset // size, slot.offset, past)
+
+    arguments = (*map(box, launch.descriptors), *map(pointer, launch.slots), *launch.numbers, *launch.constants)
+
+    def main(program: Program) -> None:
+        Machine.current.warps = launch.num_warps
+        kernel(*arguments)
+        program.end()
+
+    assert programs % launch.cluster == 0 and programs * AGENTS < 2**15
+    machine.run(main)
+    return machine
