@@ -1,5 +1,6 @@
 """Whole runs with real worker processes, on y = 2x: one clear line and the right status for everything a solution can do."""
 
+import collections
 import dataclasses
 import json
 import os
@@ -280,6 +281,26 @@ def test_rounds_where_contenders_do_not_fit_together(tmp_path, monkeypatch):
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_fresh_processes(together, tmp_path, monkeypatch):
+    """Every trial in processes of its own, warmed up there; the traces say so, and a key without the switch stays as it was."""
+    log = tmp_path / "calls"
+    source = f"import os\ndef run(x):\n    open({str(log)!r}, 'a').write(f'{{os.getpid()}} ')\n    return x * 2\n"
+    tree = toy.make_tree(tmp_path / "tree", {"good": source})
+    if not together:
+        monkeypatch.setattr(runner.Run, "_capacity", lambda *_: 1)
+    settings = dataclasses.replace(QUICK, warmup_runs=2, iterations=6, num_trials=3, fresh_processes=True)
+    outcome = execute(plan_of(tree, settings=settings))
+    evaluation = by_name(outcome)["good"]
+    assert evaluation.status is Status.PASSED, evaluation.extra["message"]
+    calls = list(collections.Counter(log.read_text().split()).values())
+    timed = [2 + 6] * 3  # warmed up and timed; the first process is checked too
+    assert calls == ([timed[0] + 3, *timed[1:]] if together else [3, *timed])
+    assert evaluation.performance.extra["block_trial"] == [0, 0, 1, 1, 2, 2]
+    assert evaluation.extra["settings"]["fresh_processes"] is True
+    assert "fresh_processes" not in QUICK.identity() and settings.identity() != QUICK.identity()
 
 
 def test_a_child_that_left_its_group_does_not_hold_the_run_up(tmp_path):

@@ -44,6 +44,36 @@ def test_interval_holds_a_repeat_of_the_run(blocks):
     assert held >= 0.9 * RUNS
 
 
+def of_processes(seed: int, count: int) -> tuple[list, list, list[int]]:
+    """Blocks of two contenders in `count` processes each, whose times differ by 1.5 % whatever they run."""
+    draw = np.random.default_rng(seed)
+    own = np.exp(0.015 * draw.standard_normal((2, count))).repeat(4, axis=1)[:, :, None]
+    first, second = own * np.exp(0.003 * draw.standard_normal((2, 4 * count, SAMPLES)))
+    return first.tolist(), second.tolist(), [number // 4 for number in range(4 * count)]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize("paired", [True, False])
+def test_what_processes_differ_by_is_in_the_interval_where_it_is_known(count, paired):
+    held = [0, 0]
+    for seed in range(RUNS):
+        first, second, process = of_processes(seed, count)
+        again = paired_ratio(*of_processes(seed + RUNS, count)[:2]).ratio
+        known = paired_ratio(first, second, processes=process) if paired else unpaired_ratio(first, second, processes=(process, process))
+        for n, interval in enumerate((known, paired_ratio(first, second))):
+            held[n] += interval.low <= again <= interval.high
+    assert held[0] >= 0.9 * RUNS
+    assert held[1] < 0.85 * RUNS  # the samples alone would not know
+
+
+def test_processes_that_agree_narrow_the_interval_no_further_than_their_number_allows():
+    blocks = (np.random.default_rng(0).normal(1, 0.001, (6, 5)).tolist(),) * 2
+    one, three = paired_ratio(*blocks), paired_ratio(*blocks, processes=[0, 0, 1, 1, 2, 2])
+    assert math.log(one.high) == pytest.approx(1.96 * stats.PROCESS_SPREAD, rel=0.03)
+    assert math.log(three.high) == pytest.approx(math.log(one.high) / math.sqrt(3), rel=0.03)
+    assert paired_ratio(*blocks, processes=[0] * 6) == one == unpaired_ratio(*blocks)._replace(low=one.low, high=one.high)
+
+
 def test_outliers_in_some_blocks_change_nothing():
     clean = np.random.default_rng(0).normal(1, 0.002, (12, 5))
     spoiled = clean.copy()

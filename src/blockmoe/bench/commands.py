@@ -111,6 +111,9 @@ def run(
     seed: Annotated[int | None, _how(metavar="N", help="Of all random inputs and of the order of measurement.", show_default="0")] = None,
     cuda_graph: Annotated[bool, _how(help="Also time CUDA-graph replays of solutions that can be captured.")] = True,
     cupti: Annotated[bool, _how(help="Time by CUPTI where cupti-python is installed, else by events.")] = True,
+    fresh_processes: Annotated[
+        bool, _how("--fresh-processes", help="Begin each trial in new processes: intervals then hold what these differ by.")
+    ] = False,
     output: Annotated[Path | None, _result(metavar="DIR", help="Result folder.", show_default="runs/DATE-TIME")] = None,
     resume: Annotated[bool, _result("--resume", help="Keep the evaluations that DIR, or the newest run, has already.")] = False,
     retry_failed: Annotated[bool, _result("--retry-failed", help="With --resume: do failed evaluations again.")] = False,
@@ -130,6 +133,7 @@ def run(
     changes = {
         "inputs": inputs, "rtol": rtol, "atol": atol, "required_matched_ratio": required_matched_ratio, "warmup_runs": warmup_runs,
         "iterations": iterations, "num_trials": num_trials, "timeout": timeout, "seed": seed, "cuda_graph": cuda_graph, "cupti": cupti,
+        "fresh_processes": fresh_processes,
     }  # fmt: skip
     try:
         settings = _settings(device, preset_name, {name: value for name, value in changes.items() if value is not None})

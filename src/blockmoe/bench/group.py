@@ -81,10 +81,11 @@ class Group:
         try:
             self._open()
             self._check()
-            for contender in self._running if self.residency.together else []:
-                with self._or_out(contender):
-                    self._seat_warm(contender)
             for trial in range(self.settings.num_trials):
+                if trial and self.settings.fresh_processes:
+                    self._renew()
+                if self.residency.together and (trial == 0 or self.settings.fresh_processes):
+                    self._warm_all()
                 self._trial(trial)
             self._note_gpu()
             if self.settings.on_cuda and self.settings.cuda_graph:
@@ -111,13 +112,30 @@ class Group:
         self.stage("making inputs")
         self.residency.together = self.residency.fits(self.everyone, self.workload)
         if self.residency.together:
-            for phase in (Contender.start, Contender.finish_start, self._send_open, self._finish_open):
-                for contender in [self.reference, *self.standing]:
-                    with self._or_out(contender):
-                        phase(contender)
+            self._start_all()
         self.residency.seat(self.reference, self.workload)
         self.floors = self.reference.ask("floors")
         self._note_gpu()
+
+    def _start_all(self) -> None:
+        """Side by side."""
+        for phase in (Contender.start, Contender.finish_start, self._send_open, self._finish_open):
+            for contender in [self.reference, *self.standing]:
+                with self._or_out(contender):
+                    phase(contender)
+
+    def _renew(self) -> None:
+        """Everyone in a process that has measured nothing yet."""
+        self.stage("new processes")
+        for contender in self._running:
+            contender.close()
+        if self.residency.together:
+            self._start_all()
+
+    def _warm_all(self) -> None:
+        for contender in self._running:
+            with self._or_out(contender):
+                self._seat_warm(contender)
 
     def _send_open(self, contender: Contender) -> None:
         contender.send_open(self.workload)

@@ -87,13 +87,14 @@ def _performance(group: Group, contender: Contender) -> Performance:
     findings, reference = contender.findings, group.reference.findings
     samples = _flat(findings.samples)
     latency, reference_latency = median(samples), median(_flat(reference.samples))
-    ratio = paired_ratio(reference.samples, findings.samples)
-    change = drift(samples)
     blocks_a_trial = len(group.settings.blocks())
+    trials = [number // blocks_a_trial for number in range(len(findings.samples))]
+    ratio = paired_ratio(reference.samples, findings.samples, processes=trials if group.settings.fresh_processes else None)
+    change = drift(samples)
     extra: dict[str, Any] = {
         "samples_ms": _rounded(findings.samples),
         "reference_samples_ms": _rounded(reference.samples),
-        "block_trial": [number // blocks_a_trial for number in range(len(findings.samples))],
+        "block_trial": trials,
         "mad_ms": mad(samples),
         "speedup_interval": None if ratio.low is None else [ratio.low, ratio.high],
         "timer": findings.timer,

@@ -29,6 +29,7 @@ class Settings:
     device: str = "cpu"
     cuda_graph: bool = True
     cupti: bool = True
+    fresh_processes: bool = False
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.timeout) and self.timeout > 0):
@@ -42,6 +43,8 @@ class Settings:
         for name, least in (("warmup_runs", 0), ("iterations", 1), ("num_trials", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        if self.fresh_processes and self.num_trials < 2:
+            raise ValueError(f"--fresh-processes: expected --num-trials of at least 2, got {self.num_trials}")
         if self.inputs not in ("trace", "realistic"):
             raise ValueError(f"--inputs: expected trace or realistic, got {self.inputs!r}")
         if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
@@ -56,9 +59,12 @@ class Settings:
         return int(self.device.partition(":")[2] or 0)
 
     def identity(self) -> dict[str, Any]:
-        """What makes two evaluations comparable: everything but the timeout and the device's number."""
+        """What makes two evaluations comparable: everything but the timeout and the device's number. A switch that is newer than
+        traces which are kept stands in it only where it is on."""
         fields = asdict(self)
         del fields["timeout"]
+        if not self.fresh_processes:
+            del fields["fresh_processes"]
         return fields | {"device": self.device.partition(":")[0]}
 
     def blocks(self) -> list[int]:

@@ -67,6 +67,7 @@ def paired_ratio(
     baseline_blocks: Blocks,
     contender_blocks: Blocks,
     *,
+    processes: Sequence[int] | None = None,
     confidence: float = CONFIDENCE,
     margin: float = MARGIN,
     seed: int = 0,
@@ -77,23 +78,27 @@ def paired_ratio(
     The estimate is the median over blocks of (baseline's block median / contender's block median). The interval comes
     from drawing blocks anew, and samples within them: it is where a repeat of the run should land, about 1.4 times as
     wide as the error of this run alone. Where one side has more blocks, the surplus has no partner and is left out.
+    `processes`: the number of the process, of both, that each block ran in. With several of them what they differ by is known.
     Raises ValueError for an empty block or a time that is not positive and finite.
     """
     count = min(len(baseline_blocks), len(contender_blocks))
     baseline, contender = _Padded(baseline_blocks[:count]), _Padded(contender_blocks[:count])
-    estimate = float(np.median(baseline.medians() / contender.medians()))
+    by_block = baseline.medians() / contender.medians()
+    estimate = float(np.median(by_block))
     if not (baseline.repeated and contender.repeated):
         return Ratio(estimate, None, None, "UNCLEAR")
     draw = np.random.default_rng(seed)
     blocks = draw.integers(count, size=(resamples, count))
     ratios = np.median(baseline.resampled(blocks, draw) / contender.resampled(blocks, draw), axis=1)
-    return _with_interval(estimate, ratios, count, confidence, margin)
+    spread = _spread_of_processes([_by_process(by_block, processes)], confidence)
+    return _with_interval(estimate, ratios, count, spread, confidence, margin)
 
 
 def unpaired_ratio(
     baseline_blocks: Blocks,
     contender_blocks: Blocks,
     *,
+    processes: tuple[Sequence[int] | None, Sequence[int] | None] = (None, None),
     confidence: float = CONFIDENCE,
     margin: float = MARGIN,
     seed: int = 0,
@@ -112,7 +117,10 @@ def unpaired_ratio(
         np.median(side.resampled(draw.integers(side.count, size=(resamples, side.count)), draw), axis=1)
         for side in (baseline, contender)
     ]
-    return _with_interval(estimate, sides[0] / sides[1], min(baseline.count, contender.count), confidence, margin)
+    spread = _spread_of_processes(
+        [_by_process(side.medians(), of) for side, of in zip((baseline, contender), processes, strict=True)], confidence
+    )
+    return _with_interval(estimate, sides[0] / sides[1], min(baseline.count, contender.count), spread, confidence, margin)
 
 
 def geometric_mean(ratios: Sequence[Ratio], *, margin: float = MARGIN) -> Ratio:
@@ -203,13 +211,35 @@ def _sorted_median(ordered: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return (0.5 * (lower + upper))[..., 0]
 
 
-def _with_interval(estimate: float, ratios: np.ndarray, blocks: int, confidence: float, margin: float) -> Ratio:
-    """Percentile interval on the log scale, widened for few blocks (a bootstrap of n is narrow by that factor) and by PROCESS_SPREAD."""
+def _by_process(by_block: np.ndarray, processes: Sequence[int] | None) -> np.ndarray:
+    """Logarithms of each process's median over its blocks; empty where there is one process, or it isn't known which."""
+    numbers = np.asarray(processes if processes is not None else [], dtype=int)[: len(by_block)]
+    if len(numbers) < len(by_block) or len(set(numbers)) < 2:
+        return np.empty(0)
+    return np.log([float(np.median(by_block[numbers == number])) for number in sorted(set(numbers))])
+
+
+def _spread_of_processes(sides: Sequence[np.ndarray], confidence: float) -> float:
+    """Half-width, on the log scale, of where another run's processes would put a ratio, given those of this run (`_by_process`).
+
+    Their standard deviation times Student's t; the difference of two means of n has the variance 2 / n. Three may agree by chance, so it
+    is no less than PROCESS_SPREAD makes of n processes. Where a side is one process there is only PROCESS_SPREAD to go by.
+    """
+    tail, fewest = (1 - confidence) / 2, min(len(side) for side in sides)
+    known = float(ndtri(1 - tail)) * PROCESS_SPREAD
+    if fewest < 2:
+        return known
+    seen = -float(stdtrit(fewest - 1, tail)) * math.sqrt(sum(2 * float(np.var(side, ddof=1)) / len(side) for side in sides))
+    return max(known / math.sqrt(fewest), seen)
+
+
+def _with_interval(estimate: float, ratios: np.ndarray, blocks: int, process: float, confidence: float, margin: float) -> Ratio:
+    """Percentile interval on the log scale, widened for few blocks (a bootstrap of n is narrow by that factor) and by what processes
+    differ by."""
     tail = (1 - confidence) / 2
     widen = float(stdtrit(blocks - 1, tail) / ndtri(tail)) * math.sqrt(blocks / (blocks - 1))
     low, high = np.log(np.quantile(ratios, [tail, 1 - tail]))
     centre = math.log(estimate)
-    process = float(ndtri(1 - tail)) * PROCESS_SPREAD
     low = math.exp(centre - math.hypot(min(0.0, float(low) - centre) * widen, process))
     high = math.exp(centre + math.hypot(max(0.0, float(high) - centre) * widen, process))
     return Ratio(estimate, low, high, word_for(estimate, low, high, margin))

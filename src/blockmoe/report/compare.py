@@ -188,7 +188,8 @@ def _join(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[tuple
 def _ratio(before: Record, after: Record, measure: Measure) -> Ratio:
     if measure == "latency":
         if before.blocks and after.blocks:
-            return unpaired_ratio(before.blocks, after.blocks, resamples=1000)
+            processes = before.processes, after.processes
+            return unpaired_ratio(before.blocks, after.blocks, processes=processes, resamples=1000)
         return Ratio(before.latency / after.latency, None, None, "UNCLEAR")
     ratio = after.speedup / before.speedup
     if not before.interval or not after.interval:

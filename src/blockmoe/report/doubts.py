@@ -12,6 +12,7 @@ from blockmoe.report.load import Record
 from blockmoe.report.model import Contender, Row
 
 _SETTINGS = ("rtol", "atol", "required_matched_ratio", "warmup_runs", "iterations", "num_trials", "inputs", "seed", "device")
+_SETTINGS += ("fresh_processes",)
 _REASONS = {  # bits of NVML's mask that hold clocks back; idle (1) and chosen application clocks (2) don't count
     0x4: "software power cap",
     0x8: "hardware slowdown",

@@ -43,6 +43,7 @@ class Record:
     reference_latency: float | None = None
     interval: tuple[float, float] | None = None
     blocks: list[list[float]] = field(default_factory=list)
+    processes: list[int] | None = None  # of each block, where they are known to differ
     pairs: int | None = None
     active_experts: int | None = None
     errors: dict[str, float] = field(default_factory=dict)
@@ -216,6 +217,9 @@ def _add_times(record: Record, performance: dict[str, Any], timing: dict[str, An
     if isinstance(interval, list) and len(interval) == 2 and all(_positive(end) for end in interval):
         record.interval = (float(interval[0]), float(interval[1]))
     record.blocks = _blocks(timing.get("samples_ms"))
+    trials = timing.get("block_trial")
+    if record.settings.get("fresh_processes") is True and isinstance(trials, list) and len(trials) == len(record.blocks):
+        record.processes = [int(trial) for trial in trials if isinstance(trial, int)]
     record.floor, record.floor_kind = _positive(timing.get("floor_ms")), _text(timing.get("floor_kind"))
     record.streaming_floor = _positive(timing.get("streaming_floor_ms"))
     record.compute_floor = _positive(timing.get("compute_floor_ms"))

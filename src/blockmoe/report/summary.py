@@ -59,8 +59,10 @@ class _Duels:
         if not first.blocks or not second.blocks:
             return None
         together = first.interleaved and second.interleaved and first.run == second.run
-        ratio = paired_ratio if together and len(first.blocks) == len(second.blocks) else unpaired_ratio
-        return ratio(second.blocks, first.blocks, resamples=self.resamples)
+        if together and len(first.blocks) == len(second.blocks):
+            return paired_ratio(second.blocks, first.blocks, processes=first.processes, resamples=self.resamples)
+        processes = second.processes, first.processes
+        return unpaired_ratio(second.blocks, first.blocks, processes=processes, resamples=self.resamples)
 
 
 def _section(
