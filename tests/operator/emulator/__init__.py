@@ -22,6 +22,7 @@ What is not
 - the tensor cores' sums of fewer bits than float32.
 """
 
-from emulator.translate import emulate
+from emulator.memory import Fault
+from emulator.translate import emulate, interpret
 
-__all__ = ["emulate"]
+__all__ = ["Fault", "emulate", "interpret"]

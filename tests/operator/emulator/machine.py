@@ -16,7 +16,8 @@ SHARED_BYTES = 232448  # what a program may have
 ENGINES = 100  # asynchronous operations of a program at a time, each an agent of its own
 ROLES = 12  # agents of a program, its roles
 AGENTS = ROLES + ENGINES
-LONGEST_SPIN = 20_000  # looks at memory that changed nothing
+SPEEDS = (1.0, 1.0, 0.3, 0.01)
+LONGEST_SPIN = 2_000  # looks at memory while nothing else happened
 
 
 class Barrier:
@@ -56,6 +57,7 @@ class Operation:
     def __init__(self, steps: list[Callable[[], None]], what: str, behind: Sequence[Operation] = ()) -> None:
         self.steps, self.what, self.behind = steps, what, behind
         self.done = 0  # steps
+        self.speed = 1.0  # how readily it is drawn: see Machine._draw_one
         self.access: Access | None = None
 
     def ready(self) -> bool:
@@ -77,9 +79,10 @@ class Role:
         self.copies: list[Operation] = []  # cp.async: not committed
         self.groups: list[list[Operation]] = []
         self.stores: list[Operation] = []
+        self.speed = machine.draw.choice(SPEEDS)
         self.ready: Callable[[], bool] | None = None
         self.why = ""
-        self.spins = 0
+        self.spinning, self.spins, self.seen = False, 0, 0
         self.thread = greenlet(lambda: function(*arguments), parent=machine.hub)
         machine.roles.append(self)
 
@@ -113,13 +116,13 @@ class Role:
 
     def spin(self, why: str) -> None:
         """It looked at memory and will look again."""
-        self.spins += 1
+        machine = self.program.machine
+        self.spins, self.seen = self.spins + 1 if machine.progress == self.seen else 0, machine.progress
         if self.spins > LONGEST_SPIN:
             raise Fault(f"{self.name} waits for ever: {why}")
-        self.why = why
-        self.ready = lambda: True
-        self.program.machine.hub.switch()
-        self.ready = None
+        self.why, self.spinning = why, True
+        machine.hub.switch()
+        self.spinning = False
 
 
 class Program:
@@ -178,8 +181,7 @@ class Machine:
         self.operations: list[Operation] = []
         self.hub = greenlet(self._schedule)
         self.programs = [Program(self, number) for number in range(programs)]
-        self._slow: dict[int, float] = {}
-        self._steps = 0
+        self._steps = self.progress = 0  # of these, those that were more than another look
 
     def view(self) -> View:
         return View(np.zeros(self.programs_count * AGENTS, np.int32), np.zeros(self.programs_count * AGENTS, np.int32))
@@ -195,6 +197,7 @@ class Machine:
         return self.programs[first : first + self.cluster]
 
     def begin(self, program: Program, operation: Operation) -> Operation:
+        operation.speed = self.draw.choice(SPEEDS)
         self.operations.append(operation)
         program.under_way.append(operation)
         program.busy.append(operation)
@@ -217,22 +220,24 @@ class Machine:
                 waits = "\n".join(f"  {role.name} waits for {role.why}" for role in self.roles_alive)
                 raise Fault(f"deadlock:\n{waits}")
             if isinstance(some, Role):
+                self.progress += not some.spinning
                 Machine.current = some
                 some.thread.switch()
             else:
+                self.progress += 1
                 self._perform(some)
 
     def _draw_one(self, all: list[Any]) -> Any:
         """One that can go on. Some are slow for a while, so that others get far ahead of them."""
         self._steps += 1
         if self._steps % 400 == 1:
-            self._slow = {id(one): self.draw.choice((1.0, 1.0, 1.0, 0.01)) for one in all}
+            for one in all:
+                one.speed = self.draw.choice(SPEEDS)
         self.draw.shuffle(all)
         late = None
         for one in all:
             if one.ready is None or one.ready():
-                speed = self._slow.get(id(one)) or self._slow.setdefault(id(one), self.draw.choice((1.0, 1.0, 0.3, 0.02)))
-                if speed == 1.0 or self.draw.random() < speed:
+                if one.speed == 1.0 or self.draw.random() < one.speed:
                     return one
                 late = one
         return late

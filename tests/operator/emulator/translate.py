@@ -5,14 +5,17 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper
 
 from blockmoe.operator import persistent
 from blockmoe.operator.launch import ALIGNMENT, OUT, WORKSPACE, Launch
+from blockmoe.operator.launch import interpret as in_triton
 from emulator import language, shared
 from emulator.machine import AGENTS, Machine, Program
 from emulator.memory import Account, Buffer, Pointer, kind_of
@@ -101,3 +104,19 @@ def emulate(
     assert programs % launch.cluster == 0 and programs * AGENTS < 2**15
     machine.run(main)
     return machine
+
+
+def interpret(launches: Sequence[Launch], tensors: Sequence[torch.Tensor], **how: Any) -> None:
+    """What `blockmoe.operator.launch.interpret` does, Gluon kernels too, for it to be replaced by. `how`: see `emulate`."""
+    for launch in launches:
+        if isinstance(launch.kernel, GluonJITFunction):
+            emulate(launch, tensors, **how)
+        else:
+            in_triton([_without_requests(launch)], tensors)
+
+
+def _without_requests(launch: Launch) -> Launch:
+    """Routing does not ask for hidden states (STAY): that is inline assembly, which Triton's interpreter does not know."""
+    names = list(inspect.signature(launch.kernel.fn).parameters)[-len(launch.constants) :]
+    constants = dict(zip(names, launch.constants, strict=True))
+    return replace(launch, constants=tuple((constants | ({"STAY": False} if "STAY" in constants else {})).values()))
