@@ -204,7 +204,7 @@ class Solution(_Model):
 
     @property
     def digest(self) -> str:
-        """Changes with anything that changes what runs: the sources, and the modules of this package where `bundle` names them."""
+        """Of the sources, how they are called, and, where `bundle` names them, the modules of this package."""
         sources = [(source.path, source.content) for source in self.sources]
         bundle = (self.model_extra or {}).get("bundle")
         return digest(self.name, self.definition, self.spec.model_dump(), sources, *([bundle] if bundle else []))

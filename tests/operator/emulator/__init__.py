@@ -7,18 +7,21 @@ with a Fault: a race, an access out of bounds, a deadlock, a program that ends w
 What is modelled
 
 - mbarriers by arrivals, bytes and phases; counters in memory with release and acquire. Only they, `barrier` and the start of roles order
-  what roles do: vector clocks, so that a race is found in any order in which it does not show.
-- two proxies. What loads and stores wrote, TMA and wgmma may read behind a fence alone, the writer's or the reader's.
-- asynchronous operations (TMA, cp.async, wgmma) happen at any moment between being asked for and being waited for.
+  what roles do, by vector clocks: two accesses that nothing orders are a race also in an order in which it does no harm.
+- proxies: what loads and stores wrote, and what TMA stored, TMA and wgmma may read behind a fence alone, the writer's or the reader's; a
+  fence of shared memory (.shared::cta) says nothing of global memory.
+- TMA and cp.async happen at any moment between being asked for and being waited for; wgmma reads its operands all that time.
 - multicast and arrivals at both programs of a cluster, as `blockmoe.operator.ptx` puts them into the PTX.
-- a release by one thread covers what the others did before the last `barrier`; what threads have acquired each for itself, the others see
-  behind the next.
+- a release, or a store by TMA, by one thread covers what the others did before the last `barrier`; what threads have acquired each for
+  itself, the others see behind the next.
+- accesses outside of a list, or of a descriptor's tensor; int32 arrays that overflow (numbers outside of arrays do not).
 
 What is not
 
-- threads of a role: it is one thread. So a barrier that only they need is not missed, nor are swizzles (shared memory is linear here), nor
-  registers; an arrival at an mbarrier is taken to cover the whole role, as Triton puts a barrier before it.
-- weak orders beyond these; the L1's stale lines; time.
+- threads of a role: it is one thread. An arrival at an mbarrier is taken to cover the role, as Triton puts a barrier before it
+  (`uncovered` in test_aot_stream.py looks for that in the PTX). Nor are swizzles (shared memory is linear here) or registers.
+- counters themselves: one that is overwritten unread shows in what it leads to, or not.
+- the kernel before, which may still run (PDL, `gdc_wait`); weak orders beyond these; the L1's stale lines; time.
 - the tensor cores' sums of fewer bits than float32.
 """
 

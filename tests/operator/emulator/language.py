@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from triton.experimental.gluon import language as gluon_language
 
+from blockmoe.operator.launch import ALIGNMENT
 from emulator import shared
 from emulator.machine import Barrier, Machine, Role
 from emulator.memory import Fault, Pointer, Values, kind_of, values
@@ -45,6 +46,7 @@ def full_like(like: Any, value: Any) -> Any:
 def where(condition: Any, yes: Any, no: Any) -> Any:
     if not any(isinstance(given, np.ndarray) for given in (condition, yes, no)):
         return yes if condition else no
+    yes, no = (np.int32(given) if type(given) is int else given for given in (yes, no))
     return values(np.where(condition, yes, no))
 
 
@@ -122,8 +124,7 @@ def wait_for_counter(asm: str, at: Pointer, least: Any, pause: Any) -> Any:
     counter = at._elements()
     role.wait(lambda: bool((counter[elements] >= least).all()), f"counters of {at.buffer.name}, {np.unique(elements)}")
     acquire(role, at, elements)
-    if "fence.proxy.async" in asm:
-        role.fence()
+    fence(asm)
     return result(counter[elements])
 
 
@@ -136,11 +137,10 @@ def look(asm: str, at: Pointer) -> Any:
 
 
 def acquire(role: Role, at: Pointer, elements: np.ndarray) -> None:
-    """Each thread for its own; in a role of one warp, and where all look at one counter, that is for all."""
+    """Each thread for its own; where all look at one counter, that is for all."""
     different = np.unique(elements)
     for element in different:
-        known = role.view if role.warps == 1 or different.size == 1 else role.acquired
-        known.learn(counter_view(role, at, int(element)))
+        (role.view if different.size == 1 else role.acquired).learn(counter_view(role, at, int(element)))
 
 
 def put(asm: str, at: Pointer, words: Any, how: Any) -> Any:
@@ -152,11 +152,11 @@ def put(asm: str, at: Pointer, words: Any, how: Any) -> Any:
         raise Fault(f"{role.name}: 16 bytes that do not lie side by side")
     bf16 = kind_of("bfloat16")
     new = bf16.decode(np.ascontiguousarray(words).view(np.uint16))
-    old = at.read(elements, how == 2, role.access("an addition"))
+    old = at.read(elements, how == 2, role.access("a store or an addition"))
     old_words = np.zeros(how.shape, np.int64)
     old_words[how == 2] = old
     sums = bf16.encode(new + bf16.decode(old_words.view(np.uint16))).view(np.int64)
-    at.write(elements, how > 0, np.where(how == 2, sums, words), role.access("an addition"))
+    at.write(elements, how > 0, np.where(how == 2, sums, words), role.access("a store or an addition"))
     return how
 
 
@@ -175,17 +175,27 @@ def heed(word: str) -> bool:
 
 
 def stores_done(asm: str, value: Any) -> Any:
-    shared.wait_for_stores(2)
-    if "fence.proxy.async" in asm:
-        Machine.current.fence()
+    shared.wait_for_stores(written=True)
+    fence(asm)
     return value
+
+
+def fence(asm: str) -> None:
+    if found := re.search(r"fence\.proxy\.async(\.shared)?", asm):
+        Machine.current.fence(shared_only=bool(found[1]))
+
+
+def wait_for_reads(pending: int) -> None:
+    if pending:
+        raise Fault("only waits for all stores are known here")
+    shared.wait_for_stores(written=False)
 
 
 ASSEMBLY = {
     r"blockmoe: \w+": say,
     r"ld\.acquire\.gpu.*nanosleep": wait_for_counter,
     r"ld\.acquire\.gpu": look,
-    r"ld\.global\.ca": lambda asm, at: result(np.zeros(at.places(None)[0].shape, np.int32)),
+    r"ld\.global\.ca": lambda asm, at: result(np.zeros(at.places(None, ALIGNMENT)[0].shape, np.int32)),  # whole lines are ours
     r"applypriority": lambda asm, at, there: there,
     r"rcp\.approx": lambda asm, x: values(np.float32(1.0) / x),
     r"cp\.async\.bulk\.wait_group 0": stores_done,
@@ -197,10 +207,10 @@ ASSEMBLY = {
 
 
 def initialise(bar: Any, count: int) -> None:
-    bar.program.barriers[bar.begin] = Barrier(int(count), bar.program.machine.view())
+    bar.program.barriers[bar.begin] = Barrier(int(count), Machine.current)
 
 
-def wait_for_phase(bar: Any, phase: Any, pred: bool = True) -> None:
+def wait_for_phase(bar: Any, phase: Any) -> None:
     role, barrier = Machine.current, shared.barrier_of(bar)
     role.wait(lambda: barrier.phase & 1 != int(phase), f"the mbarrier at byte {bar.begin}, in phase {barrier.phase}, to end {int(phase)}")
     role.view.learn(barrier.known)
@@ -217,10 +227,11 @@ def arrive(bar: Any, count: int = 1) -> None:
 
 def expect(bar: Any, size: int) -> None:
     role = Machine.current
-    shared.barrier_of(bar).expect(int(size), role.publish(), f"{role.name}, at byte {bar.begin}")
+    nothing = role.program.machine.view()  # one thread's arrival, and no word about others
+    shared.barrier_of(bar).expect(int(size), nothing, f"{role.name}, at byte {bar.begin}")
 
 
-def load_by_tma(tensor: Any, at: list, bar: Any, to: Any, pred: bool = True) -> None:
+def load_by_tma(tensor: Any, at: list, bar: Any, to: Any) -> None:
     shared.load_box(tensor, at, bar, to, heed("multicast"))
     Machine.current.pause()
 
@@ -254,7 +265,7 @@ mbarrier = SimpleNamespace(
 tma = SimpleNamespace(
     async_copy_global_to_shared=load_by_tma,
     async_copy_shared_to_global=shared.store_box,
-    store_wait=lambda pending: shared.wait_for_stores(1),
+    store_wait=wait_for_reads,
 )
 async_copy = SimpleNamespace(
     async_copy_global_to_shared=lambda to, source, mask=None: shared.copy(to, source, mask), commit_group=shared.commit,

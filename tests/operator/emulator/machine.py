@@ -13,9 +13,7 @@ from greenlet import greenlet
 from emulator.memory import Access, Account, Fault, View
 
 SHARED_BYTES = 232448  # what a program may have
-ENGINES = 100  # asynchronous operations of a program at a time, each an agent of its own
-ROLES = 12  # agents of a program, its roles
-AGENTS = ROLES + ENGINES
+AGENTS = 200  # of a program: its roles, what these do asynchronously in order, and its TMA loads
 SPEEDS = (1.0, 1.0, 0.3, 0.01)
 LONGEST_SPIN = 2_000  # looks at memory while nothing else happened
 
@@ -23,7 +21,9 @@ LONGEST_SPIN = 2_000  # looks at memory while nothing else happened
 class Barrier:
     """An mbarrier: the phase ends with the last of `count` arrivals and the last byte expected."""
 
-    def __init__(self, count: int, view: View) -> None:
+    def __init__(self, count: int, role: Role) -> None:
+        self.made_by, self.made_at = role.agent, int(role.view.plain[role.agent])
+        view = role.program.machine.view()
         self.count = self.left = count
         self.bytes = self.phase = 0
         self.arriving, self.known = view, view.copy()
@@ -58,7 +58,7 @@ class Operation:
         self.steps, self.what, self.behind = steps, what, behind
         self.done = 0  # steps
         self.speed = 1.0  # how readily it is drawn: see Machine._draw_one
-        self.access: Access | None = None
+        self.agent = self.clock = 0  # as which it is known to be over
 
     def ready(self) -> bool:
         return all(operation.done for operation in self.behind)
@@ -69,13 +69,14 @@ class Role:
 
     def __init__(self, program: Program, name: str, warps: int, function: Callable, arguments: tuple) -> None:
         self.program, self.name, self.warps = program, f"program {program.number}, {name}", warps
-        self.agent = program.agent()
         machine = program.machine
+        self.agent = machine.agent(self.name)
         self.view = machine.view()
         self.view.plain[self.agent] = 1
         self.acquired = machine.view()  # by single threads, since the last barrier
         self.behind_barrier = machine.view()
         self.said = ""
+        self._helpers: dict[str, int] = {}
         self.copies: list[Operation] = []  # cp.async: not committed
         self.groups: list[list[Operation]] = []
         self.stores: list[Operation] = []
@@ -86,8 +87,16 @@ class Role:
         self.thread = greenlet(lambda: function(*arguments), parent=machine.hub)
         machine.roles.append(self)
 
-    def access(self, what: str, by_proxy: bool = False) -> Access:
-        return Access(self.agent, int(self.view.plain[self.agent]), self.view, by_proxy, f"{self.name}: {what}")
+    def access(self, what: str) -> Access:
+        """By itself, now."""
+        return Access(self.agent, int(self.view.plain[self.agent]), self.view, False, f"{self.name}: {what}")
+
+    def asynchronous(self, kind: str, what: str, *, by_proxy: bool, view: View | None = None) -> Access:
+        """By what works off operations of a kind (copies, products, ...) that it begins, and is waited for in their order."""
+        if kind not in self._helpers:
+            self._helpers[kind] = self.program.machine.agent(f"{self.name}, its {kind}")
+        agent = self._helpers[kind]
+        return Access(agent, self.program.machine.tick(agent), (view or self.view).copy(), by_proxy, f"{self.name}: {what}")
 
     def publish(self) -> View:
         """What it knows and did, for others; what it does from here on is later."""
@@ -95,8 +104,9 @@ class Role:
         self.view.plain[self.agent] += 1
         return view
 
-    def fence(self) -> None:
-        self.view.fence()
+    def fence(self, *, shared_only: bool) -> None:
+        self.view.fence(shared_only=shared_only)
+        self.acquired.fence(shared_only=shared_only)
         self.view.plain[self.agent] += 1
 
     def barrier(self) -> None:
@@ -130,29 +140,23 @@ class Program:
 
     def __init__(self, machine: Machine, number: int) -> None:
         self.machine, self.number = machine, number
-        self.shared = machine.draw.randbytes(SHARED_BYTES)
-        self.shared = np.frombuffer(bytearray(self.shared), np.uint8)
-        self.account = Account(SHARED_BYTES, f"program {number}'s shared memory", machine.agent_name)
+        self.shared = np.frombuffer(bytearray(machine.draw.randbytes(SHARED_BYTES)), np.uint8)
+        self.account = Account(SHARED_BYTES, f"program {number}'s shared memory", machine.names, shared=True)
         self.allocated = 0
         self.barriers: dict[int, Barrier] = {}
         self.ended = False
         self.under_way: list[Operation] = []  # which still have to do with its shared memory
-        self.busy: list[Operation] = []
-        self._roles = self._engines = 0
+        self.loaders: list[int] = []  # agents of TMA loads
 
-    def agent(self) -> int:
-        self._roles += 1
-        assert self._roles <= ROLES
-        return self.number * AGENTS + self._roles - 1
-
-    def engine(self) -> tuple[int, int]:
-        """An agent for an asynchronous operation, and its clock. The role that begins one waits where too many are under way."""
-        self.busy = [operation for operation in self.busy if operation.done < len(operation.steps)]
-        Machine.current.wait(lambda: sum(one.done < len(one.steps) for one in self.busy) < ENGINES // 2, "asynchronous operations")
-        self._engines += 1
-        agent = self.number * AGENTS + ROLES + self._engines % ENGINES
-        self.machine.clocks[agent] += 1
-        return agent, self.machine.clocks[agent]
+    def loader(self, role: Role) -> int:
+        """An agent for a load by TMA that a role begins: one whose last load that role knows to be over, so that who knows of the new one
+        may know of the old one."""
+        clocks = self.machine.clocks
+        for agent in self.loaders:
+            if role.view.plain[agent] >= clocks[agent]:
+                return agent
+        self.loaders.append(self.machine.agent(f"a load by TMA of program {self.number}"))
+        return self.loaders[-1]
 
     def allocate(self, size: int) -> int:
         begin = -(-self.allocated // 1024) * 1024 if size >= 1024 else -(-self.allocated // 16) * 16
@@ -163,8 +167,8 @@ class Program:
 
     def end(self) -> None:
         self.ended = True
-        for operation in self.under_way:
-            raise Fault(f"program {self.number} ended while this was under way: {operation.what}")
+        if self.under_way:
+            raise Fault(f"program {self.number} ended while this was under way: {self.under_way[0].what}")
 
 
 class Machine:
@@ -175,7 +179,8 @@ class Machine:
     def __init__(self, programs: int, cluster: int, seed: int) -> None:
         self.draw = random.Random(seed)
         self.programs_count, self.cluster = programs, cluster
-        self.clocks: dict[int, int] = defaultdict(int)
+        self.clocks: dict[int, int] = defaultdict(int)  # of agents but roles
+        self.names: list[str] = []  # of agents
         self.counters: dict[tuple, View] = {}  # what a counter in global memory was released with
         self.roles: list[Role] = []
         self.operations: list[Operation] = []
@@ -184,13 +189,17 @@ class Machine:
         self._steps = self.progress = 0  # of these, those that were more than another look
 
     def view(self) -> View:
-        return View(np.zeros(self.programs_count * AGENTS, np.int32), np.zeros(self.programs_count * AGENTS, np.int32))
+        return View(AGENTS * self.programs_count)
 
-    def agent_name(self, agent: int) -> str:
-        for role in self.roles:
-            if role.agent == agent:
-                return role.name
-        return f"an asynchronous operation of program {agent // AGENTS}"
+    def agent(self, name: str) -> int:
+        """A new one: something that reads and writes at its own pace."""
+        self.names.append(name)
+        assert len(self.names) <= AGENTS * self.programs_count, "AGENTS"
+        return len(self.names) - 1
+
+    def tick(self, agent: int) -> int:
+        self.clocks[agent] += 1
+        return self.clocks[agent]
 
     def of_cluster(self, program: Program) -> list[Program]:
         first = program.number // self.cluster * self.cluster
@@ -200,7 +209,6 @@ class Machine:
         operation.speed = self.draw.choice(SPEEDS)
         self.operations.append(operation)
         program.under_way.append(operation)
-        program.busy.append(operation)
         return operation
 
     def run(self, main: Callable[[Program], None]) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+CHECKED = (np.add, np.subtract, np.multiply)
 GRANULE = 4  # bytes that share an account of who wrote and read them
 
 
@@ -22,10 +23,27 @@ class Fault(Exception):
 class Values(np.ndarray):
     """A tensor in registers. bfloat16 and e4m3 are float32 of values that those have."""
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *given: Any, **options: Any) -> Any:
+        """int32 does not wrap: no kernel here means it to."""
+        given = [_bare(one) for one in given]
+        if "out" in options:
+            options["out"] = tuple(map(_bare, options["out"]))
+        wide = None
+        if method == "__call__" and ufunc in CHECKED and all(type(one) is int or np.asarray(one).dtype == np.int32 for one in given):
+            wide = ufunc(*(np.asarray(one, np.int64) for one in given))
+        found = getattr(ufunc, method)(*given, **options)
+        if wide is not None and (wide != found).any():
+            raise Fault(f"{ufunc.__name__}: {int(wide[wide != found].flat[0])} does not fit into 32 bits")
+        return values(found)
+
     def to(self, dtype: Any) -> Values:
         kind = kind_of(dtype)
         rounded = kind.encode(self) if kind.size < 4 else self.astype(kind.storage)
         return values(kind.decode(rounded))
+
+
+def _bare(given: Any) -> Any:
+    return given.view(np.ndarray) if isinstance(given, Values) else given
 
 
 def values(array: Any) -> Values:
@@ -75,23 +93,37 @@ def kind_of(dtype: Any) -> Kind:
 # --- accounts -------------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class View:
-    """What an agent knows to have happened: the clock of every agent, to loads and stores (`plain`), and to TMA and wgmma (`proxy`)."""
+    """What an agent knows to have happened: the clock of every agent, to loads and stores (`plain`), and to TMA and wgmma in shared memory
+    (`near`) and in global memory (`far`)."""
 
-    plain: np.ndarray
-    proxy: np.ndarray
+    def __init__(self, agents: int) -> None:
+        self.clocks = np.zeros((3, agents), np.int32)
+
+    @property
+    def plain(self) -> np.ndarray:
+        return self.clocks[0]
+
+    @property
+    def near(self) -> np.ndarray:
+        return self.clocks[1]
+
+    @property
+    def far(self) -> np.ndarray:
+        return self.clocks[2]
 
     def copy(self) -> View:
-        return View(self.plain.copy(), self.proxy.copy())
+        new = View(0)
+        new.clocks = self.clocks.copy()
+        return new
 
     def learn(self, other: View) -> None:
-        np.maximum(self.plain, other.plain, out=self.plain)
-        np.maximum(self.proxy, other.proxy, out=self.proxy)
+        np.maximum(self.clocks, other.clocks, out=self.clocks)
 
-    def fence(self) -> None:
-        np.maximum(self.plain, self.proxy, out=self.plain)
-        self.proxy[:] = self.plain
+    def fence(self, *, shared_only: bool) -> None:
+        """fence.proxy.async, of shared memory (.shared::cta) or all."""
+        proxies = self.clocks[: 2 if shared_only else 3]
+        proxies[:] = proxies.max(0)
 
 
 @dataclass
@@ -108,8 +140,8 @@ class Access:
 class Account:
     """Of `size` bytes: the last write of each granule, and every agent's last read."""
 
-    def __init__(self, size: int, name: str, names: Callable[[int], str]) -> None:
-        self.name, self.names = name, names
+    def __init__(self, size: int, name: str, names: Sequence[str], *, shared: bool) -> None:
+        self.name, self.names, self.shared = name, names, shared
         self.count = -(-size // GRANULE)
         self.writer = np.zeros(self.count, np.int16)
         self.written = np.zeros(self.count, np.int32)
@@ -126,16 +158,17 @@ class Account:
         self._behind_the_writer(at, access, "writes")
         for agent, clocks in self.reads.items():
             if agent != access.agent and (late := clocks[at] > access.view.plain[agent]).any():
-                raise Fault(f"race: {access.what} writes {self._place(at, late)}, and {self.names(agent)} may not have read that yet")
+                raise Fault(f"race: {access.what} writes {self._place(at, late)}, and {self.names[agent]} may not have read that yet")
         self.writer[at] = access.agent
         self.written[at] = access.clock
 
     def _behind_the_writer(self, at: Any, access: Access, does: str) -> None:
-        known = access.view.proxy if access.by_proxy else access.view.plain
+        view = access.view
+        known = view.plain if not access.by_proxy else view.near if self.shared else view.far
         writer = self.writer[at]
         if (late := self.written[at] > known[writer]).any():
-            other = self.names(int(writer[late].flat[0]))
-            fenced = not (self.written[at] > access.view.plain[writer]).any()
+            other = self.names[int(writer[late].flat[0])]
+            fenced = not (self.written[at] > view.plain[writer]).any()
             why = "without a fence between" if fenced else "whose write is not known to be done"
             raise Fault(f"race: {access.what} {does} {self._place(at, late)} behind {other}, {why}")
 
@@ -174,17 +207,15 @@ class Pointer:
         at = np.asarray(self.at, np.int64) + np.asarray(offset) if isinstance(offset, np.ndarray) else self.at + int(offset)
         return Pointer(self.buffer, self.kind, at, self.low, self.high)
 
-    __radd__ = __add__
-
     def __sub__(self, offset: int) -> Pointer:
         return self + -offset
 
-    def places(self, mask: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Elements, and which of them are meant. Raises Fault where one lies outside."""
+    def places(self, mask: Any, slack: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Elements, and which of them are meant. Raises Fault where one lies outside, but for `slack` bytes behind the last."""
         at, there = np.broadcast_arrays(np.asarray(self.at, np.int64), True if mask is None else np.asarray(mask, bool))
         first = self.kind.size * at[there]
-        if first.size and (first.min() < self.low or first.max() + self.kind.size > self.high):
-            wrong = first[(first < self.low) | (first + self.kind.size > self.high)][0]
+        if first.size and (first.min() < self.low or first.max() + self.kind.size > self.high + slack):
+            wrong = first[(first < self.low) | (first + self.kind.size > self.high + slack)][0]
             raise Fault(f"{self.buffer.name}: byte {wrong} is not within {self.low} ... {self.high - 1}")
         return at, there
 

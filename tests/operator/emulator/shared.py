@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from emulator.machine import Machine, Operation, Program, Role
-from emulator.memory import GRANULE, Access, Buffer, Fault, Kind, Pointer, Values, granules, kind_of, values
+from emulator.machine import Machine, Operation, Program
+from emulator.memory import GRANULE, Access, Buffer, Fault, Kind, Pointer, Values, View, granules, kind_of, values
 
 # --- descriptors ----------------------------------------------------------------------------------------------------
 
@@ -85,6 +85,9 @@ class Shared:
 
     def read(self, access: Access) -> np.ndarray:
         self.program.account.read(self.touched(), access)
+        return self.values()
+
+    def values(self) -> np.ndarray:
         return self.kind.decode(self.elements().copy())
 
     def write(self, given: Any, raw: np.ndarray | None, access: Access) -> None:
@@ -148,28 +151,20 @@ class Tensor:
         return Pointer(self.buffer, self.kind, 0, self.begin, self.begin + self.kind.size * self.shape[0] * self.shape[1])
 
 
-def engine_access(role: Role, what: str) -> Access:
-    """Of an operation that a role begins now: it knows what the role knows."""
-    agent, clock = role.program.engine()
-    return Access(agent, clock, role.view.copy(), True, f"{role.name}: {what}")
-
-
-def done(access: Access) -> Any:
-    """What there is to know when an operation is done."""
-    view = Machine.current.program.machine.view()
-    view.plain[access.agent] = view.proxy[access.agent] = access.clock
+def over(access: Access, view: View) -> View:
+    """`view` with that operation known to be over, and what it wrote to loads and stores."""
+    view.plain[access.agent] = max(view.plain[access.agent], access.clock)
     return view
 
 
 def load_box(tensor: Tensor, at: list[int], bar: Shared, to: Shared, multicast: bool) -> None:
-    role = Machine.current
+    role, machine, at = Machine.current, Machine.current.program.machine, list(at)
     if tensor.box != to.shape or tensor.kind is not to.kind or to.begin % 128:
         raise Fault(f"{role.name}: a box of {tensor.box} to shared memory of {to.shape} at byte {to.begin}")
-    targets = role.program.machine.of_cluster(role.program) if multicast else [role.program]
-    at = list(at)
-    for target in targets:
+    for target in machine.of_cluster(role.program) if multicast else [role.program]:
         there, barrier = to.of(target), barrier_of(bar.of(target))
-        access = engine_access(role, f"a box at {at} by TMA")
+        agent = role.program.loader(role)
+        access = Access(agent, machine.tick(agent), role.view.copy(), True, f"{role.name}: a box at {at} by TMA")
 
         def arrive(access: Access = access, there: Shared = there, barrier: Any = barrier) -> None:
             elements, inside = tensor.part(at)
@@ -178,42 +173,46 @@ def load_box(tensor: Tensor, at: list[int], bar: Shared, to: Shared, multicast: 
             if there.program.ended:
                 raise Fault(f"{access.what} comes when program {there.program.number} has ended")
             there.write(None, raw, access)
-            barrier.complete(there.size, done(access))
+            known = over(access, machine.view())
+            known.near[access.agent] = access.clock
+            barrier.complete(there.size, known)
 
-        operation = role.program.machine.begin(role.program, Operation([arrive], access.what))
+        operation = machine.begin(role.program, Operation([arrive], access.what))
         if target is not role.program:
             target.under_way.append(operation)
 
 
 def store_box(tensor: Tensor, at: list[int], source: Shared) -> None:
-    role = Machine.current
+    """One thread does it: it knows what the others did before the last barrier."""
+    role, at, taken = Machine.current, list(at), []
     if tensor.box != source.shape or tensor.kind is not source.kind:
         raise Fault(f"{role.name}: shared memory of {source.shape} to a box of {tensor.box}")
-    access, at, taken = engine_access(role, f"a box at {list(at)} by TMA"), list(at), []
+    view = role.view if role.warps == 1 else role.behind_barrier
+    what = f"a box at {at} by TMA"
+    reads = role.asynchronous("stores by TMA, reading", what, by_proxy=True, view=view)
+    writes = role.asynchronous("stores by TMA, writing", what, by_proxy=True, view=view)
 
     def take() -> None:
-        taken.append(source.read(access))
+        taken.append(source.read(reads))
 
     def put() -> None:
         elements, inside = tensor.part(at)
-        tensor.pointer.write(elements, inside, taken[0], access)
+        tensor.pointer.write(elements, inside, taken[0], writes)
 
-    operation = role.program.machine.begin(role.program, Operation([take, put], access.what))
-    operation.access = access
-    role.stores.append(operation)
+    role.stores.append((role.program.machine.begin(role.program, Operation([take, put], reads.what)), reads, writes))
 
 
-def wait_for_stores(steps: int) -> None:
-    """1: shared memory may be written again. 2: what was stored is there."""
+def wait_for_stores(*, written: bool) -> None:
+    """Shared memory may be written again; `written`: what was stored is there, for this role's loads and stores."""
     role = Machine.current
-    role.wait(lambda: all(store.done >= steps for store in role.stores), "its stores by TMA")
-    for store in role.stores:
-        known = done(store.access)
-        if steps == 1:
-            np.maximum(role.view.plain, known.plain, out=role.view.plain)
-        else:
-            np.maximum(role.view.proxy, known.proxy, out=role.view.proxy)
-    role.stores = [store for store in role.stores if store.done < 2]
+    steps = 2 if written else 1
+    role.wait(lambda: all(operation.done >= steps for operation, _, _ in role.stores), "its stores by TMA")
+    for _, reads, writes in role.stores:
+        over(reads, role.view)
+        if written:
+            over(writes, role.view)
+    if written:
+        role.stores = []
 
 
 # --- cp.async -------------------------------------------------------------------------------------------------------
@@ -223,17 +222,14 @@ def copy(to: Shared, source: Pointer, mask: Any) -> None:
     role = Machine.current
     at, there = source.places(np.broadcast_to(True if mask is None else mask, to.shape))
     at, there = (np.broadcast_to(of, to.shape) for of in (at, there))
-    access = engine_access(role, "cp.async")
-    access.by_proxy = False
+    access = role.asynchronous("copies", "cp.async", by_proxy=False)
 
     def arrive() -> None:
         raw = np.zeros(to.shape, to.kind.storage)
         raw[there] = to.kind.encode(source.read(at, there, access))
         to.write(None, raw, access)
 
-    operation = role.program.machine.begin(role.program, Operation([arrive], access.what))
-    operation.access = access
-    role.copies.append(operation)
+    role.copies.append((role.program.machine.begin(role.program, Operation([arrive], access.what)), access))
 
 
 def commit() -> None:
@@ -245,46 +241,49 @@ def commit() -> None:
 def wait_for_copies(pending: int) -> None:
     role = Machine.current
     first = role.groups[: len(role.groups) - int(pending)]
-    operations = [operation for group in first for operation in group]
-    role.wait(lambda: all(operation.done for operation in operations), "its copies")
-    for operation in operations:
-        np.maximum(role.view.plain, done(operation.access).plain, out=role.view.plain)
+    copies = [one for group in first for one in group]
+    role.wait(lambda: all(operation.done for operation, _ in copies), "its copies")
+    for _, access in copies:
+        over(access, role.view)
     role.groups = role.groups[len(first) :]
 
 
 def arrive_behind_copies(bar: Shared) -> None:
-    """Every thread, once all that it has asked for is there."""
-    role, barrier = Machine.current, barrier_of(bar)
-    operations = [operation for group in [*role.groups, role.copies] for operation in group]
-    before = role.publish()
+    """Every thread, once all that it has asked for is there; that alone is then known."""
+    role, barrier, machine = Machine.current, barrier_of(bar), Machine.current.program.machine
+    copies = [one for group in [*role.groups, role.copies] for one in group]
 
     def arrive() -> None:
-        for operation in operations:
-            np.maximum(before.plain, done(operation.access).plain, out=before.plain)
-        barrier.arrive(32 * role.warps, before, f"{role.name}, copies done")
+        known = machine.view()
+        for _, access in copies:
+            over(access, known)
+        barrier.arrive(32 * role.warps, known, f"{role.name}, copies done")
 
     role.copies, role.groups = [], []
-    role.program.machine.begin(role.program, Operation([arrive], f"{role.name}: an arrival behind copies", operations))
+    behind = [operation for operation, _ in copies]
+    machine.begin(role.program, Operation([arrive], f"{role.name}: an arrival behind copies", behind))
 
 
 # --- wgmma ----------------------------------------------------------------------------------------------------------
 
 
 class Product:
-    """On its way: it has no values before it is waited for."""
+    """On its way: it has no values before it is waited for, and reads its operands until then."""
 
     def __init__(self, left: Shared, right: Shared, sum: Any, use_acc: bool) -> None:
         self.left, self.right, self.sum = left, right, sum if use_acc else None
-        self.operands()
-
-    def operands(self) -> list[np.ndarray]:
-        access = Machine.current.access("wgmma", by_proxy=True)
-        return [side.read(access) for side in (self.left, self.right)]
+        self.access = Machine.current.asynchronous("products", "wgmma", by_proxy=True)
+        self._account()
 
     def value(self) -> Values:
-        left, right = self.operands()
-        product = values(left @ right)
+        self._account()
+        over(self.access, Machine.current.view)
+        product = values(self.left.values() @ self.right.values())
         return product if self.sum is None else product + self.sum
+
+    def _account(self) -> None:
+        for side in (self.left, self.right):
+            side.program.account.read(side.touched(), self.access)
 
 
 # --- mbarriers ------------------------------------------------------------------------------------------------------
@@ -293,4 +292,7 @@ class Product:
 def barrier_of(bar: Shared) -> Any:
     if bar.begin not in bar.program.barriers:
         raise Fault(f"{Machine.current.name}: no mbarrier has been initialised at byte {bar.begin} of program {bar.program.number}")
-    return bar.program.barriers[bar.begin]
+    barrier = bar.program.barriers[bar.begin]
+    if Machine.current.view.plain[barrier.made_by] < barrier.made_at:
+        raise Fault(f"{Machine.current.name}: the mbarrier at byte {bar.begin} of program {bar.program.number} may not be initialised yet")
+    return barrier

@@ -14,11 +14,11 @@ from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper
 
 from blockmoe.operator import persistent
-from blockmoe.operator.launch import ALIGNMENT, OUT, WORKSPACE, Launch
+from blockmoe.operator.launch import OUT, WORKSPACE, Launch
 from blockmoe.operator.launch import interpret as in_triton
 from emulator import language, shared
 from emulator.machine import AGENTS, Machine, Program
-from emulator.memory import Account, Buffer, Pointer, kind_of
+from emulator.memory import Account, Buffer, Fault, Pointer, kind_of
 
 NAMES = ("logits", "bias", "hidden", "hidden_scale", "w1", "w1_scale", "w2", "w2_scale", "out", "workspace")
 REPLACED = (
@@ -26,7 +26,7 @@ REPLACED = (
     (hopper.mbarrier, language.mbarrier),
     (hopper.tma, language.tma),
     (hopper.async_copy, language.async_copy),
-    (hopper.fence_async_shared, lambda: Machine.current.fence()),
+    (hopper.fence_async_shared, lambda: Machine.current.fence(shared_only=True)),
     (hopper.warpgroup_mma, lambda a, b, acc, use_acc=True, is_async=False: shared.Product(a, b, acc, use_acc)),
     (hopper.warpgroup_mma_wait, lambda pending, deps: language.wait_for_products(pending, deps)),
     (persistent.barrier, lambda: Machine.current.barrier()),
@@ -81,17 +81,20 @@ def emulate(
     buffers = {}
     for n, tensor in enumerate(tensors):
         if tensor is not None:
-            account = Account(tensor.numel() * tensor.itemsize, NAMES[n], machine.agent_name) if n in (OUT, WORKSPACE) else None
+            account = Account(tensor.numel() * tensor.itemsize, NAMES[n], machine.names, shared=False) if n in (OUT, WORKSPACE) else None
             buffers[n] = Buffer(tensor, NAMES[n], account)
     kernel = Translation(changes or {}).function(launch.kernel)
 
     def box(given: Any) -> shared.Tensor:
-        kind = given.kind
+        kind, slot = given.kind, given.slot
+        there = len(buffers[slot.tensor].bytes) - slot.offset if slot.count is None else slot.count * slot.dtype.itemsize
+        if kind.shape[0] * kind.shape[1] * kind.dtype.itemsize > there:
+            raise Fault(f"a descriptor of {kind.shape} over {there} bytes of {NAMES[slot.tensor]}")
         return shared.Tensor(buffers[given.slot.tensor], kind_of(kind.dtype), given.slot.offset, kind.shape, tuple(kind.box))
 
     def pointer(slot: Any) -> Pointer:
         size = slot.dtype.itemsize
-        past = len(buffers[slot.tensor].bytes) if slot.count is None else slot.offset + -(-slot.count * size // ALIGNMENT) * ALIGNMENT
+        past = len(buffers[slot.tensor].bytes) if slot.count is None else slot.offset + slot.count * size
         return Pointer(buffers[slot.tensor], kind_of(slot.dtype), slot.offset // size, slot.offset, past)
 
     arguments = (*map(box, launch.descriptors), *map(pointer, launch.slots), *launch.numbers, *launch.constants)

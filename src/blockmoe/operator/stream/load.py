@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from blockmoe.operator.persistent import GENERIC, hear, let_go, tell, wait_until
+from blockmoe.operator.persistent import GENERIC, barrier, hear, let_go, tell, wait_until
 
 
 @gluon.jit
@@ -185,6 +185,7 @@ def tiles_finished(finished, tile, tiles, known, enough):
     while known <= tile:
         count = gl.inline_asm_elementwise(LOOK, "=r,l", [at], dtype=gl.int32, is_pure=False, pack=1)
         known = tile + gl.min(gl.where(count >= enough, 32, lane), 0)
+        barrier()  # what a lane has acquired all of them know
     return known
 
 
