@@ -58,7 +58,6 @@ class Operation:
         self.steps, self.what, self.behind = steps, what, behind
         self.done = 0  # steps
         self.speed = 1.0  # how readily it is drawn: see Machine._draw_one
-        self.agent = self.clock = 0  # as which it is known to be over
 
     def ready(self) -> bool:
         return all(operation.done for operation in self.behind)
@@ -77,9 +76,9 @@ class Role:
         self.behind_barrier = machine.view()
         self.said = ""
         self._helpers: dict[str, int] = {}
-        self.copies: list[Operation] = []  # cp.async: not committed
-        self.groups: list[list[Operation]] = []
-        self.stores: list[Operation] = []
+        self.copies: list[tuple[Operation, Access]] = []  # by cp.async, not committed
+        self.groups: list[list[tuple[Operation, Access]]] = []
+        self.stores: list[tuple[Operation, Access, Access]] = []  # by TMA: what they read, and write
         self.speed = machine.draw.choice(SPEEDS)
         self.ready: Callable[[], bool] | None = None
         self.why = ""
