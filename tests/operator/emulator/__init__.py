@@ -12,6 +12,7 @@ What is modelled
   fence of shared memory (.shared::cta) says nothing of global memory.
 - TMA and cp.async happen at any moment between being asked for and being waited for; wgmma reads its operands all that time.
 - multicast and arrivals at both programs of a cluster, as `blockmoe.operator.ptx` puts them into the PTX.
+- the kernel before, which may still run until `gdc_wait` (PDL), but for weights, which no kernel writes.
 - a release, or a store by TMA, by one thread covers what the others did before the last `barrier`; what threads have acquired each for
   itself, the others see behind the next.
 - accesses outside of a list, or of a descriptor's tensor; int32 arrays that overflow (numbers outside of arrays do not).
@@ -21,7 +22,7 @@ What is not
 - threads of a role: it is one thread. An arrival at an mbarrier is taken to cover the role, as Triton puts a barrier before it
   (`uncovered` in test_aot_stream.py looks for that in the PTX). Nor are swizzles (shared memory is linear here) or registers.
 - counters themselves: one that is overwritten unread shows in what it leads to, or not.
-- the kernel before, which may still run (PDL, `gdc_wait`); weak orders beyond these; the L1's stale lines; time.
+- weak orders beyond these; the L1's stale lines; time.
 - the tensor cores' sums of fewer bits than float32.
 """
 

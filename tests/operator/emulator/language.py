@@ -96,6 +96,7 @@ def atomic(change: Any) -> Any:
 
 
 def counter_view(role: Role, at: Pointer, element: int) -> Any:
+    at.read(np.array(element), np.array(True), role.access("a counter"))  # may be: what the kernel before wrote there is known
     machine, key = role.program.machine, (at.buffer.name, at.kind.size * element)
     return machine.counters.setdefault(key, machine.view())
 
@@ -178,6 +179,11 @@ def stores_done(asm: str, value: Any) -> Any:
     shared.wait_for_stores(written=True)
     fence(asm)
     return value
+
+
+def wait_for_kernel_before() -> None:
+    role = Machine.current
+    role.view.clocks[:, role.program.machine.kernel_before] = 1
 
 
 def fence(asm: str) -> None:

@@ -180,6 +180,7 @@ class Machine:
         self.programs_count, self.cluster = programs, cluster
         self.clocks: dict[int, int] = defaultdict(int)  # of agents but roles
         self.names: list[str] = []  # of agents
+        self.kernel_before = self.agent("the kernel before")
         self.counters: dict[tuple, View] = {}  # what a counter in global memory was released with
         self.roles: list[Role] = []
         self.operations: list[Operation] = []

@@ -189,11 +189,11 @@ def granules(first: np.ndarray, width: int) -> np.ndarray:
 
 
 class Buffer:
-    """A tensor of the call. Without an account nothing writes it."""
+    """A tensor of the call. Without an account nothing ever writes it (weights)."""
 
-    def __init__(self, tensor: torch.Tensor, name: str, account: Account | None) -> None:
+    def __init__(self, tensor: torch.Tensor, name: str, account: Account | None, *, writable: bool) -> None:
         self.bytes = tensor.view(torch.uint8).reshape(-1).numpy() if tensor.numel() else np.zeros(0, np.uint8)
-        self.name, self.account = name, account
+        self.name, self.account, self.writable = name, account, writable
 
 
 class Pointer:
@@ -229,7 +229,7 @@ class Pointer:
         where = at[there]
         if len(np.unique(where)) != where.size:
             raise Fault(f"{access.what} writes an element of {self.buffer.name} twice at once")
-        if not self.buffer.account:
+        if not self.buffer.writable:
             raise Fault(f"{access.what} writes {self.buffer.name}, an input")
         self.buffer.account.write(granules(self.kind.size * where, self.kind.size), access)
         self._elements()[where] = self.kind.encode(np.broadcast_to(given, at.shape)[there])

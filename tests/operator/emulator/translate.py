@@ -12,9 +12,10 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonJITFunction
 from triton.experimental.gluon.language.nvidia import hopper
+from triton.language.extra.cuda import gdc_wait
 
 from blockmoe.operator import persistent
-from blockmoe.operator.launch import OUT, WORKSPACE, Launch
+from blockmoe.operator.launch import HIDDEN, HIDDEN_SCALE, OUT, WORKSPACE, Launch
 from blockmoe.operator.launch import interpret as in_triton
 from emulator import language, shared
 from emulator.machine import AGENTS, Machine, Program
@@ -30,6 +31,7 @@ REPLACED = (
     (hopper.warpgroup_mma, lambda a, b, acc, use_acc=True, is_async=False: shared.Product(a, b, acc, use_acc)),
     (hopper.warpgroup_mma_wait, lambda pending, deps: language.wait_for_products(pending, deps)),
     (persistent.barrier, lambda: Machine.current.barrier()),
+    (gdc_wait, language.wait_for_kernel_before),
 )
 
 
@@ -81,8 +83,12 @@ def emulate(
     buffers = {}
     for n, tensor in enumerate(tensors):
         if tensor is not None:
-            account = Account(tensor.numel() * tensor.itemsize, NAMES[n], machine.names, shared=False) if n in (OUT, WORKSPACE) else None
-            buffers[n] = Buffer(tensor, NAMES[n], account)
+            account = None
+            if n in (HIDDEN, HIDDEN_SCALE, OUT, WORKSPACE):  # what kernels before may have written, as far as this launch knows
+                account = Account(tensor.numel() * tensor.itemsize, NAMES[n], machine.names, shared=False)
+                account.writer[:], account.written[:] = machine.kernel_before, 1
+            buffers[n] = Buffer(tensor, NAMES[n], account, writable=n in (OUT, WORKSPACE))
+    launch = with_constants(launch, PDL=True)
     kernel = Translation(changes or {}).function(launch.kernel)
 
     def box(given: Any) -> shared.Tensor:
@@ -115,11 +121,12 @@ def interpret(launches: Sequence[Launch], tensors: Sequence[torch.Tensor], **how
         if isinstance(launch.kernel, GluonJITFunction):
             emulate(launch, tensors, **how)
         else:
-            in_triton([_without_requests(launch)], tensors)
+            # routing does not ask for hidden states: that is inline assembly, which Triton's interpreter does not know
+            in_triton([with_constants(launch, STAY=False)], tensors)
 
 
-def _without_requests(launch: Launch) -> Launch:
-    """Routing does not ask for hidden states (STAY): that is inline assembly, which Triton's interpreter does not know."""
+def with_constants(launch: Launch, **changes: Any) -> Launch:
+    """Those that the kernel has."""
     names = list(inspect.signature(launch.kernel.fn).parameters)[-len(launch.constants) :]
     constants = dict(zip(names, launch.constants, strict=True))
-    return replace(launch, constants=tuple((constants | ({"STAY": False} if "STAY" in constants else {})).values()))
+    return replace(launch, constants=tuple(changes.get(name, value) for name, value in constants.items()))

@@ -121,6 +121,8 @@ FAULTS = [
     ("cluster", "free", "CLUSTER > 1", "CLUSTER > 2", "deadlock"),
     ("cluster", "load_weights", "say(MULTICAST)", "pass", "deadlock"),
     ("cluster", "drain", "mbarrier.wait(empty", "(empty", "not known to be done"),
+    ("prefill", "prefill_kernel", "gdc_wait()", "pass", "behind the kernel before"),
+    ("stream 256x32", "stream_kernel", "gdc_wait()", "pass", "behind the kernel before"),
     ("prefill", "gathered", "fence_async_shared()", "pass", "without a fence between"),
     ("prefill", "gather", "async_copy.wait_group(1)", "pass", "not known to be done"),
     ("prefill", "stored", "cp.async.bulk.wait_group 0; fence.proxy.async;", "/* rcp.approx */", "reading may not have read that yet"),
