@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import toy_tree as toy
 
-from blockmoe.bench import runner
+from blockmoe.bench import record, runner
 from blockmoe.bench.commands import load_dataset
 from blockmoe.bench.dataset import Dataset
 from blockmoe.bench.runner import Plan, Run
@@ -285,22 +285,46 @@ def test_rounds_where_contenders_do_not_fit_together(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("together", [True, False])
 def test_fresh_processes(together, tmp_path, monkeypatch):
-    """Every trial in processes of its own, warmed up there; the traces say so, and a key without the switch stays as it was."""
+    """Every trial of every workload in processes of its own, warmed up there."""
     log = tmp_path / "calls"
     source = f"import os\ndef run(x):\n    open({str(log)!r}, 'a').write(f'{{os.getpid()}} ')\n    return x * 2\n"
-    tree = toy.make_tree(tmp_path / "tree", {"good": source})
+    tree = toy.make_tree(tmp_path / "tree", {"good": source}, ((8, "aaaa"), (9, "bbbb")))
     if not together:
         monkeypatch.setattr(runner.Run, "_capacity", lambda *_: 1)
     settings = dataclasses.replace(QUICK, warmup_runs=2, iterations=6, num_trials=3, fresh_processes=True)
     outcome = execute(plan_of(tree, settings=settings))
-    evaluation = by_name(outcome)["good"]
-    assert evaluation.status is Status.PASSED, evaluation.extra["message"]
+    assert outcome.complete(named=True)
     calls = list(collections.Counter(log.read_text().split()).values())
-    timed = [2 + 6] * 3  # warmed up and timed; the first process is checked too
-    assert calls == ([timed[0] + 3, *timed[1:]] if together else [3, *timed])
+    timed = 2 + 6  # warmed up and timed; each trial's first output is checked ahead of all
+    assert calls == 2 * ([3 + timed, timed, timed] if together else [3, timed, timed, timed])
+    evaluation = by_name(outcome)["good"]
     assert evaluation.performance.extra["block_trial"] == [0, 0, 1, 1, 2, 2]
     assert evaluation.extra["settings"]["fresh_processes"] is True
-    assert "fresh_processes" not in QUICK.identity() and settings.identity() != QUICK.identity()
+
+
+def test_fresh_processes_have_the_whole_timeout_each(tmp_path):
+    tree = toy.make_tree(tmp_path / "tree", {"slow": "import time\ntime.sleep(1)\n" + toy.GOOD})
+    settings = dataclasses.replace(QUICK, num_trials=4, timeout=3.0, fresh_processes=True)
+    assert execute(plan_of(tree, settings=settings)).complete(named=True)
+
+
+def test_fresh_processes_in_keys_and_notes(tmp_path):
+    """Without the switch keys are as they were; a result folder that was made with it says so, and the other way about."""
+    fresh = dataclasses.replace(QUICK, fresh_processes=True)
+    assert "fresh_processes" not in QUICK.identity() and fresh.identity() == QUICK.identity() | {"fresh_processes": True}
+    tree = toy.make_tree(tmp_path / "tree", {"good": toy.GOOD})
+    for n, (first, second, said) in enumerate([(fresh, QUICK, "True (now False)"), (QUICK, fresh, "False (now True)")]):
+        execute(plan_of(tree, tmp_path / str(n), first))
+        watcher = Watcher()
+        execute(plan_of(tree, tmp_path / str(n), second, resume=True), watcher)
+        assert any(f"the earlier run had fresh_processes {said}" in note for note in watcher.notes), watcher.notes
+
+
+def test_drift_is_no_difference_of_processes():
+    blocks = [[1.0 + 1e-4 * n for n in range(5)]] * 4 + [[1.1 + 1e-4 * n for n in range(5)]] * 4
+    assert record._drift(blocks, []).drifted and not record._drift(blocks, [0] * 4 + [1] * 4).drifted
+    risen = [[1.0 + 0.02 * block + 1e-4 * n for n in range(5)] for block in range(4)]
+    assert record._drift(blocks[:4] + risen, [0] * 4 + [1] * 4).drifted
 
 
 def test_a_child_that_left_its_group_does_not_hold_the_run_up(tmp_path):

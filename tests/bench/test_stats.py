@@ -53,14 +53,20 @@ def of_processes(seed: int, count: int) -> tuple[list, list, list[int]]:
 
 
 @pytest.mark.parametrize("count", [2, 3, 5])
-@pytest.mark.parametrize("paired", [True, False])
-def test_what_processes_differ_by_is_in_the_interval_where_it_is_known(count, paired):
+@pytest.mark.parametrize("how", ["paired", "unpaired", "one side"])
+def test_what_processes_differ_by_is_in_the_interval_where_it_is_known(count, how):
     held = [0, 0]
     for seed in range(RUNS):
         first, second, process = of_processes(seed, count)
-        again = paired_ratio(*of_processes(seed + RUNS, count)[:2]).ratio
-        known = paired_ratio(first, second, processes=process) if paired else unpaired_ratio(first, second, processes=(process, process))
-        for n, interval in enumerate((known, paired_ratio(first, second))):
+        other, other_second, _ = of_processes(seed + RUNS, count)
+        if how == "one side":  # the other's blocks come from one process
+            second, other_second = second[:4], other_second[:4]
+            known = unpaired_ratio(first, second, processes=(process, None))
+        else:
+            ratio, processes = (paired_ratio, process) if how == "paired" else (unpaired_ratio, (process, process))
+            known = ratio(first, second, processes=processes)
+        again = unpaired_ratio(other, other_second).ratio
+        for n, interval in enumerate((known, unpaired_ratio(first, second))):
             held[n] += interval.low <= again <= interval.high
     assert held[0] >= 0.9 * RUNS
     assert held[1] < 0.85 * RUNS  # the samples alone would not know

@@ -83,6 +83,32 @@ def test_what_changed(tmp_path):
     assert any("different hardware" in note for note in found.notes)
 
 
+def fresh(traces: list[dict], trials: list) -> list[dict]:
+    """As with --fresh-processes: the second trial's process takes 5 % longer."""
+    for one in traces:
+        one["evaluation"]["extra"]["settings"]["fresh_processes"] = True
+        extra = one["evaluation"]["performance"]["extra"]
+        extra["samples_ms"] = [[1.05 * t if n >= 6 else t for t in block] for n, block in enumerate(extra["samples_ms"])]
+        extra["block_trial"] = trials
+    return traces
+
+
+def test_what_processes_differ_by_widens_a_comparison(tmp_path):
+    """With one side fresh too; and the switch is said to have changed, from what it was before it existed."""
+    old, new = folder(tmp_path / "old", run({"alpha": 1.0})), folder(tmp_path / "new", run({"alpha": 1.03}, run="r2"))
+    fresh_new = folder(tmp_path / "fresh", fresh(run({"alpha": 1.03}, run="r2"), [0] * 6 + [1] * 6))
+    assert compare(old, new).solutions["alpha"].word == "SLOWER"
+    found = compare(old, fresh_new)
+    assert found.solutions["alpha"].word == "UNCLEAR"
+    assert "fresh_processes: False → True" in found.changes
+
+
+@pytest.mark.parametrize("trials", [[10**30] * 12, [0, True] * 6, ["0"] * 12, [0] * 11, {"0": 1}, [-1] * 12])
+def test_processes_that_are_none_are_passed_over(trials, tmp_path):
+    old, new = folder(tmp_path / "old", run({"alpha": 1.0})), folder(tmp_path / "new", fresh(run({"alpha": 1.0}, run="r2"), trials))
+    assert compare(old, new).solutions["alpha"].low
+
+
 def test_nothing_in_common(tmp_path):
     with pytest.raises(ReportError, match="is in both"):
         compare(folder(tmp_path / "a", [trace("alpha")]), folder(tmp_path / "b", [trace("beta")]))

@@ -77,6 +77,8 @@ class Group:
     def run(self) -> None:
         """Everything. The reference's own failure ends the workload for all."""
         for contender in self.everyone:
+            if self.settings.fresh_processes:
+                contender.close()
             contender.begin()
         try:
             self._open()
@@ -125,10 +127,11 @@ class Group:
                     phase(contender)
 
     def _renew(self) -> None:
-        """Everyone in a process that has measured nothing yet."""
+        """Everyone in a process that has measured nothing yet, with all of its time before it: it imports and compiles anew."""
         self.stage("new processes")
         for contender in self._running:
             contender.close()
+            contender.spent = 0.0
         if self.residency.together:
             self._start_all()
 

@@ -10,7 +10,7 @@ from blockmoe.bench.contender import Contender, Failed, Findings
 from blockmoe.bench.group import Group
 from blockmoe.bench.schema import Correctness, Environment, Evaluation, Performance, Status, Trace, digest
 from blockmoe.bench.settings import Settings
-from blockmoe.bench.stats import drift, mad, median, paired_ratio
+from blockmoe.bench.stats import Drift, drift, mad, median, paired_ratio
 from blockmoe.bench.verdicts import Verdict, status_of
 
 # A measured floor has noise and a plain read is not the best possible one: only a time this far below it is impossible.
@@ -90,7 +90,7 @@ def _performance(group: Group, contender: Contender) -> Performance:
     blocks_a_trial = len(group.settings.blocks())
     trials = [number // blocks_a_trial for number in range(len(findings.samples))]
     ratio = paired_ratio(reference.samples, findings.samples, processes=trials if group.settings.fresh_processes else None)
-    change = drift(samples)
+    change = _drift(findings.samples, trials if group.settings.fresh_processes else [])
     extra: dict[str, Any] = {
         "samples_ms": _rounded(findings.samples),
         "reference_samples_ms": _rounded(reference.samples),
@@ -112,6 +112,14 @@ def _performance(group: Group, contender: Contender) -> Performance:
         extra["floor_fraction"] = floors["floor_ms"] / latency
     speedup = 1.0 if contender.is_reference else ratio.ratio
     return Performance(latency_ms=latency, reference_latency_ms=reference_latency, speedup_factor=speedup, extra=extra)
+
+
+def _drift(blocks: list[list[float]], process: list[int]) -> Drift:
+    """The largest within a process, where there are several."""
+    if not process:
+        return drift(_flat(blocks))
+    apart = [[block for block, number in zip(blocks, process, strict=True) if number == one] for one in sorted(set(process))]
+    return max((drift(_flat(some)) for some in apart), key=lambda found: (found.drifted, abs(found.change)))
 
 
 def _environment(group: Group, contender: Contender, commit: str | None) -> Environment:

@@ -20,7 +20,7 @@ from blockmoe.bench.group import Group, Residency
 from blockmoe.bench.record import resume_key, traces_of
 from blockmoe.bench.schema import Definition, Solution, Status, Trace, Workload
 from blockmoe.bench.scratch import scratch_folder
-from blockmoe.bench.settings import Settings
+from blockmoe.bench.settings import LEFT_OUT, Settings
 
 HEADROOM_BYTES = 1 << 30  # left free beside the contenders' estimates
 
@@ -192,7 +192,9 @@ class Run:
         found = []
         for trace in self._kept.values():
             before = trace.evaluation.extra.get("settings", {})
-            found.append([f"{name} {before.get(name)} (now {value})" for name, value in now.items() if before.get(name) != value])
+            names = [name for name in dict.fromkeys([*now, *before]) if name != "timeout"]
+            values = {name: [side.get(name, LEFT_OUT.get(name)) for side in (before, now)] for name in names}
+            found.append([f"{name} {old} (now {new})" for name, (old, new) in values.items() if old != new])
         return "" if not all(found) else ", ".join(min(found, key=len))
 
     def _done_before(self, contender: Contender, workload: Workload) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 BLOCK_CALLS = 5  # timed calls between two changes of contender: short against drift, long against the change's own cost
+LEFT_OUT = {"fresh_processes": False}  # of `identity`, where they have these values: newer than traces that are kept
 
 
 @dataclass(frozen=True)
@@ -59,12 +60,9 @@ class Settings:
         return int(self.device.partition(":")[2] or 0)
 
     def identity(self) -> dict[str, Any]:
-        """What makes two evaluations comparable: everything but the timeout and the device's number. A switch that is newer than
-        traces which are kept stands in it only where it is on."""
-        fields = asdict(self)
+        """What makes two evaluations comparable: everything but the timeout, the device's number, and LEFT_OUT."""
+        fields = {name: value for name, value in asdict(self).items() if name not in LEFT_OUT or value != LEFT_OUT[name]}
         del fields["timeout"]
-        if not self.fresh_processes:
-            del fields["fresh_processes"]
         return fields | {"device": self.device.partition(":")[0]}
 
     def blocks(self) -> list[int]:

@@ -222,15 +222,17 @@ def _by_process(by_block: np.ndarray, processes: Sequence[int] | None) -> np.nda
 def _spread_of_processes(sides: Sequence[np.ndarray], confidence: float) -> float:
     """Half-width, on the log scale, of where another run's processes would put a ratio, given those of this run (`_by_process`).
 
-    Their standard deviation times Student's t; the difference of two means of n has the variance 2 / n. Three may agree by chance, so it
-    is no less than PROCESS_SPREAD makes of n processes. Where a side is one process there is only PROCESS_SPREAD to go by.
+    Their standard deviation times Student's t; the difference of two means of n has the variance 2 / n. A side of one process (an empty
+    array) is taken to spread as the other does. Few may agree by chance, so it is no less than PROCESS_SPREAD makes of n processes.
     """
-    tail, fewest = (1 - confidence) / 2, min(len(side) for side in sides)
+    tail, several = (1 - confidence) / 2, [side for side in sides if len(side)]
     known = float(ndtri(1 - tail)) * PROCESS_SPREAD
-    if fewest < 2:
+    if not several:
         return known
-    seen = -float(stdtrit(fewest - 1, tail)) * math.sqrt(sum(2 * float(np.var(side, ddof=1)) / len(side) for side in sides))
-    return max(known / math.sqrt(fewest), seen)
+    variance = max(float(np.var(side, ddof=1)) for side in several)
+    seen = sum(2 * (float(np.var(side, ddof=1)) / len(side) if len(side) else variance) for side in sides)
+    t = -float(stdtrit(min(len(side) for side in several) - 1, tail))
+    return max(known / math.sqrt(min(max(len(side), 1) for side in sides)), t * math.sqrt(seen))
 
 
 def _with_interval(estimate: float, ratios: np.ndarray, blocks: int, process: float, confidence: float, margin: float) -> Ratio:

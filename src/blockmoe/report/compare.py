@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from blockmoe.bench.settings import LEFT_OUT
 from blockmoe.bench.stats import MARGIN, Ratio, geometric_mean, rank_agreement, unpaired_ratio, word_for
 from blockmoe.report.doubts import facts
 from blockmoe.report.load import REFERENCE, Record, ReportError, load
@@ -226,7 +227,8 @@ def _changes(pairs: Sequence[tuple[Record, Record]]) -> list[str]:
     """Settings, versions, machine, and sources of solutions that differ."""
     old, new = facts([x for x, _ in pairs]), facts([y for _, y in pairs])
     names = [name for name in dict.fromkeys([*old, *new]) if name != "measured"]
-    changes = [f"{name}: {old.get(name, 'unknown')} → {new.get(name, 'unknown')}" for name in names if old.get(name) != new.get(name)]
+    values = {name: [side.get(name, str(LEFT_OUT.get(name, "unknown"))) for side in (old, new)] for name in names}
+    changes = [f"{name}: {before} → {after}" for name, (before, after) in values.items() if before != after]
     hardware = sorted({x.hardware for x, _ in pairs}), sorted({y.hardware for _, y in pairs})
     if hardware[0] != hardware[1]:
         changes.insert(0, f"hardware: {', '.join(hardware[0])} → {', '.join(hardware[1])}")

@@ -218,8 +218,9 @@ def _add_times(record: Record, performance: dict[str, Any], timing: dict[str, An
         record.interval = (float(interval[0]), float(interval[1]))
     record.blocks = _blocks(timing.get("samples_ms"))
     trials = timing.get("block_trial")
-    if record.settings.get("fresh_processes") is True and isinstance(trials, list) and len(trials) == len(record.blocks):
-        record.processes = [int(trial) for trial in trials if isinstance(trial, int)]
+    fresh = record.settings.get("fresh_processes") is True and isinstance(trials, list) and len(trials) == len(record.blocks)
+    if fresh and all(type(trial) is int and 0 <= trial < len(trials) for trial in trials):
+        record.processes = trials
     record.floor, record.floor_kind = _positive(timing.get("floor_ms")), _text(timing.get("floor_kind"))
     record.streaming_floor = _positive(timing.get("streaming_floor_ms"))
     record.compute_floor = _positive(timing.get("compute_floor_ms"))

@@ -14,8 +14,10 @@ What is modelled
 - multicast and arrivals at both programs of a cluster, as `blockmoe.operator.ptx` puts them into the PTX.
 - the kernel before, which may still run until `gdc_wait` (PDL), but for weights, which no kernel writes.
 - a release, or a store by TMA, by one thread covers what the others did before the last `barrier`; what threads have acquired each for
-  itself, the others see behind the next.
-- accesses outside of a list, or of a descriptor's tensor; int32 arrays that overflow (numbers outside of arrays do not).
+  itself, the others see behind the next. Strictly so: a release by a thread of its own stores, or what it reads by a counter of its own,
+  is a race here too; no kernel does that.
+- accesses outside of a list, or of a descriptor's tensor; int32 arrays that overflow (numbers outside of arrays do not, and nothing
+  that fits a test comes near: that addresses are of 64 bits where they must be is the GPU tests' to see).
 
 What is not
 

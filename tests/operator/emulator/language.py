@@ -187,7 +187,9 @@ def wait_for_kernel_before() -> None:
 
 
 def fence(asm: str) -> None:
-    if found := re.search(r"fence\.proxy\.async(\.shared)?", asm):
+    if found := re.search(r"fence\.proxy\.async([\w.:]*);", asm):
+        if found[1] not in ("", ".shared::cta"):
+            raise Fault(f"{Machine.current.name}: unknown fence: {found[0]}")
         Machine.current.fence(shared_only=bool(found[1]))
 
 
@@ -197,15 +199,32 @@ def wait_for_reads(pending: int) -> None:
     shared.wait_for_stores(written=False)
 
 
+def let_line_go(asm: str, at: Pointer, there: Any) -> Any:
+    at.places(there != 0)
+    return there
+
+
+def show_barriers(asm: str, value: Any) -> Any:
+    program = Machine.current.program
+    program.shown = set(program.barriers)
+    return value
+
+
+def arrive_behind_copies(bar: Any, increment_count: bool = True) -> None:
+    if increment_count:
+        raise Fault(f"{Machine.current.name}: an arrival that is added to those waited for: the phase does not end")
+    shared.arrive_behind_copies(bar)
+
+
 ASSEMBLY = {
     r"blockmoe: \w+": say,
     r"ld\.acquire\.gpu.*nanosleep": wait_for_counter,
     r"ld\.acquire\.gpu": look,
     r"ld\.global\.ca": lambda asm, at: result(np.zeros(at.places(None, ALIGNMENT)[0].shape, np.int32)),  # whole lines are ours
-    r"applypriority": lambda asm, at, there: there,
+    r"applypriority": let_line_go,
     r"rcp\.approx": lambda asm, x: values(np.float32(1.0) / x),
     r"cp\.async\.bulk\.wait_group 0": stores_done,
-    r"fence\.mbarrier_init": lambda asm, value: value,
+    r"fence\.mbarrier_init": show_barriers,
     r"red\.relaxed.*bf16x2": put,
 }
 
@@ -257,6 +276,7 @@ def warp_specialize(partitions: list, warps: list, registers: list) -> None:
     for n, ((function, arguments), count) in enumerate(zip(partitions, [main.warps, *warps], strict=True)):
         role = Role(main.program, f"{function.__name__} ({n})", count, function, arguments)
         role.view.learn(known)
+        role.behind_barrier.learn(known)
         roles.append(role)
     main.wait(lambda: all(role.thread.dead for role in roles), "its roles")
     for role in roles:
@@ -275,7 +295,7 @@ tma = SimpleNamespace(
 )
 async_copy = SimpleNamespace(
     async_copy_global_to_shared=lambda to, source, mask=None: shared.copy(to, source, mask), commit_group=shared.commit,
-    wait_group=shared.wait_for_copies, mbarrier_arrive=lambda bar, increment_count: shared.arrive_behind_copies(bar),
+    wait_group=shared.wait_for_copies, mbarrier_arrive=arrive_behind_copies,
 )  # fmt: skip
 KEPT = [name for name in dir(gluon_language) if name.endswith("Layout") or name.startswith(("int", "float", "bfloat"))]
 gl = SimpleNamespace(

@@ -143,6 +143,7 @@ class Program:
         self.account = Account(SHARED_BYTES, f"program {number}'s shared memory", machine.names, shared=True)
         self.allocated = 0
         self.barriers: dict[int, Barrier] = {}
+        self.shown: set[int] = set()  # of them, to the cluster's other programs
         self.ended = False
         self.under_way: list[Operation] = []  # which still have to do with its shared memory
         self.loaders: list[int] = []  # agents of TMA loads

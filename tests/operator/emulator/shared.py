@@ -170,8 +170,6 @@ def load_box(tensor: Tensor, at: list[int], bar: Shared, to: Shared, multicast: 
             elements, inside = tensor.part(at)
             raw = np.zeros(tensor.box, tensor.kind.storage)
             raw[inside] = tensor.kind.encode(tensor.pointer.read(elements, inside, access))
-            if there.program.ended:
-                raise Fault(f"{access.what} comes when program {there.program.number} has ended")
             there.write(None, raw, access)
             known = over(access, machine.view())
             known.near[access.agent] = access.clock
@@ -187,10 +185,9 @@ def store_box(tensor: Tensor, at: list[int], source: Shared) -> None:
     role, at, taken = Machine.current, list(at), []
     if tensor.box != source.shape or tensor.kind is not source.kind:
         raise Fault(f"{role.name}: shared memory of {source.shape} to a box of {tensor.box}")
-    view = role.view if role.warps == 1 else role.behind_barrier
     what = f"a box at {at} by TMA"
-    reads = role.asynchronous("stores by TMA, reading", what, by_proxy=True, view=view)
-    writes = role.asynchronous("stores by TMA, writing", what, by_proxy=True, view=view)
+    reads = role.asynchronous("stores by TMA, reading", what, by_proxy=True, view=role.behind_barrier)
+    writes = role.asynchronous("stores by TMA, writing", what, by_proxy=True, view=role.behind_barrier)
 
     def take() -> None:
         taken.append(source.read(reads))
@@ -293,6 +290,8 @@ def barrier_of(bar: Shared) -> Any:
     if bar.begin not in bar.program.barriers:
         raise Fault(f"{Machine.current.name}: no mbarrier has been initialised at byte {bar.begin} of program {bar.program.number}")
     barrier = bar.program.barriers[bar.begin]
-    if Machine.current.view.plain[barrier.made_by] < barrier.made_at:
-        raise Fault(f"{Machine.current.name}: the mbarrier at byte {bar.begin} of program {bar.program.number} may not be initialised yet")
+    role = Machine.current
+    hidden = bar.program is not role.program and bar.begin not in bar.program.shown
+    if hidden or role.view.plain[barrier.made_by] < barrier.made_at:
+        raise Fault(f"{role.name}: the mbarrier at byte {bar.begin} of program {bar.program.number} may not be initialised yet")
     return barrier

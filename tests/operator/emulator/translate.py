@@ -77,7 +77,7 @@ class Translation:
 
 def emulate(
     launch: Launch, tensors: Sequence[torch.Tensor], *, programs: int, seed: int = 0, changes: Mapping[str, tuple[str, str]] | None = None
-) -> Machine:
+) -> None:
     """Carry a launch out, by `programs` programs. Raises Fault. `tensors`: the call's ten, on the CPU. `changes`: see Translation."""
     machine = Machine(programs, launch.cluster, seed)
     buffers = {}
@@ -112,7 +112,6 @@ def emulate(
 
     assert programs % launch.cluster == 0 and programs * AGENTS < 2**15
     machine.run(main)
-    return machine
 
 
 def interpret(launches: Sequence[Launch], tensors: Sequence[torch.Tensor], **how: Any) -> None:
