@@ -6,6 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toy_tree as toy
@@ -283,28 +284,28 @@ def test_rounds_where_contenders_do_not_fit_together(tmp_path, monkeypatch):
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("together", [True, False])
-def test_fresh_processes(together, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("together", "workloads"), [(True, ((8, "aaaa"), (9, "bbbb"))), (False, ((8, "aaaa"),))])
+def test_fresh_processes(together, workloads, tmp_path, monkeypatch):
     """Every trial of every workload in processes of its own, warmed up there."""
     log = tmp_path / "calls"
     source = f"import os\ndef run(x):\n    open({str(log)!r}, 'a').write(f'{{os.getpid()}} ')\n    return x * 2\n"
-    tree = toy.make_tree(tmp_path / "tree", {"good": source}, ((8, "aaaa"), (9, "bbbb")))
+    tree = toy.make_tree(tmp_path / "tree", {"good": source}, workloads)
     if not together:
         monkeypatch.setattr(runner.Run, "_capacity", lambda *_: 1)
-    settings = dataclasses.replace(QUICK, warmup_runs=2, iterations=6, num_trials=3, fresh_processes=True)
+    settings = dataclasses.replace(QUICK, warmup_runs=2, iterations=6, num_trials=2, fresh_processes=True)
     outcome = execute(plan_of(tree, settings=settings))
-    assert outcome.complete(named=True)
+    assert outcome.complete(named=True), by_name(outcome)["good"].extra["message"]
     calls = list(collections.Counter(log.read_text().split()).values())
     timed = 2 + 6  # warmed up and timed; each trial's first output is checked ahead of all
-    assert calls == 2 * ([3 + timed, timed, timed] if together else [3, timed, timed, timed])
+    assert calls == len(workloads) * ([2 + timed, timed] if together else [2, timed, timed])
     evaluation = by_name(outcome)["good"]
-    assert evaluation.performance.extra["block_trial"] == [0, 0, 1, 1, 2, 2]
+    assert evaluation.performance.extra["block_trial"] == [0, 0, 1, 1]
     assert evaluation.extra["settings"]["fresh_processes"] is True
 
 
 def test_fresh_processes_have_the_whole_timeout_each(tmp_path):
-    tree = toy.make_tree(tmp_path / "tree", {"slow": "import time\ntime.sleep(1)\n" + toy.GOOD})
-    settings = dataclasses.replace(QUICK, num_trials=4, timeout=3.0, fresh_processes=True)
+    tree = toy.make_tree(tmp_path / "tree", {"slow": "import time\ntime.sleep(2)\n" + toy.GOOD})
+    settings = dataclasses.replace(QUICK, num_trials=3, timeout=5.0, fresh_processes=True)
     assert execute(plan_of(tree, settings=settings)).complete(named=True)
 
 
@@ -313,11 +314,11 @@ def test_fresh_processes_in_keys_and_notes(tmp_path):
     fresh = dataclasses.replace(QUICK, fresh_processes=True)
     assert "fresh_processes" not in QUICK.identity() and fresh.identity() == QUICK.identity() | {"fresh_processes": True}
     tree = toy.make_tree(tmp_path / "tree", {"good": toy.GOOD})
-    for n, (first, second, said) in enumerate([(fresh, QUICK, "True (now False)"), (QUICK, fresh, "False (now True)")]):
-        execute(plan_of(tree, tmp_path / str(n), first))
-        watcher = Watcher()
-        execute(plan_of(tree, tmp_path / str(n), second, resume=True), watcher)
-        assert any(f"the earlier run had fresh_processes {said}" in note for note in watcher.notes), watcher.notes
+    for before, now, said in [(fresh, QUICK, "True (now False)"), (QUICK, fresh, "False (now True)"), (QUICK, QUICK, "")]:
+        run = Run(plan_of(tree, settings=now), Watcher())
+        settings = before.identity() | {"timeout": before.timeout}
+        run._kept = {"key": SimpleNamespace(evaluation=SimpleNamespace(extra={"settings": settings}))}
+        assert run._settings_that_differ() == (said and f"fresh_processes {said}")
 
 
 def test_drift_is_no_difference_of_processes():

@@ -6,7 +6,7 @@ import torch
 
 from blockmoe.geometry import BLOCK, TINY, MoEGeometry
 from blockmoe.operator.api import fused_moe
-from blockmoe.operator.plan import DownTile, GateUpTile, Plan, RouteTile
+from blockmoe.operator.plan import DownTile, GateUpTile, Plan, PrefillTile, RouteTile, StreamTile
 from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_oracle, moe_reference, tensor_core_product
 
@@ -21,6 +21,18 @@ PLANS = {
     "sorted 128": Plan("sorted", RouteTile(4, 16, 4, False), GateUpTile(128, 32, 2, 8), DownTile(128, 32, 2, 4)),
     "wide": Plan("wide", RouteTile(16, 4, 4, False), GateUpTile(128, 128, 2, 8), DownTile(128, 128, 2, 8)),
 }
+
+IN_TWO = RouteTile(16, 4, 4, False)
+PERSISTENT = {  # for the emulator
+    "prefill": Plan("prefill", IN_TWO, PrefillTile(4, 1)),
+    "cluster": Plan("prefill", IN_TWO, PrefillTile(4, 2)),
+    "dense": Plan("stream", RouteTile(16, 16, 16, True), StreamTile(64, 16, 10, dense=True, flight=3)),
+    "stream 128x16": Plan("stream", IN_TWO, StreamTile(64, 16, 5, flight=2)),
+    "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3, groups=2)),
+    "stream 256x64": Plan("stream", IN_TWO, StreamTile(128, 64, 5, flight=4, groups=2)),
+}
+EMULATED_TOKENS = {"prefill": 150, "cluster": 280, "dense": 9, "stream 128x16": 30, "stream 256x32": 60, "stream 256x64": 120}
+SMALL = MoEGeometry(8, 4, 3, 512, 512)
 
 
 def make(g: MoEGeometry, tokens: int, seed: int = 0) -> list[torch.Tensor | None]:
@@ -78,6 +90,3 @@ def check(inputs, g, offset, plan, factor=2.5, **memory) -> torch.Tensor:
     assert relative(out, oracle(inputs, g, offset, factor, plan)) < 2e-3
     assert not out[(reference == 0).all(1)].any()
     return out
-
-
-__all__ = ["GEOMETRIES", "PLANS", "RENORMALIZE", "TINY", "UNGROUPED", "call", "check", "make", "moe_reference", "oracle", "relative"]

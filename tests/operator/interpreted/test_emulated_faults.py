@@ -1,0 +1,106 @@
+"""What the emulator says of kernels in which a wait, a fence or a barrier is missing, or something else is wrong. Apart, so that two cores
+share the work."""
+
+import layer
+import pytest
+from emulator import Fault
+from emulator.language import arange
+from layer import EMULATED_TOKENS as TOKENS
+from layer import PERSISTENT as PLANS
+from layer import SMALL, check
+
+# A plan, a change to a function's source, and what the emulator says of it.
+FAULTS = [
+    ("cluster", "meet", "CLUSTER > 1", "CLUSTER > 2", "no mbarrier has been initialised"),
+    ("cluster", "meet", "wait_until(", "(", "may not be initialised yet"),
+    ("cluster", "meet", 'sem="release"', 'sem="relaxed"', "may not be initialised yet"),
+    ("cluster", "meet", "gl.inline_asm_elementwise(FENCE", "(lambda *_, **__: 0)(FENCE", "may not be initialised yet"),
+    ("cluster", "free", "CLUSTER > 1", "CLUSTER > 2", "deadlock"),
+    ("cluster", "load_weights", "say(MULTICAST)", "pass", "deadlock"),
+    ("cluster", "drain", "mbarrier.wait(empty", "(empty", "not known to be done"),
+    ("prefill", "prefill_kernel", "gdc_wait()", "pass", "behind the kernel before"),
+    ("stream 256x32", "stream_kernel", "gdc_wait()", "pass", "behind the kernel before"),
+    ("prefill", "gathered", "fence_async_shared()", "pass", "without a fence between"),
+    ("prefill", "gather", "async_copy.wait_group(1)", "pass", "not known to be done"),
+    ("prefill", "stored", "cp.async.bulk.wait_group 0; fence.proxy.async;", "/* rcp.approx */", "reading may not have read that yet"),
+    ("prefill", "stored", "gl.inline_asm_elementwise(WAIT", "tma.store_wait(0); (lambda *_, **__: 0)(WAIT", "not known to be done"),
+    ("prefill", "stored", 'sem="release"', 'sem="relaxed"', "not known to be done"),
+    ("prefill", "stored", "barrier()", "pass", "not known to be done"),
+    ("prefill", "gate_up_consumer", "fence_async_shared()", "pass", "without a fence between"),
+    ("prefill", "gate_up_consumer", "barrier()\n            tma", "tma", "not known to be done"),
+    ("prefill", "wait_until_finished", "2 * (INTER // K)", "2 * (INTER // K) - 1", "reads workspace"),
+    ("prefill", "load_scales", "wait_until_finished(finished, tile, INTER, GENERIC)", "pass", "not known to be done"),
+    ("prefill", "load_middle_scales", "mbarrier.wait(second.index(0), 0)", "pass", "load_middle_scales (4): a store writes"),
+    ("prefill", "finished_rows", "x.index(STAGES - 1)", "x.index(STAGES - 2)", "consume (0): a store writes"),
+    ("prefill", "acquire", "full.index(stage), 2 * K * K)", "full.index(stage), K * K)", "shared memory, byte 65536"),
+    ("prefill", "multiply", "((step + k) // STAGES) & 1)", "0)", "not known to be done"),
+    ("prefill", "add_rows", "wait_until(added", "(added", "not known to be done"),
+    ("prefill", "add_rows", "mbarrier.wait(done.index(1), large_tiles & 1)", "pass", "not known to be done"),
+    ("prefill", "down_consumer", "mbarrier.wait(taken", "(taken", "may not have read that yet"),
+    ("prefill", "write_zeros", "fence_async_shared()", "pass", "without a fence between"),
+    ("prefill", "tell", "mbarrier.wait(heard", "(heard", "may not have read that yet"),
+    ("prefill", "put_part", "HIDDEN // 4", "HIDDEN", "is not within"),
+    ("dense", "two_sums", "fence_async_shared()", "pass", "without a fence between"),
+    ("dense", "two_sums", "mbarrier.wait(asked", "(asked", "not known to be done"),
+    ("dense", "one_sum", "mbarrier.wait(full", "(full", "not known to be done"),
+    ("dense", "load_weights", "mbarrier.wait(empty", "(empty", "may not have read that yet"),
+    ("dense", "tiles_finished", "barrier()", "pass", "not known to be done"),
+    ("dense", "tiles_finished", "known <= tile", "known < 0", "not known to be done"),
+    ("stream 256x32", "consumer", "barrier()\n        gl.atomic_add(finished", "gl.atomic_add(finished", "not known to be done"),
+    ("stream 256x32", "consumer", "wait_until(written", "(written", "reads workspace"),
+    ("stream 256x32", "pairs_producer", "wait_until(finished", "(finished", "not known to be done"),
+    ("stream 256x32", "combine", "pair >= 0", "pair >= -1", "is not within"),
+    ("stream 256x32", "load_pairs", "increment_count=False", "increment_count=True", "the phase does not end"),
+    ("stream 256x32", "load_pairs", "async_copy.mbarrier_arrive(full.index(at), increment_count=False)",
+     "mbarrier.arrive(full.index(at), count=32)", "its copies, whose write is not known to be done"),
+]  # fmt: skip
+
+
+def first_fault(inputs, plan, said, emulated) -> None:
+    """In one of a dozen orders at the latest the emulator says that."""
+    found = []
+    while len(found) < 12 and not any(said in text for text in found):
+        emulated["seed"] = len(found)
+        try:
+            layer.call(inputs, SMALL, 2, plan=plan)
+            found.append("none")
+        except Fault as fault:
+            found.append(str(fault))
+    assert said in found[-1], found
+
+
+@pytest.mark.parametrize(("name", "function", "old", "new", "said"), FAULTS)
+def test_a_fault_is_found(name, function, old, new, said, emulated):
+    emulated["changes"] = {function: (old, new)}
+    first_fault(layer.make(SMALL, TOKENS[name]), PLANS[name], said, emulated)
+
+
+def test_a_program_that_ends_too_early_is_found(emulated):
+    """Without a pair all zeros are written at the end."""
+    inputs = layer.make(SMALL, 60)
+    inputs[0][:, 2:6] = -50.0
+    inputs[1].zero_()
+    emulated["changes"] = {"write_zeros": ("tma.store_wait(0)", "pass")}
+    first_fault(inputs, PLANS["prefill"], "ended while this was under way: program", emulated)
+
+
+def test_a_role_that_looks_in_vain_is_found(emulated):
+    emulated["changes"] = {"consumer": ('gl.atomic_add(finished + tile, 1, sem="release")', "pass")}
+    first_fault(layer.make(SMALL, 9), PLANS["dense"], "waits for ever: counters of workspace", emulated)
+
+
+def test_fences_are_missed_where_neither_side_has_one(emulated):
+    """The writer's or the reader's is enough; that of shared memory alone is neither."""
+    inputs = layer.make(SMALL, 150)
+    of_writer = {"stored": ("fence.proxy.async;", "fence.proxy.async.shared::cta;")}
+    of_reader = {"load_down": ("wait_until_finished(finished, tile, INTER, PROXY)", "wait_until_finished(finished, tile, INTER, GENERIC)")}
+    for changes in (of_writer, of_reader):
+        emulated["changes"] = changes
+        check(inputs, SMALL, 2, PLANS["prefill"])
+    emulated["changes"] = of_writer | of_reader
+    first_fault(inputs, PLANS["prefill"], "without a fence between", emulated)
+
+
+def test_an_array_of_integers_that_overflows_is_found():
+    with pytest.raises(Fault, match="add: 2147483648 does not fit into 32 bits"):
+        arange(0, 2) + (2**31 - 1)
