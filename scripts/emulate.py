@@ -20,7 +20,7 @@ import interpreter_casts  # noqa: E402
 import layer  # noqa: E402
 import torch  # noqa: E402
 from emulator import Fault, interpret  # noqa: E402
-from emulator.machine import AGENTS  # noqa: E402
+from emulator.machine import MOST_PROGRAMS  # noqa: E402
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE  # noqa: E402
 from blockmoe.operator import launch  # noqa: E402
@@ -38,8 +38,8 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.tokens < 1 or asked.programs < 1 or asked.orders < 1:
         parser.error("--tokens, --programs, --orders: expected at least 1")
-    if asked.programs * AGENTS >= 2**15:
-        parser.error(f"--programs: expected at most {2**15 // AGENTS}, got {asked.programs}")
+    if asked.programs > MOST_PROGRAMS:
+        parser.error(f"--programs: expected at most {MOST_PROGRAMS}, got {asked.programs}")
     geometry, how = GEOMETRIES[asked.definition], {"programs": asked.programs}
     plan = choose_plan(geometry, asked.tokens)
     if asked.programs % getattr(plan.gate_up, "cluster", 1):

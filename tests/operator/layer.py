@@ -22,6 +22,8 @@ PLANS = {
     "wide": Plan("wide", RouteTile(16, 4, 4, False), GateUpTile(128, 128, 2, 8), DownTile(128, 128, 2, 8)),
 }
 
+SHARED_LIMIT = 232_448  # bytes of shared memory that a program may have on sm_90
+
 IN_TWO = RouteTile(16, 4, 4, False)
 PERSISTENT = {  # for the emulator
     "prefill": Plan("prefill", IN_TWO, PrefillTile(4, 1)),

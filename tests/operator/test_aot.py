@@ -5,11 +5,11 @@ import pytest
 pytest.importorskip("triton")
 
 import aot  # noqa: E402
+from layer import SHARED_LIMIT  # noqa: E402
 
 from blockmoe.geometry import HEADLINE, MoEGeometry  # noqa: E402
 from blockmoe.operator.plan import choose_plan, plans, without_tma  # noqa: E402
 
-SHARED_LIMIT = 232_448  # bytes a program may have on an H100
 RENORMALIZE = MoEGeometry(512, 128, 10, 2048, 512, "renormalize")
 
 

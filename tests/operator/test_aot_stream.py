@@ -10,12 +10,12 @@ import pytest
 pytest.importorskip("triton.experimental.gluon")
 
 import aot  # noqa: E402
+from layer import SHARED_LIMIT  # noqa: E402
 
 from blockmoe.geometry import HEADLINE  # noqa: E402
 from blockmoe.operator import pipeline  # noqa: E402
 from blockmoe.operator.plan import PrefillTile, StreamTile, choose_plan, plans  # noqa: E402
 
-SHARED_LIMIT = 232_448
 CHOSEN = [plan.gate_up for plan in plans(HEADLINE) if plan.path == "stream"]
 # candidates of scripts/gpu_operator.py
 TILES = dict.fromkeys((*CHOSEN, StreamTile(64, 16, 11, dense=True), StreamTile(128, 16, 6, groups=4), StreamTile(128, 64, 3)))

@@ -11,8 +11,9 @@ from blockmoe.bench.stats import MARGIN
 from blockmoe.report.load import Record
 from blockmoe.report.model import Contender, Row
 
-_SETTINGS = ("rtol", "atol", "required_matched_ratio", "warmup_runs", "iterations", "num_trials", "inputs", "seed", "device")
-_SETTINGS += ("fresh_processes",)
+_SETTINGS = (
+    "rtol", "atol", "required_matched_ratio", "warmup_runs", "iterations", "num_trials", "inputs", "seed", "device", "fresh_processes",
+)  # fmt: skip
 _REASONS = {  # bits of NVML's mask that hold clocks back; idle (1) and chosen application clocks (2) don't count
     0x4: "software power cap",
     0x8: "hardware slowdown",

@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 from greenlet import greenlet
+from layer import SHARED_LIMIT
 
 from emulator.memory import Access, Account, Fault, View
 
-SHARED_BYTES = 232448  # what a program may have
 AGENTS = 200  # of a program: its roles, what these do asynchronously in order, and its TMA loads
+MOST_PROGRAMS = (2**15 - 1) // AGENTS  # accounts name agents by 16 bits
 SPEEDS = (1.0, 1.0, 0.3, 0.01)
 LONGEST_SPIN = 2_000  # looks at memory while nothing else happened
 
@@ -139,8 +140,8 @@ class Program:
 
     def __init__(self, machine: Machine, number: int) -> None:
         self.machine, self.number = machine, number
-        self.shared = np.frombuffer(bytearray(machine.draw.randbytes(SHARED_BYTES)), np.uint8)
-        self.account = Account(SHARED_BYTES, f"program {number}'s shared memory", machine.names, shared=True)
+        self.shared = np.frombuffer(bytearray(machine.draw.randbytes(SHARED_LIMIT)), np.uint8)
+        self.account = Account(SHARED_LIMIT, f"program {number}'s shared memory", machine.names, shared=True)
         self.allocated = 0
         self.barriers: dict[int, Barrier] = {}
         self.shown: set[int] = set()  # of them, to the cluster's other programs
@@ -161,8 +162,8 @@ class Program:
     def allocate(self, size: int) -> int:
         begin = -(-self.allocated // 1024) * 1024 if size >= 1024 else -(-self.allocated // 16) * 16
         self.allocated = begin + size
-        if self.allocated > SHARED_BYTES:
-            raise Fault(f"shared memory: {self.allocated} bytes asked for, {SHARED_BYTES} are there")
+        if self.allocated > SHARED_LIMIT:
+            raise Fault(f"shared memory: {self.allocated} bytes asked for, {SHARED_LIMIT} are there")
         return begin
 
     def end(self) -> None:

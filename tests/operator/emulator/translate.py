@@ -18,7 +18,7 @@ from blockmoe.operator import persistent
 from blockmoe.operator.launch import HIDDEN, HIDDEN_SCALE, OUT, WORKSPACE, Launch
 from blockmoe.operator.launch import interpret as in_triton
 from emulator import language, shared
-from emulator.machine import AGENTS, Machine, Program
+from emulator.machine import MOST_PROGRAMS, Machine, Program
 from emulator.memory import Account, Buffer, Fault, Pointer, kind_of
 
 NAMES = ("logits", "bias", "hidden", "hidden_scale", "w1", "w1_scale", "w2", "w2_scale", "out", "workspace")
@@ -110,7 +110,7 @@ def emulate(
         kernel(*arguments)
         program.end()
 
-    assert programs % launch.cluster == 0 and programs * AGENTS < 2**15
+    assert programs % launch.cluster == 0 and programs <= MOST_PROGRAMS
     machine.run(main)
 
 
