@@ -33,7 +33,6 @@ from blockmoe.reference import moe_reference
 from blockmoe.reference import route as reference_route
 
 DEVICE = "cuda"
-FLUSH_BYTES = 2 * 50 * 1024 * 1024
 REPEATS = 15
 journal = Journal("gpu_operator")
 say, attempt, START = journal.say, journal.attempt, journal.start
@@ -121,7 +120,7 @@ def read_kernel(data, sink, size, BLOCK_SIZE: tl.constexpr):
 
 class Timer:
     def __init__(self) -> None:
-        self.flush_buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device=DEVICE)
+        self.flush_buffer = torch.zeros(2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size // 4, dtype=torch.int32, device=DEVICE)
         self.sink = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         self.release_l2 = release_kept_lines()
 

@@ -28,7 +28,6 @@ PEERS = (
     "sglang_fp8_blockwise_moe_v2", "sglang_fp8_blockwise_moe_v1", "deepgemm_moe",
 )  # fmt: skip
 BUILT = OUT / "gpu_peers.built"  # there once DeepGEMM's kernels are
-FLUSH_BYTES = 2 * 50 * 1024 * 1024
 REPEATS = 12
 
 
@@ -41,7 +40,7 @@ class Timer:
 
         from blockmoe.bench.timing import release_kept_lines
 
-        self.buffer = torch.zeros(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        self.buffer = torch.zeros(2 * torch.cuda.get_device_properties("cuda").L2_cache_size // 4, dtype=torch.int32, device="cuda")
         self.sink = torch.zeros((), dtype=torch.int32, device="cuda")
         self.release_l2 = release_kept_lines()
 
