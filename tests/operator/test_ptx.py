@@ -24,7 +24,17 @@ def test_a_load_for_both():
 def test_an_arrival_in_both():
     got = ptx.heard(SAY.format("both") + ARRIVE)
     assert ARRIVE.strip() in got
-    assert "@%p160 mapa.shared::cluster.u32 there, %r2125, other; @%p160 mbarrier.arrive.shared::cluster.b64 _, [there];" in got
+    assert "mapa.shared::cluster.u32 there, %r2125, other; @%p160 mbarrier.arrive.shared::cluster.b64 _, [there];" in got
+
+
+WAIT = "\twaitLoop:\n\tmbarrier.try_wait.parity.shared.b64 complete, [%r2299], %r2300;\n"
+PRODUCT = "\twgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%r1}, %rd1, %rd2, 0, 1, 1;\n"
+
+
+@pytest.mark.parametrize("operation", [WAIT, PRODUCT])
+def test_warps_apart(operation):
+    text = SAY.format("apart") + "$L__tmp16:\n\tbar.sync \t2, 128;\n" + operation + "\tbar.sync \t2, 128;\n"
+    assert ptx.heard(text) == text.replace("\tbar.sync \t2, 128;\n", "", 1)
 
 
 def test_nothing_said():
@@ -41,6 +51,8 @@ def test_nothing_said():
         (SAY.format("both") + "$L__BB0_7:\n" + ARRIVE, "both stands before '$L__BB0_7:'"),
         (SAY.format("both") * 2 + ARRIVE, "both stands before both"),
         (SAY.format("both"), "both stands before nothing"),
+        (SAY.format("apart") + WAIT, "apart stands before 'mbarrier.try_wait"),
+        (SAY.format("apart") + PRODUCT, "apart stands before 'wgmma.mma_async"),
     ],
 )
 def test_refused(text, message):

@@ -24,7 +24,8 @@ class Lists:
 
 def in_python(function, monkeypatch, rank: int = 0):
     """A jit function's body, run as Python on integers."""
-    monkeypatch.setitem(function.fn.__globals__, "gl", SimpleNamespace(load=lambda at: at, program_id=lambda axis: rank))
+    known = dict(load=lambda at: at, program_id=lambda axis: rank, where=lambda so, a, b: a if so else b, to_tensor=lambda value: value)
+    monkeypatch.setitem(function.fn.__globals__, "gl", SimpleNamespace(**known))
     return function.fn
 
 
@@ -82,17 +83,19 @@ class Drawing:
     def wait_until(self, at, least, pause, how):
         return next(value for value in self.mail[at] if value >= least)  # in time, nothing that was there before will do
 
-    def run(self, monkeypatch, rank: int, tiles: int, hidden: int, inter: int, cluster: int) -> list[int]:
+    def run(self, monkeypatch, rank: int, tiles: int, hidden: int, inter: int, cluster: int) -> list[tuple[int, int]]:
+        """Kinds and numbers of the units told."""
         language = SimpleNamespace(
-            load=lambda at: at, program_id=lambda axis: rank, to_tensor=int, where=lambda a, b, c: b if a else c,
-            atomic_add=self.atomic_add, atomic_xchg=self.atomic_xchg,
+            load=lambda at, mask=True, other=0: at if mask else other, program_id=lambda axis: rank, to_tensor=int,
+            where=lambda a, b, c: b if a else c, atomic_add=self.atomic_add, atomic_xchg=self.atomic_xchg,
         )  # fmt: skip
         begun = SimpleNamespace(index=lambda i: None)
-        told = dict(wait_until=self.wait_until, tell=lambda queue, told, heard, n, unit: self.told[rank].append(unit))
+        told = dict(wait_until=self.wait_until, tell=lambda queue, told, heard, n, words: self.told[rank].append(words[:2]))
+        told["unit_at"] = lambda unit, groups, columns, cluster: (unit, 0, 0)
         barriers = dict(mbarrier=SimpleNamespace(wait=lambda barrier, parity: None))
         for name, value in dict(gl=language, **told, **barriers, **NUMBERS).items():
             monkeypatch.setitem(units.draw.fn.__globals__, name, value)
-        units.draw.fn(0, 0, None, None, None, begun, tiles, hidden, inter, cluster)
+        units.draw.fn(0, 0, None, None, None, begun, tiles, 0, 0, 0, 0, hidden, inter, cluster)
         return self.told[rank]
 
 
@@ -104,9 +107,9 @@ def test_prefill_draws(cluster, seed, others, monkeypatch):
     tiles, down, end = seed, NUMBERS["DOWN"], NUMBERS["END"]
     drawing = Drawing(seed, others)
     first, *more = [drawing.run(monkeypatch, rank, tiles, 1024, 512, cluster) for rank in range(cluster)]
-    every = [*range(tiles * 4 // cluster), *range(down, down + tiles * 4 // cluster), end]
+    every = [(kind, unit) for kind in (0, down) for unit in range(tiles * 4 // cluster)] + [(end, 0)]
     assert all(told == first for told in more)
-    assert first == sorted(set(first)) and first[-1] == end and set(first) <= set(every)
+    assert first == sorted(set(first)) and first[-1][0] == end and set(first) <= set(every)
     assert others or first == every
 
 
@@ -122,7 +125,7 @@ def test_prefill_zeros(seed, hidden, monkeypatch):
 
     def hear(queue, told, _, n, warps):
         heard.append(told[n])
-        return told[n]
+        return told[n], 0
 
     def store(out, at, buffer):
         stored.update(range(at[0], at[0] + buffer.shape[0]))
@@ -131,13 +134,13 @@ def test_prefill_zeros(seed, hidden, monkeypatch):
         load=lambda at: pairs[at] if isinstance(at, int) else at.value, to_tensor=int, where=lambda a, b, c: b if a else c, maximum=max,
         minimum=min, static_range=range, zeros=lambda *_: None, BlockedLayout=lambda *_: None, bfloat16=None, constexpr=None,
     )  # fmt: skip
-    calls = dict(hear=hear, barrier=lambda: None, fence_async_shared=lambda: None, gl=language)
+    calls = dict(hear_unit=hear, barrier=lambda: None, fence_async_shared=lambda: None, gl=language)
     copies = SimpleNamespace(async_copy_shared_to_global=store, store_wait=lambda pending: stored.update(waited=1))
     for name, value in dict(calls, tma=copies, **{name: NUMBERS[name] for name in ("K", "END")}, COLUMNS=256).items():
         monkeypatch.setitem(zeros.write_zeros.fn.__globals__, name, value)
     for program in range(programs):
         language.program_id, language.num_programs = (lambda axis, at=program: at), (lambda axis: programs)
-        told, heard[:] = [*range(draw.randint(0, 9)), NUMBERS["END"]], []
+        told, heard[:] = [*(draw.randint(0, NUMBERS["DOWN"]) for _ in range(draw.randint(0, 9))), NUMBERS["END"]], []
         zeros.write_zeros.fn(None, page, 0, None, told, None, SimpleNamespace(value=tiles), tokens, hidden, 512)
         assert heard == told
     assert stored.pop("waited") == programs

@@ -10,12 +10,13 @@ QUEUE = gl.constexpr(2)  # units told and not yet heard by all
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name in Triton 3.8
 
 
-MULTICAST, BOTH = (gl.constexpr(f"mov.b32 $0, $1; /* blockmoe: {word} */") for word in ("multicast", "both"))
+MULTICAST, BOTH, APART = (gl.constexpr(f"mov.b32 $0, $1; /* blockmoe: {word} */") for word in ("multicast", "both", "apart"))
 
 
 @gluon.jit
 def say(WORD: gl.constexpr):
-    """A word for `blockmoe.operator.ptx` about the next TMA load (MULTICAST) or arrival (BOTH): for both programs of a cluster of two."""
+    """A word for `blockmoe.operator.ptx`, which clustered kernels go through: the next TMA load (MULTICAST) or arrival (BOTH) is for both
+    programs of a cluster of two; before the next wait for a barrier or product the role's warps don't wait for each other (APART)."""
     gl.inline_asm_elementwise(WORD, "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -74,10 +75,10 @@ def let_go(data, size, number, numbers, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def unit_queue(READERS: gl.constexpr):
-    """How one role tells the program's others, READERS of them, which unit comes next: numbers and two barriers a slot."""
+def unit_queue(READERS: gl.constexpr, WORDS: gl.constexpr = 1):
+    """How one role tells the program's others, READERS of them, which unit comes next: WORDS numbers and two barriers a slot."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    queue = gl.allocate_shared_memory(gl.int32, [QUEUE, 32], LAYOUT)
+    queue = gl.allocate_shared_memory(gl.int32, [QUEUE * WORDS, 1], LAYOUT)
     told = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
     heard = gl.allocate_shared_memory(gl.int64, [QUEUE, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(QUEUE):
@@ -87,20 +88,23 @@ def unit_queue(READERS: gl.constexpr):
 
 
 @gluon.jit
-def tell(queue, told, heard, n, unit):
-    """The nth unit of this program, once its slot has been heard by all; for a role of one warp."""
+def tell(queue, told, heard, n, words):
+    """The nth unit of this program, a tuple of numbers, once its slot has been heard by all; for a role of one warp."""
     slot = n % QUEUE
     mbarrier.wait(heard.index(slot), ((n // QUEUE) & 1) ^ 1)
-    queue.index(slot).store(gl.full([32], unit, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+    for i in gl.static_range(len(words)):
+        queue.index(slot * len(words) + i).store(gl.full([1], words[i], gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
     mbarrier.arrive(told.index(slot), count=1)
 
 
 @gluon.jit
-def hear(queue, told, heard, n, WARPS: gl.constexpr):
-    """The nth unit told, for a role of WARPS warps."""
+def hear(queue, told, heard, n, WARPS: gl.constexpr, WORDS: gl.constexpr = 1):
+    """The nth unit told, for a role of WARPS warps: a number, or a tuple of WORDS."""
     slot = n % QUEUE
     mbarrier.wait(told.index(slot), (n // QUEUE) & 1)
-    unit = gl.max(queue.index(slot).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+    words = ()
+    for i in gl.static_range(WORDS):
+        words = words + (gl.max(queue.index(slot * WORDS + i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0),)
     barrier()
     mbarrier.arrive(heard.index(slot), count=1)
-    return unit
+    return words[0] if WORDS == 1 else words

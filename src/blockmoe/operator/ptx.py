@@ -1,8 +1,9 @@
-"""What Gluon cannot say, put into the PTX that it compiles to: TMA loads for both programs of a cluster of two, arrivals in both.
+"""What Gluon cannot say, put into the PTX that it compiles to: TMA loads for both programs of a cluster of two, arrivals in both, and
+warps that do not wait for each other.
 
 A kernel says a word before the operation (`persistent.say`): a comment in its PTX. The next TMA load, or arrival at a barrier, is then
-rewritten here, and the result assembled anew. Everything else stays Triton's. The instructions are those of the PTX ISA, 8.7:
-cp.async.bulk.tensor, mapa, mbarrier.arrive.
+rewritten here, or the `bar.sync` left out that Triton sets before the next wait or product; and the result is assembled anew. Everything
+else stays Triton's. The instructions are those of the PTX ISA, 8.7: cp.async.bulk.tensor, mapa, mbarrier.arrive, bar.sync.
 """
 
 from __future__ import annotations
@@ -14,9 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-_WORD = re.compile(r"/\* blockmoe: (multicast|both) \*/")
+_WORD = re.compile(r"/\* blockmoe: (multicast|both|apart) \*/")
 _LOAD = re.compile(r"(@%p\d+ cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global)(?:\.tile)?(\.mbarrier::complete_tx::bytes) ([^;]+);")
 _ARRIVE = re.compile(r"@(%p\d+) mbarrier\.arrive\.(?:release\.cta\.)?shared::cta\.b64 _, \[([^\]]+)\](?:, 1)?;")
+_SYNC = re.compile(r"\s*bar\.sync\s+\d+, \d+;")
+_APART = re.compile(r"mbarrier\.try_wait|wgmma\.mma_async")
 _ELSEWHERE = re.compile(r"\s*(\$L__BB|ret\b|(@!?%p\d+\s+)?bra\b)")  # a branch, or where one leads
 
 
@@ -39,7 +42,12 @@ def heard(ptx: str) -> str:
             if word:
                 raise Unexpected(f"{word} stands before {found[1]}")
             word = found[1]
-        elif word and ("cp.async.bulk.tensor" in line or ("mbarrier.arrive" in line and "expect_tx" not in line)):
+        elif word == "apart" and _SYNC.match(line):
+            word = None
+            continue
+        elif word == "apart" and _APART.search(line):
+            raise Unexpected(f"{word} stands before {line.strip()!r}")
+        elif word in ("multicast", "both") and ("cp.async.bulk.tensor" in line or ("mbarrier.arrive" in line and "expect_tx" not in line)):
             line, word = _rewritten(line, word), None
         elif word and _ELSEWHERE.match(line):
             raise Unexpected(f"{word} stands before {line.strip()!r}")
@@ -60,7 +68,7 @@ def _rewritten(line: str, word: str) -> str:
         predicate, address = found.groups()
         new = (
             f"{found[0]} {{ .reg .b32 other, there; mov.u32 other, %cluster_ctarank; xor.b32 other, other, 1; "
-            f"@{predicate} mapa.shared::cluster.u32 there, {address}, other; "
+            f"mapa.shared::cluster.u32 there, {address}, other; "
             f"@{predicate} mbarrier.arrive.shared::cluster.b64 _, [there]; }}"
         )
     return line[: found.start()] + new + line[found.end() :]

@@ -162,8 +162,21 @@ def put(asm: str, at: Pointer, words: Any, how: Any) -> Any:
 
 
 def say(asm: str, value: Any) -> Any:
-    Machine.current.said = re.search(r"blockmoe: (\w+)", asm).group(1)
+    word = re.search(r"blockmoe: (\w+)", asm).group(1)
+    if word != "apart":  # a role has no warps here
+        Machine.current.said = word
     return value
+
+
+def named_barrier(asm: str, here: Any) -> Any:
+    """`bar.sync` of one role and `bar.arrive` of another: prefill.turns."""
+    role = Machine.current
+    action, number = re.search(r"bar\.(sync|arrive) (\d+), 256", asm).groups()
+    if here and action == "sync":
+        role.take(int(number))
+    elif here:
+        role.give(int(number))
+    return here
 
 
 def heed(word: str) -> bool:
@@ -218,6 +231,7 @@ def arrive_behind_copies(bar: Any, increment_count: bool = True) -> None:
 
 ASSEMBLY = {
     r"blockmoe: \w+": say,
+    r"bar\.(sync|arrive)": named_barrier,
     r"ld\.acquire\.gpu.*nanosleep": wait_for_counter,
     r"ld\.acquire\.gpu": look,
     r"ld\.global\.ca": lambda asm, at: result(np.zeros(at.places(None, ALIGNMENT)[0].shape, np.int32)),  # whole lines are ours

@@ -113,6 +113,17 @@ class Role:
         self.view.learn(self.acquired)
         self.behind_barrier = self.publish()
 
+    def give(self, number: int) -> None:
+        """Arrive at a named barrier at which one other role waits, or will."""
+        if number in self.program.given:
+            raise Fault(f"{self.name} arrives at barrier {number}, where somebody has arrived and nobody waited since")
+        self.program.given[number] = self.publish()
+        self.pause()
+
+    def take(self, number: int) -> None:
+        self.wait(lambda: number in self.program.given, f"an arrival at barrier {number}")
+        self.view.learn(self.program.given.pop(number))
+
     def wait(self, ready: Callable[[], bool], why: str) -> None:
         """Others run until `ready`, and perhaps a while longer."""
         if ready() and self.program.machine.draw.random() < 0.5:
@@ -145,6 +156,7 @@ class Program:
         self.allocated = 0
         self.barriers: dict[int, Barrier] = {}
         self.shown: set[int] = set()  # of them, to the cluster's other programs
+        self.given: dict[int, View] = {}  # arrivals at named barriers, whose waits are still to come
         self.ended = False
         self.under_way: list[Operation] = []  # which still have to do with its shared memory
         self.loaders: list[int] = []  # agents of TMA loads
@@ -168,6 +180,8 @@ class Program:
 
     def end(self) -> None:
         self.ended = True
+        if self.given:
+            raise Fault(f"program {self.number} ended while arrivals at barriers {sorted(self.given)} were not waited for")
         if self.under_way:
             raise Fault(f"program {self.number} ended while this was under way: {self.under_way[0].what}")
 

@@ -12,9 +12,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from blockmoe.operator.persistent import GENERIC, barrier, hear, wait_until
+from blockmoe.operator.persistent import GENERIC, barrier, wait_until
 from blockmoe.operator.prefill.parts import ROWS, multiply, skip
-from blockmoe.operator.prefill.units import DOWN, END, K, unit_at
+from blockmoe.operator.prefill.units import END, K, hear_unit
 
 
 @gluon.jit
@@ -59,9 +59,8 @@ def put_part(PART: gl.constexpr, targets, out, left, right, c, HIDDEN: gl.conste
 
 @gluon.jit
 def add_rows(
-    out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, tile_group,
-    tile_begin, tile_end,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, CLUSTER: gl.constexpr,
+    out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added,
+    HIDDEN: gl.constexpr,
 ):  # fmt: skip
     """Four warps, from the nth unit on. All that is known beforehand is read before the wait: another tile with the same tokens may wait
     for this one."""
@@ -75,10 +74,8 @@ def add_rows(
     right_1 = rows_3._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
     tiles = gl.to_tensor(0)
     large_tiles = gl.to_tensor(0)
-    while unit < END:
-        tile, c, _ = unit_at(unit - DOWN, tile_group, COLUMNS, CLUSTER)
-        begin = gl.load(tile_begin + tile)
-        end = gl.load(tile_end + tile)
+    while unit[0] < END:
+        _, tile, c, _, begin, end, _ = unit
         row = begin + gl.arange(0, 2 * ROWS, layout=ONE_EACH)
         earlier = gl.load(before + row, mask=row < end, other=-1)
         targets_0 = read_targets(0, pair_token, before, begin, end, LAYOUT)
@@ -102,13 +99,13 @@ def add_rows(
         tiles += 1
         gl.atomic_xchg(added + (tile * COLUMNS + c), 1, sem="release")
         n += 1
-        unit = hear(queue, told, heard, n, 4)
+        unit = hear_unit(queue, told, heard, n, 4)
 
 
 @gluon.jit
 def down_consumer(
     GROUP: gl.constexpr, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full, empty, done, taken, queue, told, heard, n, unit,
-    w_scale, tile_expert, tile_group, tile_begin, tile_end,
+    w_scale,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps, from the nth unit on: pairs GROUP * 64 ... of each tile, as bfloat16 [64, 128] into `left_rows` and `right_rows`, for
@@ -117,14 +114,15 @@ def down_consumer(
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
     step = gl.to_tensor(0)
     tiles = gl.to_tensor(0)  # that this consumer had a part in
-    while unit < END:
-        tile, column, _ = unit_at(unit - DOWN, tile_group, COLUMNS, CLUSTER)
-        begin = gl.load(tile_begin + tile) + GROUP * ROWS
-        if begin < gl.load(tile_end + tile):
-            scale = w_scale + (gl.load(tile_expert + tile) * (2 * COLUMNS) + 2 * column) * BLOCKS
+    while unit[0] < END:
+        _, tile, column, _, first, end, expert = unit
+        begin = first + GROUP * ROWS
+        if begin < end:
+            scale = w_scale + (expert * (2 * COLUMNS) + 2 * column) * BLOCKS
             left, right, step = multiply(
-                GROUP, x_buffers, w_buffers, s_buffers, full, empty, step, scale, scale + BLOCKS, BLOCKS, STAGES, CLUSTER
-            )
+                GROUP, x_buffers, w_buffers, s_buffers, full, empty, step, scale, scale + BLOCKS,
+                gl.where(first + ROWS < end, 1, 0), BLOCKS, STAGES, CLUSTER,
+            )  # fmt: skip
             mbarrier.wait(taken.index(GROUP), (tiles & 1) ^ 1)
             left_rows.store(left.to(gl.bfloat16))
             right_rows.store(right.to(gl.bfloat16))
@@ -134,4 +132,4 @@ def down_consumer(
         else:
             step = skip(full, empty, step, BLOCKS, STAGES, CLUSTER)
         n += 1
-        unit = hear(queue, told, heard, n, 4)
+        unit = hear_unit(queue, told, heard, n, 4)

@@ -10,15 +10,14 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
-from blockmoe.operator.persistent import barrier, hear
+from blockmoe.operator.persistent import barrier
 from blockmoe.operator.prefill.parts import PAIRS, ROWS, SUMS, multiply, skip
-from blockmoe.operator.prefill.units import DOWN, K, unit_at
+from blockmoe.operator.prefill.units import DOWN, K, hear_unit
 
 
 @gluon.jit
 def gather(
-    x, x_scale, x_buffers, s_buffers, full, empty, queue, told, heard, pair_token, tile_group, tile_begin, tile_end, tokens,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+    x, x_scale, x_buffers, s_buffers, full, empty, queue, told, heard, pair_token, tokens, HIDDEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 128 bytes of each pair's row, and its scale, a stage. Returns the number of the next unit, and that.
 
@@ -32,11 +31,9 @@ def gather(
     k = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, X)), 0)
     step = gl.to_tensor(0)
     n = gl.to_tensor(0)
-    unit = hear(queue, told, heard, n, 4)
-    while unit < DOWN:
-        tile, _, _ = unit_at(unit, tile_group, INTER // K, CLUSTER)
-        begin = gl.load(tile_begin + tile)
-        end = gl.load(tile_end + tile)
+    unit = hear_unit(queue, told, heard, n, 4)
+    while unit[0] < DOWN:
+        _, _, _, _, begin, end, _ = unit
         row = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, X))
         there_0 = row < end
         there_1 = row + ROWS < end
@@ -62,7 +59,7 @@ def gather(
         async_copy.wait_group(0)
         gathered(full, step - 1, STAGES)
         n += 1
-        unit = hear(queue, told, heard, n, 4)
+        unit = hear_unit(queue, told, heard, n, 4)
     return n, unit
 
 
@@ -90,7 +87,7 @@ def stored(finished, pending):
 @gluon.jit
 def gate_up_consumer(
     GROUP: gl.constexpr, middle, out_buffers, x_buffers, w_buffers, s_buffers, full, empty, queue, told, heard, w_scale, pair_weight,
-    middle_scale, finished, tile_expert, tile_group, tile_begin, tile_end, pitch,
+    middle_scale, finished, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: pairs GROUP * 64 ... of each tile. Returns the number of the next unit, and that."""
@@ -99,16 +96,15 @@ def gate_up_consumer(
     step = gl.to_tensor(0)
     pending = gl.to_tensor(-1)
     n = gl.to_tensor(0)
-    unit = hear(queue, told, heard, n, 4)
-    while unit < DOWN:
-        tile, column, _ = unit_at(unit, tile_group, COLUMNS, CLUSTER)
-        begin = gl.load(tile_begin + tile) + GROUP * ROWS
-        end = gl.load(tile_end + tile)
+    unit = hear_unit(queue, told, heard, n, 4)
+    while unit[0] < DOWN:
+        _, tile, column, _, first, end, expert = unit
+        begin = first + GROUP * ROWS
         if begin < end:
-            up_scale = w_scale + (gl.load(tile_expert + tile) * (2 * COLUMNS) + column) * BLOCKS
+            up_scale = w_scale + (expert * (2 * COLUMNS) + column) * BLOCKS
             up, gate, step = multiply(
                 GROUP, x_buffers, w_buffers, s_buffers, full, empty, step, up_scale, up_scale + COLUMNS * BLOCKS,
-                BLOCKS, STAGES, CLUSTER,
+                gl.where(first + ROWS < end, 1, 0), BLOCKS, STAGES, CLUSTER,
             )  # fmt: skip
             row = begin + gl.arange(0, ROWS, layout=gl.SliceLayout(1, SUMS))
             weight = gl.load(pair_weight + row, mask=row < end, other=0.0)
@@ -127,6 +123,6 @@ def gate_up_consumer(
             step = skip(full, empty, step, BLOCKS, STAGES, CLUSTER)
             gl.atomic_add(finished + tile, 1, sem="relaxed")
         n += 1
-        unit = hear(queue, told, heard, n, 4)
+        unit = hear_unit(queue, told, heard, n, 4)
     stored(finished, pending)
     return n, unit

@@ -10,7 +10,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Launch, Slot, descriptor
-from blockmoe.operator.persistent import hear, unit_queue
+from blockmoe.operator.persistent import unit_queue
 from blockmoe.operator.prefill.down import add_rows, down_consumer
 from blockmoe.operator.prefill.gate_up import gate_up_consumer, gather
 from blockmoe.operator.prefill.parts import (
@@ -24,7 +24,8 @@ from blockmoe.operator.prefill.parts import (
     stage_barriers,
     stage_buffers,
 )
-from blockmoe.operator.prefill.units import DOWN, K, draw
+from blockmoe.operator.prefill.turns import begin_turns, end_turns
+from blockmoe.operator.prefill.units import DOWN, WORDS, K, draw, hear_unit
 from blockmoe.operator.prefill.zeros import COLUMNS, PAGE, page_runs, write_zeros
 from blockmoe.operator.workspace import Round
 
@@ -48,74 +49,67 @@ def finished_rows(x_buffers, w_buffers, codes, STAGES: gl.constexpr):
 @gluon.jit
 def consume(
     GROUP: gl.constexpr, middle, codes, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2,
-    done, taken, queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, tile_expert, tile_group,
-    tile_begin, tile_end, pitch,
+    done, taken, queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 pairs of each tile."""
+    begin_turns(GROUP)
     n, unit = gate_up_consumer(
         GROUP, middle, codes, x_buffers, w_buffers, s_buffers, full_1, empty_1, queue, told, heard, w1_scale, pair_weight, middle_scale,
-        finished, tile_expert, tile_group, tile_begin, tile_end, pitch, HIDDEN, INTER, STAGES, CLUSTER,
+        finished, pitch, HIDDEN, INTER, STAGES, CLUSTER,
     )  # fmt: skip
     down_consumer(
         GROUP, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_2, empty_2, done, taken, queue, told, heard, n, unit,
-        w2_scale, tile_expert, tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES - 1, CLUSTER,
+        w2_scale, HIDDEN, INTER, STAGES - 1, CLUSTER,
     )  # fmt: skip
+    end_turns(GROUP)
 
 
 @gluon.jit
 def carry(
     x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, queue, told, heard,
-    pair_token, before, added, tile_group, tile_begin, tile_end, tokens,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+    pair_token, before, added, tokens, HIDDEN: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: hidden states to the stages of GEMM1, then finished rows of GEMM2 to the output."""
     n, unit = gather(
-        x, x_scale, x_buffers, s_buffers, full_1, empty_1, queue, told, heard, pair_token, tile_group, tile_begin, tile_end,
-        tokens, HIDDEN, INTER, STAGES, CLUSTER,
-    )  # fmt: skip
+        x, x_scale, x_buffers, s_buffers, full_1, empty_1, queue, told, heard, pair_token, tokens, HIDDEN, STAGES
+    )
     add_rows(
-        out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, tile_group,
-        tile_begin, tile_end, HIDDEN, INTER, CLUSTER,
-    )  # fmt: skip
+        out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, HIDDEN
+    )
 
 
 @gluon.jit
 def load(
     w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, queue, told, heard, begun, finished,
-    tile_expert, tile_group, tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: what TMA loads. `second`: the buffers are GEMM2's."""
     step, n, unit = load_gate_up(
-        w1, w_buffers, full_1, empty_1, queue, told, heard, begun, tile_expert, tile_group, HIDDEN, INTER, STAGES, CLUSTER
+        w1, w_buffers, full_1, empty_1, queue, told, heard, begun, HIDDEN, INTER, STAGES, CLUSTER
     )
     drain(empty_1, step, STAGES)
     mbarrier.arrive(second.index(0), count=1)
     boxes = x_buffers._reinterpret(gl.float8e4nv, [2 * CLUSTER * STAGES, ROWS // CLUSTER, K], CODES)
     step = load_down(
-        middle, w2, boxes, w_buffers, full_2, empty_2, queue, told, heard, begun, n, unit, finished, tile_expert,
-        tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES - 1, CLUSTER,
+        middle, w2, boxes, w_buffers, full_2, empty_2, queue, told, heard, begun, n, unit, finished,
+        HIDDEN, INTER, STAGES - 1, CLUSTER,
     )  # fmt: skip
     drain(empty_2, step, STAGES - 1)
 
 
 @gluon.jit
 def load_middle_scales(
-    middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, finished, tile_group, tile_begin, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+    middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, finished, pitch, INTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp, for GEMM2: of GEMM1's units it only hears."""
     n = gl.to_tensor(0)
-    unit = hear(queue, told, heard, n, 1)
-    while unit < DOWN:
+    unit = hear_unit(queue, told, heard, n, 1)
+    while unit[0] < DOWN:
         n += 1
-        unit = hear(queue, told, heard, n, 1)
+        unit = hear_unit(queue, told, heard, n, 1)
     mbarrier.wait(second.index(0), 0)
-    load_scales(
-        middle_scale, s_buffers, full_2, empty_2, queue, told, heard, n, unit, finished, tile_group, tile_begin, pitch,
-        HIDDEN, INTER, STAGES - 1, CLUSTER,
-    )  # fmt: skip
+    load_scales(middle_scale, s_buffers, full_2, empty_2, queue, told, heard, n, unit, finished, pitch, INTER, STAGES - 1)
 
 
 @gluon.jit(do_not_specialize=["tokens", "pitch"])
@@ -145,7 +139,7 @@ def prefill_kernel(
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     second = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     begun = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    queue, told, heard = unit_queue(6)
+    queue, told, heard = unit_queue(6, WORDS)
     page = gl.allocate_shared_memory(gl.bfloat16, runs.block_type.shape, PAGE)
     mbarrier.init(second.index(0), count=1)
     mbarrier.init(begun.index(0), count=1)
@@ -159,27 +153,26 @@ def prefill_kernel(
         [
             (consume, (
                 0, middle, codes, rows_0, rows_1, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2, done, taken,
-                queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, tile_expert, tile_group,
-                tile_begin, tile_end, pitch, HIDDEN, INTER, STAGES, CLUSTER,
+                queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, pitch, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (consume, (
                 1, middle, codes, rows_2, rows_3, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2, done, taken,
-                queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, tile_expert, tile_group,
-                tile_begin, tile_end, pitch, HIDDEN, INTER, STAGES, CLUSTER,
+                queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, pitch, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (carry, (
                 x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, queue, told, heard,
-                pair_token, before, added, tile_group, tile_begin, tile_end, tokens, HIDDEN, INTER, STAGES, CLUSTER,
+                pair_token, before, added, tokens, HIDDEN, STAGES,
             )),
             (load, (
                 w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, queue, told, heard, begun, finished,
-                tile_expert, tile_group, tile_begin, tile_end, HIDDEN, INTER, STAGES, CLUSTER,
-            )),
-            (load_middle_scales, (
-                middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, finished, tile_group, tile_begin, pitch,
                 HIDDEN, INTER, STAGES, CLUSTER,
             )),
-            (draw, (ticket, mail, queue, told, heard, begun, tile_count, HIDDEN, INTER, CLUSTER)),
+            (load_middle_scales, (
+                middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, finished, pitch, INTER, STAGES,
+            )),
+            (draw, (
+                ticket, mail, queue, told, heard, begun, tile_count, tile_expert, tile_group, tile_begin, tile_end, HIDDEN, INTER, CLUSTER,
+            )),
             (write_zeros, (runs, page, token_pairs, queue, told, heard, tile_count, tokens, HIDDEN, INTER)),
         ],
         [4, 4, 1, 1, 1, 1],

@@ -22,8 +22,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from blockmoe.operator.persistent import BOTH, GENERIC, MULTICAST, PROXY, barrier, hear, say, wait_until
-from blockmoe.operator.prefill.units import DOWN, END, K, unit_at
+from blockmoe.operator.persistent import APART, BOTH, GENERIC, MULTICAST, PROXY, barrier, say, wait_until
+from blockmoe.operator.prefill.turns import give_turn, take_turn
+from blockmoe.operator.prefill.units import DOWN, END, K, hear_unit
 
 ROWS = gl.constexpr(64)  # pairs of a consumer
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
@@ -79,9 +80,9 @@ def acquire(empty, full, step, rows, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def load_weights(w, w_buffers, bar, stage, first, k, paired, OTHER_ROWS: gl.constexpr):
+def load_weights(w, w_buffers, bar, stage, first, k, paired, OTHER_ROWS: gl.constexpr, CLUSTER: gl.constexpr):
     """128 weight rows each from `first` and from `first` + OTHER_ROWS; of a paired unit one of both, for both programs."""
-    if paired:
+    if CLUSTER > 1 and paired > 0:
         rank = gl.program_id(0) % 2
         say(MULTICAST)
         tma.async_copy_global_to_shared(w, [first + rank * OTHER_ROWS, k * K], bar, w_buffers.index(2 * stage + rank))
@@ -99,7 +100,7 @@ def load_rows(x, boxes, bar, stage, begin, rows, k, paired, CLUSTER: gl.constexp
         tma.async_copy_global_to_shared(x, [begin, k * K], bar, boxes.index(at))
         if rows > ROWS:
             tma.async_copy_global_to_shared(x, [begin + ROWS, k * K], bar, boxes.index(at + 1))
-    elif paired:
+    elif paired > 0:
         for i in gl.static_range(2):
             tma.async_copy_global_to_shared(x, [begin + i * BOX, k * K], bar, boxes.index(at + i))
         if rows > ROWS:
@@ -116,23 +117,23 @@ def load_rows(x, boxes, bar, stage, begin, rows, k, paired, CLUSTER: gl.constexp
 
 @gluon.jit
 def load_gate_up(
-    w, w_buffers, full, empty, queue, told, heard, begun, tile_expert, tile_group,
+    w, w_buffers, full, empty, queue, told, heard, begun,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: the weights of GEMM1, up rows and gate rows. Returns how many stages it filled, the number of the next unit, and that."""
     step = gl.to_tensor(0)
     n = gl.to_tensor(0)
-    unit = hear(queue, told, heard, n, 1)
-    while unit < DOWN:
+    unit = hear_unit(queue, told, heard, n, 1)
+    while unit[0] < DOWN:
+        _, _, column, paired, _, _, expert = unit
         mbarrier.arrive(begun.index(0), count=1)
-        tile, column, paired = unit_at(unit, tile_group, INTER // K, CLUSTER)
-        first = gl.load(tile_expert + tile) * (2 * INTER) + column * K
+        first = expert * (2 * INTER) + column * K
         for k in range(HIDDEN // K):
             stage, bar = acquire(empty, full, step, 0, STAGES)
-            load_weights(w, w_buffers, bar, stage, first, k, paired, INTER)
+            load_weights(w, w_buffers, bar, stage, first, k, paired, INTER, CLUSTER)
             step += 1
         n += 1
-        unit = hear(queue, told, heard, n, 1)
+        unit = hear_unit(queue, told, heard, n, 1)
     return step, n, unit
 
 
@@ -145,27 +146,24 @@ def wait_until_finished(finished, tile, INTER: gl.constexpr, HOW: gl.constexpr):
 
 @gluon.jit
 def load_down(
-    middle, w, boxes, w_buffers, full, empty, queue, told, heard, begun, n, unit, finished, tile_expert, tile_group,
-    tile_begin, tile_end,
+    middle, w, boxes, w_buffers, full, empty, queue, told, heard, begun, n, unit, finished,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: weights and pairs of GEMM2, from the nth unit on. Returns how many stages it filled."""
     step = gl.to_tensor(0)
-    COLUMNS: gl.constexpr = HIDDEN // (2 * K)
-    while unit < END:
+    while unit[0] < END:
+        _, tile, column, paired, begin, end, expert = unit
         mbarrier.arrive(begun.index(0), count=1)
-        tile, column, paired = unit_at(unit - DOWN, tile_group, COLUMNS, CLUSTER)
-        first = gl.load(tile_expert + tile) * HIDDEN + column * (2 * K)
-        begin = gl.load(tile_begin + tile)
-        rows = gl.load(tile_end + tile) - begin
+        first = expert * HIDDEN + column * (2 * K)
+        rows = end - begin
         wait_until_finished(finished, tile, INTER, PROXY)
         for k in range(INTER // K):
             stage, bar = acquire(empty, full, step, rows, STAGES)
             load_rows(middle, boxes, bar, stage, begin, rows, k, paired, CLUSTER)
-            load_weights(w, w_buffers, bar, stage, first, k, paired, K)
+            load_weights(w, w_buffers, bar, stage, first, k, paired, K, CLUSTER)
             step += 1
         n += 1
-        unit = hear(queue, told, heard, n, 1)
+        unit = hear_unit(queue, told, heard, n, 1)
     return step
 
 
@@ -178,16 +176,14 @@ def drain(empty, step, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_scales(
-    scale, s_buffers, full, empty, queue, told, heard, n, unit, finished, tile_group, tile_begin, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+    scale, s_buffers, full, empty, queue, told, heard, n, unit, finished, pitch, INTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp, for GEMM2 from the nth unit on: `scale` [I / 128, pitch] of the pairs as they are sorted. A load runs a stage ahead."""
     step = gl.to_tensor(0)
     BLOCKS: gl.constexpr = INTER // K
     LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
-    while unit < END:
-        tile, _, _ = unit_at(unit - DOWN, tile_group, HIDDEN // (2 * K), CLUSTER)
-        begin = gl.load(tile_begin + tile)
+    while unit[0] < END:
+        _, tile, _, _, begin, _, _ = unit
         wait_until_finished(finished, tile, INTER, GENERIC)
         at = scale + begin + gl.arange(0, ROWS, layout=LAYOUT)
         s_a = gl.load(at, cache_modifier=".cg")
@@ -205,7 +201,7 @@ def load_scales(
             s_b = next_b
             step += 1
         n += 1
-        unit = hear(queue, told, heard, n, 1)
+        unit = hear_unit(queue, told, heard, n, 1)
 
 
 @gluon.jit
@@ -218,19 +214,25 @@ def free(empty, stage, CLUSTER: gl.constexpr):
 
 @gluon.jit
 def multiply(
-    GROUP: gl.constexpr, x_buffers, w_buffers, s_buffers, full, empty, step, scale_0, scale_1,
+    GROUP: gl.constexpr, x_buffers, w_buffers, s_buffers, full, empty, step, scale_0, scale_1, both,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Both sums [64, 128] of a consumer's half of a tile, and the next step; scale_0 and scale_1: where the weight blocks' scales begin."""
+    """Both sums [64, 128] of a consumer's half of a tile, and the next step.
+
+    scale_0 and scale_1: where the weight blocks' scales begin. both: 1 where the other consumer multiplies its half too, else 0.
+    """
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
     zero = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_0 = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_1 = gl.zeros([ROWS, K], gl.float32, SUMS)
+    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
     for k in range(BLOCKS):
         stage = (step + k) % STAGES
-        mbarrier.wait(full.index(stage), ((step + k) // STAGES) & 1)
         rows = x_buffers.index(2 * stage + GROUP)
+        take_turn(GROUP, both)
+        say(APART)
         product = warpgroup_mma(rows, w_buffers.index(2 * stage).permute((1, 0)), zero, use_acc=False, is_async=True)
+        give_turn(GROUP, both)
         s = s_buffers.index(2 * stage + GROUP).load(BY_ROW)
         by_0 = s * gl.load(scale_0 + k)
         by_1 = s * gl.load(scale_1 + k)
@@ -238,7 +240,13 @@ def multiply(
         sum_0 += product * gl.expand_dims(by_0, 1)
         # nothing is outstanding: this only keeps ptxas from issuing the next product early, which costs 60 registers
         sum_0 = warpgroup_mma_wait(0, deps=(sum_0,))
+        take_turn(GROUP, both)
         product = warpgroup_mma(rows, w_buffers.index(2 * stage + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        give_turn(GROUP, both)
+        # for the next stage, beside the product; the last time for this one again
+        ahead = step + gl.minimum(k + 1, BLOCKS - 1)
+        say(APART)
+        mbarrier.wait(full.index(ahead % STAGES), (ahead // STAGES) & 1)
         product = warpgroup_mma_wait(0, deps=(product,))
         free(empty, stage, CLUSTER)
         sum_1 += product * gl.expand_dims(by_1, 1)

@@ -13,18 +13,19 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from blockmoe.geometry import BLOCK
-from blockmoe.operator.persistent import GENERIC, tell, wait_until
+from blockmoe.operator.persistent import GENERIC, hear, tell, wait_until
 from blockmoe.operator.workspace import MAIL_SLOTS
 
 K = gl.constexpr(BLOCK)  # columns of K a stage, of the intermediate a unit; of the output a unit has twice as many
 MAIL = gl.constexpr(MAIL_SLOTS)
-DOWN = gl.constexpr(1 << 28)  # what roles are told: unit u of GEMM1 as u, of GEMM2 as DOWN + u, and last END
-END = gl.constexpr(1 << 29)
+DOWN, END = gl.constexpr(1), gl.constexpr(2)  # kinds: 0 a unit of GEMM1, DOWN one of GEMM2, END none
+# Of a unit as roles hear of it: its kind, tile, column tile, whether paired; of the tile its first pair, the one past its last, its expert
+WORDS = gl.constexpr(7)
 
 
 @gluon.jit
 def unit_at(unit, tile_group, COLUMNS: gl.constexpr, CLUSTER: gl.constexpr):
-    """The tile and column tile of this program's part of a unit, and whether its cluster has two tiles and one column tile (paired).
+    """The tile and column tile of this program's part of a unit, and whether its cluster has two tiles and one column tile (paired: 1).
 
     An expert has as many units as tiles in every CLUSTER column tiles. These stand side by side, since they read the same weights.
     """
@@ -35,12 +36,12 @@ def unit_at(unit, tile_group, COLUMNS: gl.constexpr, CLUSTER: gl.constexpr):
     column = inside // tiles * CLUSTER
     place = inside % tiles
     if CLUSTER == 1:
-        return first + place, column, False
+        return first + place, column, gl.to_tensor(0)
     else:
         rank = gl.program_id(0) % 2
         pairs = tiles // 2
-        paired = place < 2 * pairs
-        if paired:
+        paired = gl.where(place < 2 * pairs, 1, 0)
+        if paired > 0:
             column += place // pairs
             tile = first + place % pairs * 2 + rank
         else:
@@ -50,8 +51,15 @@ def unit_at(unit, tile_group, COLUMNS: gl.constexpr, CLUSTER: gl.constexpr):
 
 
 @gluon.jit
+def hear_unit(queue, told, heard, n, WARPS: gl.constexpr):
+    """The nth unit told, for a role of WARPS warps: WORDS numbers."""
+    return hear(queue, told, heard, n, WARPS, WORDS)
+
+
+@gluon.jit
 def draw(
-    ticket, mail, queue, told, heard, begun, tile_count, HIDDEN: gl.constexpr, INTER: gl.constexpr, CLUSTER: gl.constexpr,
+    ticket, mail, queue, told, heard, begun, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: tells this program's roles every unit, then END. A unit is drawn when loads for the one before it begin (`begun`): early
     enough to be known in time, and late enough to even out what units cost. tile_count tiles have INTER / K / CLUSTER units of GEMM1 each,
@@ -75,5 +83,17 @@ def draw(
                 gl.atomic_xchg(slots + n % MAIL, unit + 1, sem="relaxed")
         else:
             unit = wait_until(slots + n % MAIL, unit + 2, 50, GENERIC) - 1
-        tell(queue, told, heard, n, gl.where(unit < units_1, unit, gl.where(unit < units, DOWN + unit - units_1, END)))
+        kind = gl.where(unit < units_1, 0, gl.where(unit < units, DOWN, END))
+        tile = gl.to_tensor(0)
+        column = gl.to_tensor(0)
+        paired = gl.to_tensor(0)
+        if unit < units_1:
+            tile, column, paired = unit_at(unit, tile_group, INTER // K, CLUSTER)
+        elif unit < units:
+            tile, column, paired = unit_at(unit - units_1, tile_group, HIDDEN // (2 * K), CLUSTER)
+        there = unit < units
+        begin = gl.load(tile_begin + tile, mask=there, other=0)
+        end = gl.load(tile_end + tile, mask=there, other=0)
+        expert = gl.load(tile_expert + tile, mask=there, other=0)
+        tell(queue, told, heard, n, (kind, tile, column, paired, begin, end, expert))
         n += 1

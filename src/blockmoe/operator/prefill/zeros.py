@@ -9,8 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
-from blockmoe.operator.persistent import barrier, hear
-from blockmoe.operator.prefill.units import END, K
+from blockmoe.operator.persistent import barrier
+from blockmoe.operator.prefill.units import END, K, hear_unit
 
 COLUMNS = gl.constexpr(256)  # of a run: the most that a TMA box has
 PAGE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=16, rank=2))
@@ -37,15 +37,15 @@ def write_zeros(out, page, token_pairs, queue, told, heard, tile_count, tokens, 
     share = (tokens + units - 1) // gl.maximum(units, 1) * gl.num_programs(0)
     token = gl.program_id(0)
     n = gl.to_tensor(0)
-    unit = hear(queue, told, heard, n, 1)
-    while (unit < END) | (token < tokens):
-        past = gl.minimum(gl.where(unit < END, token + share, tokens), tokens)
+    kind = hear_unit(queue, told, heard, n, 1)[0]
+    while (kind < END) | (token < tokens):
+        past = gl.minimum(gl.where(kind < END, token + share, tokens), tokens)
         while token < past:
             if gl.load(token_pairs + token) == 0:
                 for run in gl.static_range(0, RUNS, RUNS_A_PAGE):
                     tma.async_copy_shared_to_global(out, [token * RUNS + run, 0], page)
             token += gl.num_programs(0)
-        if unit < END:
+        if kind < END:
             n += 1
-            unit = hear(queue, told, heard, n, 1)
+            kind = hear_unit(queue, told, heard, n, 1)[0]
     tma.store_wait(0)

@@ -127,7 +127,7 @@ def weights_producer(
     tiles, units_1, sums, units = unit_counts(tile_count, tokens, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     it = 0
     n = 0
-    tell(queue, told, heard, n, unit)
+    tell(queue, told, heard, n, (unit,))
     while unit < units_1:
         tile, block = unit_at(unit, tile_group, IN, DENSE)
         row = gl.load(tile_expert + tile) * (2 * INTER) + block * ROWS
@@ -135,7 +135,7 @@ def weights_producer(
         it = load_weights(w1, w_bufs, asked, empty, it, row, flight, INTER, 0, HIDDEN // 128, ROWS, STAGES)
         unit = gl.atomic_add(ticket, 1, sem="relaxed")
         n += 1
-        tell(queue, told, heard, n, unit)
+        tell(queue, told, heard, n, (unit,))
     while unit < units:
         if DENSE:
             for tile in range(tiles):
@@ -149,7 +149,7 @@ def weights_producer(
                 it = load_weights(w2, w_bufs, asked, empty, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES)
         unit = gl.atomic_add(ticket, 1, sem="relaxed")
         n += 1
-        tell(queue, told, heard, n, unit)
+        tell(queue, told, heard, n, (unit,))
 
 
 @gluon.jit
