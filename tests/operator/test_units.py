@@ -24,8 +24,11 @@ class Lists:
 
 def in_python(function, monkeypatch, rank: int = 0):
     """A jit function's body, run as Python on integers."""
-    known = dict(load=lambda at: at, program_id=lambda axis: rank, where=lambda so, a, b: a if so else b, to_tensor=lambda value: value)
-    monkeypatch.setitem(function.fn.__globals__, "gl", SimpleNamespace(**known))
+    language = SimpleNamespace(
+        load=lambda at: at, program_id=lambda axis: rank, where=lambda so, a, b: a if so else b, to_tensor=int, minimum=min, constexpr=None
+    )
+    monkeypatch.setitem(function.fn.__globals__, "gl", language)
+    monkeypatch.setitem(function.fn.__globals__, "TILES_AT_ONCE", 4)  # so that some experts have more
     return function.fn
 
 
@@ -63,7 +66,7 @@ def test_prefill_ascends(seed, monkeypatch):
     assert experts == sorted(experts)
 
 
-NUMBERS = {name: getattr(units, name).value for name in ("K", "MAIL", "DOWN", "END")}
+NUMBERS = {name: getattr(units, name).value for name in ("K", "MAIL", "DOWN", "END", "QUEUE")}
 
 
 class Drawing:
@@ -89,13 +92,13 @@ class Drawing:
             load=lambda at, mask=True, other=0: at if mask else other, program_id=lambda axis: rank, to_tensor=int,
             where=lambda a, b, c: b if a else c, atomic_add=self.atomic_add, atomic_xchg=self.atomic_xchg,
         )  # fmt: skip
-        begun = SimpleNamespace(index=lambda i: None)
+        begun = there = SimpleNamespace(index=lambda i: None)
         told = dict(wait_until=self.wait_until, tell=lambda queue, told, heard, n, words: self.told[rank].append(words[:2]))
-        told["unit_at"] = lambda unit, groups, columns, cluster: (unit, 0, 0)
-        barriers = dict(mbarrier=SimpleNamespace(wait=lambda barrier, parity: None))
+        told |= dict(unit_at=lambda unit, groups, columns, cluster: (unit, 0, 0), wait_until_finished=lambda *_: None, barrier=lambda: None)
+        barriers = dict(mbarrier=SimpleNamespace(wait=lambda barrier, parity: None, arrive=lambda barrier, count: None))
         for name, value in dict(gl=language, **told, **barriers, **NUMBERS).items():
             monkeypatch.setitem(units.draw.fn.__globals__, name, value)
-        units.draw.fn(0, 0, None, None, None, begun, tiles, 0, 0, 0, 0, hidden, inter, cluster)
+        units.draw.fn(0, 0, None, None, None, begun, there, 0, tiles, 0, 0, 0, 0, hidden, inter, cluster)
         return self.told[rank]
 
 

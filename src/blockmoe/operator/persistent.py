@@ -48,6 +48,13 @@ def wait_until(counter, least, pause, HOW: gl.constexpr = PROXY):
 
 
 @gluon.jit
+def proxy_fence():
+    """What is visible to this warp's loads and stores is visible to its TMA loads."""
+    FENCE: gl.constexpr = "fence.proxy.async; mov.b32 $0, $1;"
+    gl.inline_asm_elementwise(FENCE, "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def may_leave(at, there):
     """The L2 lines of 128 bytes around each `at` are no longer kept (evict_last); where `there`.
 

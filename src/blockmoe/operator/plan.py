@@ -11,7 +11,7 @@ Five paths, by how many rows an expert meets:
 
 A plan depends on T only through powers of two and thresholds: the compiled variants are few (`plans`).
 
-Times beside a choice are of whole calls of the headline geometry on an H100, the lesser of eager and graph unless said; the runs are
+Times beside a choice are of whole calls of the headline geometry on an H100 unless said, the lesser of eager and graph; the runs are
 in results/h100/operator, what was learnt in docs/kernel-log.md.
 """
 
@@ -28,9 +28,10 @@ STREAM_DENSE_TOKENS = 15  # T = 1: 56.7 us, sorted 64.5; 16 (12 experts): 187.1,
 DENSE_TOKENS = 7  # elsewhere. T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
 ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
-# The same for prefill. Uniform routing: T = 1024 (32 rows): 526 us, stream 515; 2047: 544, 568. Where every token has eight pairs on the
-# same eight experts, at 1024: 596, 1022; where all are one expert's: 101, 167.
-PREFILL_ROWS = 32
+# The same for prefill. On an H200, uniform routing, T = 512 (16 rows): 366 us, stream 360; 256: 359, 353, with tiles of 32 pairs 342. Where
+# every token has eight pairs on the same eight experts, at 512: 299, 531; 256: 178, 287. One expert: 83, 99; 77, 86. On an H100, before
+# prefill's consumers took turns, at 512: 494, 480; 317, 523; 78, 87 (results/h200/operator/prefill-turns.txt, results/h100/curve).
+PREFILL_ROWS = 16
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all

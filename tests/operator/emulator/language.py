@@ -239,6 +239,7 @@ ASSEMBLY = {
     r"rcp\.approx": lambda asm, x: values(np.float32(1.0) / x),
     r"cp\.async\.bulk\.wait_group 0": stores_done,
     r"fence\.mbarrier_init": show_barriers,
+    r"^fence\.proxy\.async;": lambda asm, value: fence(asm),
     r"red\.relaxed.*bf16x2": put,
 }
 

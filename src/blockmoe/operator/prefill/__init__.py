@@ -5,6 +5,7 @@ rows). A multiprocessor runs one program; programs, or clusters of two, draw uni
 
   units.py     which tile and columns a unit is, and how units are drawn
   parts.py     stages, loads, products: what both GEMMs share
+  turns.py     whose products the tensor cores have
   gate_up.py   GEMM1: hidden states gathered by token, SwiGLU, quantisation
   down.py      GEMM2: each tile's rows stored or added to the output in the order of experts
   zeros.py     the output's rows of tokens without a pair
@@ -14,7 +15,7 @@ What programs wait for from each other, by counters in global memory:
 
   begin   a cluster's programs: both have initialised their barriers (`ready`)
   always  a cluster's second program: the first has drawn a unit (`mail`)
-  GEMM2   a tile's loads: all its rows of the intermediate stored (`finished`)
+  GEMM2   a unit's loads, and the drawing of the next: all rows of its tile of the intermediate stored (`finished`)
           a unit's addition: that of the same columns of the tiles that hold the same tokens' pairs before (`added`)
 
 and within a cluster, in both GEMMs, for stages that the other's consumers free.
@@ -22,8 +23,8 @@ and within a cluster, in both GEMMs, for stages that the other's consumers free.
 Why this ends. Only programs that run have units, and a cluster's programs start together. Both have the same units in the same order, and
 of their tiles neither waits for the other, so stages become free in both. A unit is drawn and told when loads of the one before it have
 begun and all roles have heard of that before (`draw`; the writer of zeros waits for nothing but what it hears), so what a cluster does
-of a unit waits for its own lower units and, of other clusters, for `finished` and `added` of lower ones. Every cluster has ascending
-units. So the lowest unit of all that is not done waits for nothing; and while units are left, a cluster that is done draws the next. One
-thing is late: a consumer tells `finished` of a unit only behind the products of its next, or when it hears that GEMM1 has no other for
-it; neither waits for another cluster.
+of a unit waits for its own lower units and, of other clusters, for `finished` and `added` of lower ones. A consumer's turn waits for the
+other's product before, of the same unit or a lower one. Every cluster has ascending units. So the lowest unit of all that is not done
+waits for nothing; and while units are left, a cluster that is done draws the next. One thing is late: a consumer tells `finished` of a unit
+only behind the products of its next, or when it hears that GEMM1 has no other for it; neither waits for another cluster.
 """

@@ -25,11 +25,11 @@ from blockmoe.operator.prefill.parts import (
     stage_buffers,
 )
 from blockmoe.operator.prefill.turns import begin_turns, end_turns
-from blockmoe.operator.prefill.units import DOWN, WORDS, K, draw, hear_unit
+from blockmoe.operator.prefill.units import DOWN, WORDS, K, draw, hear_unit, rows_there
 from blockmoe.operator.prefill.zeros import COLUMNS, PAGE, page_runs, write_zeros
 from blockmoe.operator.workspace import Round
 
-REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warps beside; more for the consumers spill (ptxas 12.9)
+REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warps beside; with (216, 24, 56) 1 % slower
 # Bytes that the L2 reads at once of what TMA loads. T = 2048: 534 us, with 128 555; 4096: 617, 627; 11948: 991, 1000; 14107: 1377, 1383
 PROMOTION = 256
 
@@ -81,7 +81,7 @@ def carry(
 
 @gluon.jit
 def load(
-    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, queue, told, heard, begun, finished,
+    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, queue, told, heard, begun, there,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: what TMA loads. `second`: the buffers are GEMM2's."""
@@ -92,7 +92,7 @@ def load(
     mbarrier.arrive(second.index(0), count=1)
     boxes = x_buffers._reinterpret(gl.float8e4nv, [2 * CLUSTER * STAGES, ROWS // CLUSTER, K], CODES)
     step = load_down(
-        middle, w2, boxes, w_buffers, full_2, empty_2, queue, told, heard, begun, n, unit, finished,
+        middle, w2, boxes, w_buffers, full_2, empty_2, queue, told, heard, begun, n, unit, there,
         HIDDEN, INTER, STAGES - 1, CLUSTER,
     )  # fmt: skip
     drain(empty_2, step, STAGES - 1)
@@ -100,7 +100,7 @@ def load(
 
 @gluon.jit
 def load_middle_scales(
-    middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, finished, pitch, INTER: gl.constexpr, STAGES: gl.constexpr,
+    middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, there, pitch, INTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp, for GEMM2: of GEMM1's units it only hears."""
     n = gl.to_tensor(0)
@@ -109,7 +109,7 @@ def load_middle_scales(
         n += 1
         unit = hear_unit(queue, told, heard, n, 1)
     mbarrier.wait(second.index(0), 0)
-    load_scales(middle_scale, s_buffers, full_2, empty_2, queue, told, heard, n, unit, finished, pitch, INTER, STAGES - 1)
+    load_scales(middle_scale, s_buffers, full_2, empty_2, queue, told, heard, n, unit, there, pitch, INTER, STAGES - 1)
 
 
 @gluon.jit(do_not_specialize=["tokens", "pitch"])
@@ -140,6 +140,7 @@ def prefill_kernel(
     second = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     begun = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     queue, told, heard = unit_queue(6, WORDS)
+    there = rows_there()
     page = gl.allocate_shared_memory(gl.bfloat16, runs.block_type.shape, PAGE)
     mbarrier.init(second.index(0), count=1)
     mbarrier.init(begun.index(0), count=1)
@@ -164,14 +165,15 @@ def prefill_kernel(
                 pair_token, before, added, tokens, HIDDEN, STAGES,
             )),
             (load, (
-                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, queue, told, heard, begun, finished,
+                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, queue, told, heard, begun, there,
                 HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (load_middle_scales, (
-                middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, finished, pitch, INTER, STAGES,
+                middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, there, pitch, INTER, STAGES,
             )),
             (draw, (
-                ticket, mail, queue, told, heard, begun, tile_count, tile_expert, tile_group, tile_begin, tile_end, HIDDEN, INTER, CLUSTER,
+                ticket, mail, queue, told, heard, begun, there, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+                HIDDEN, INTER, CLUSTER,
             )),
             (write_zeros, (runs, page, token_pairs, queue, told, heard, tile_count, tokens, HIDDEN, INTER)),
         ],

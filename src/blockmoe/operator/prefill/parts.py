@@ -22,9 +22,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from blockmoe.operator.persistent import APART, BOTH, GENERIC, MULTICAST, PROXY, barrier, say, wait_until
+from blockmoe.operator.persistent import APART, BOTH, MULTICAST, barrier, proxy_fence, say, wait_until
 from blockmoe.operator.prefill.turns import give_turn, take_turn
-from blockmoe.operator.prefill.units import DOWN, END, K, hear_unit
+from blockmoe.operator.prefill.units import DOWN, END, K, hear_unit, wait_for_rows
 
 ROWS = gl.constexpr(64)  # pairs of a consumer
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
@@ -138,31 +138,27 @@ def load_gate_up(
 
 
 @gluon.jit
-def wait_until_finished(finished, tile, INTER: gl.constexpr, HOW: gl.constexpr):
-    """One warp: a tile's rows of the intermediate are there. Each of its units of GEMM1 counts twice, once a consumer."""
-    zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    wait_until(finished + tile + zeros, zeros + 2 * (INTER // K), zeros + 100, HOW)
-
-
-@gluon.jit
 def load_down(
-    middle, w, boxes, w_buffers, full, empty, queue, told, heard, begun, n, unit, finished,
+    middle, w, boxes, w_buffers, full, empty, queue, told, heard, begun, n, unit, there,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: weights and pairs of GEMM2, from the nth unit on. Returns how many stages it filled."""
     step = gl.to_tensor(0)
+    units = gl.to_tensor(0)
     while unit[0] < END:
-        _, tile, column, paired, begin, end, expert = unit
+        _, _, column, paired, begin, end, expert = unit
         mbarrier.arrive(begun.index(0), count=1)
         first = expert * HIDDEN + column * (2 * K)
         rows = end - begin
-        wait_until_finished(finished, tile, INTER, PROXY)
+        wait_for_rows(there, units)
+        proxy_fence()
         for k in range(INTER // K):
             stage, bar = acquire(empty, full, step, rows, STAGES)
             load_rows(middle, boxes, bar, stage, begin, rows, k, paired, CLUSTER)
             load_weights(w, w_buffers, bar, stage, first, k, paired, K, CLUSTER)
             step += 1
         n += 1
+        units += 1
         unit = hear_unit(queue, told, heard, n, 1)
     return step
 
@@ -176,15 +172,16 @@ def drain(empty, step, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_scales(
-    scale, s_buffers, full, empty, queue, told, heard, n, unit, finished, pitch, INTER: gl.constexpr, STAGES: gl.constexpr,
+    scale, s_buffers, full, empty, queue, told, heard, n, unit, there, pitch, INTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """One warp, for GEMM2 from the nth unit on: `scale` [I / 128, pitch] of the pairs as they are sorted. A load runs a stage ahead."""
     step = gl.to_tensor(0)
+    units = gl.to_tensor(0)
     BLOCKS: gl.constexpr = INTER // K
     LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
     while unit[0] < END:
-        _, tile, _, _, begin, _, _ = unit
-        wait_until_finished(finished, tile, INTER, GENERIC)
+        _, _, _, _, begin, _, _ = unit
+        wait_for_rows(there, units)
         at = scale + begin + gl.arange(0, ROWS, layout=LAYOUT)
         s_a = gl.load(at, cache_modifier=".cg")
         s_b = gl.load(at + ROWS, cache_modifier=".cg")
@@ -201,6 +198,7 @@ def load_scales(
             s_b = next_b
             step += 1
         n += 1
+        units += 1
         unit = hear_unit(queue, told, heard, n, 1)
 
 
@@ -225,9 +223,10 @@ def multiply(
     zero = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_0 = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_1 = gl.zeros([ROWS, K], gl.float32, SUMS)
-    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1)
+    stage = step % STAGES
+    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    # Warps go apart: each has waited for a stage itself, and what they read is freed behind a barrier of all four.
     for k in range(BLOCKS):
-        stage = (step + k) % STAGES
         rows = x_buffers.index(2 * stage + GROUP)
         take_turn(GROUP, both)
         say(APART)
@@ -245,11 +244,13 @@ def multiply(
         give_turn(GROUP, both)
         # for the next stage, beside the product; the last time for this one again
         ahead = step + gl.minimum(k + 1, BLOCKS - 1)
+        following = ahead % STAGES
         say(APART)
-        mbarrier.wait(full.index(ahead % STAGES), (ahead // STAGES) & 1)
+        mbarrier.wait(full.index(following), (ahead // STAGES) & 1)
         product = warpgroup_mma_wait(0, deps=(product,))
         free(empty, stage, CLUSTER)
         sum_1 += product * gl.expand_dims(by_1, 1)
+        stage = following
     return sum_0, sum_1, step + BLOCKS
 
 

@@ -13,7 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from blockmoe.geometry import BLOCK
-from blockmoe.operator.persistent import GENERIC, hear, tell, wait_until
+from blockmoe.operator.persistent import GENERIC, QUEUE, barrier, hear, tell, wait_until
 from blockmoe.operator.workspace import MAIL_SLOTS
 
 K = gl.constexpr(BLOCK)  # columns of K a stage, of the intermediate a unit; of the output a unit has twice as many
@@ -21,18 +21,26 @@ MAIL = gl.constexpr(MAIL_SLOTS)
 DOWN, END = gl.constexpr(1), gl.constexpr(2)  # kinds: 0 a unit of GEMM1, DOWN one of GEMM2, END none
 # Of a unit as roles hear of it: its kind, tile, column tile, whether paired; of the tile its first pair, the one past its last, its expert
 WORDS = gl.constexpr(7)
+# Tiles of an expert that go through all columns before its others begin: their hidden states, 14.7 MB at a hidden size of 7,168, stay in
+# the L2 meanwhile, beside an expert's weights.
+TILES_AT_ONCE = gl.constexpr(16)
 
 
 @gluon.jit
 def unit_at(unit, tile_group, COLUMNS: gl.constexpr, CLUSTER: gl.constexpr):
     """The tile and column tile of this program's part of a unit, and whether its cluster has two tiles and one column tile (paired: 1).
 
-    An expert has as many units as tiles in every CLUSTER column tiles. These stand side by side, since they read the same weights.
+    An expert has as many units as tiles in every CLUSTER column tiles. These stand side by side, TILES_AT_ONCE at most, since they read the
+    same weights.
     """
-    group = gl.load(tile_group + unit // (COLUMNS // CLUSTER))  # 4096 * the expert's first tile + its tiles
+    WIDTH: gl.constexpr = COLUMNS // CLUSTER
+    group = gl.load(tile_group + unit // WIDTH)  # 4096 * the expert's first tile + its tiles
     first = group >> 12
-    tiles = group & 4095
-    inside = unit - first * (COLUMNS // CLUSTER)
+    inside = unit - first * WIDTH
+    before = inside // (TILES_AT_ONCE * WIDTH) * TILES_AT_ONCE
+    tiles = gl.minimum((group & 4095) - before, TILES_AT_ONCE)
+    first += before
+    inside -= before * WIDTH
     column = inside // tiles * CLUSTER
     place = inside % tiles
     if CLUSTER == 1:
@@ -57,13 +65,37 @@ def hear_unit(queue, told, heard, n, WARPS: gl.constexpr):
 
 
 @gluon.jit
+def wait_until_finished(finished, tile, INTER: gl.constexpr):
+    """One warp: a tile's rows of the intermediate are there. Each of its units of GEMM1 counts twice, once a consumer."""
+    zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
+    wait_until(finished + tile + zeros, zeros + 2 * (INTER // K), zeros + 100, GENERIC)
+
+
+@gluon.jit
+def rows_there():
+    """Barriers that say of GEMM2's units, in turn, that their tile's rows of the intermediate are there. When one is arrived at again, all
+    roles have heard of QUEUE units since the one it was about, so none waits for that any more."""
+    there = gl.allocate_shared_memory(gl.int64, [QUEUE + 1, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(QUEUE + 1):
+        mbarrier.init(there.index(i), count=1)
+    return there
+
+
+@gluon.jit
+def wait_for_rows(there, n):
+    """Of this program's nth unit of GEMM2."""
+    mbarrier.wait(there.index(n % (QUEUE + 1)), (n // (QUEUE + 1)) & 1)
+
+
+@gluon.jit
 def draw(
-    ticket, mail, queue, told, heard, begun, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+    ticket, mail, queue, told, heard, begun, there, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp: tells this program's roles every unit, then END. A unit is drawn when loads for the one before it begin (`begun`): early
-    enough to be known in time, and late enough to even out what units cost. tile_count tiles have INTER / K / CLUSTER units of GEMM1 each,
-    HIDDEN / (2 * K) / CLUSTER of GEMM2.
+    """One warp: tells this program's roles every unit, then END; of a unit of GEMM2 also when its rows are `there`.
+
+    A unit is drawn when loads for the one before it begin (`begun`): early enough to be known in time, and late enough to even out what
+    units cost. tile_count tiles have INTER / K / CLUSTER units of GEMM1 each, HIDDEN / (2 * K) / CLUSTER of GEMM2.
 
     mail [clusters, MAIL] begins at 0 and holds units plus one. A slot's new value is larger than the last one read: units ascend. It
     is not overwritten unread: the first program asks for nothing of a unit before the cluster's consumers have freed nearly all
@@ -75,6 +107,7 @@ def draw(
     slots = mail + gl.program_id(0) // CLUSTER * MAIL
     unit = gl.to_tensor(-1)
     n = 0
+    downs = gl.to_tensor(0)
     while unit < units:
         mbarrier.wait(begun.index(0), (n & 1) ^ 1)
         if gl.program_id(0) % CLUSTER == 0:
@@ -91,9 +124,14 @@ def draw(
             tile, column, paired = unit_at(unit, tile_group, INTER // K, CLUSTER)
         elif unit < units:
             tile, column, paired = unit_at(unit - units_1, tile_group, HIDDEN // (2 * K), CLUSTER)
-        there = unit < units
-        begin = gl.load(tile_begin + tile, mask=there, other=0)
-        end = gl.load(tile_end + tile, mask=there, other=0)
-        expert = gl.load(tile_expert + tile, mask=there, other=0)
+        left = unit < units
+        begin = gl.load(tile_begin + tile, mask=left, other=0)
+        end = gl.load(tile_end + tile, mask=left, other=0)
+        expert = gl.load(tile_expert + tile, mask=left, other=0)
         tell(queue, told, heard, n, (kind, tile, column, paired, begin, end, expert))
+        if kind == DOWN:
+            wait_until_finished(finished, tile, INTER)
+            barrier()
+            mbarrier.arrive(there.index(downs % (QUEUE + 1)), count=1)
+            downs += 1
         n += 1
