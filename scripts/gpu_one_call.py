@@ -1,0 +1,35 @@
+"""One call of the operator for a profiler, the second of two, L2 cold: python scripts/gpu_one_call.py TOKENS
+
+    ncu --clock-control none --section SourceCounters --section SpeedOfLight -k regex:prefill -s 1 -c 1 -o of \\
+        python scripts/gpu_one_call.py 14107                  # then scripts/ncu_cycles.py
+    ncu --clock-control none --cache-control none --section PmSampling --pm-sampling-interval 1000 -k regex:'prefill|stream' -s 1 -c 1 \\
+        -o of python scripts/gpu_one_call.py 901              # ncu -i of.ncu-rep --page raw --print-metric-instances values --csv
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import gpu_operator as operator
+import torch
+from gpu_prefill import Variant
+
+from blockmoe.geometry import HEADLINE
+from blockmoe.operator.plan import choose_plan
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", type=int)
+    tokens = parser.parse_args().tokens
+    if tokens < 1:
+        parser.error(f"tokens: expected at least 1, got {tokens}")
+    torch.manual_seed(0)
+    inputs, offset = operator.workload(HEADLINE, tokens)
+    call, timer = Variant((*inputs, *operator.weights(HEADLINE)), offset, choose_plan(HEADLINE, tokens)), operator.Timer()
+    call.events(timer, False)  # the first call was Variant's
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
