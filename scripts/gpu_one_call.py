@@ -3,7 +3,7 @@
     ncu --clock-control none --section SourceCounters --section SpeedOfLight -k regex:prefill -s 1 -c 1 -o of \\
         python scripts/gpu_one_call.py 14107                  # then scripts/ncu_cycles.py
     ncu --clock-control none --cache-control none --section PmSampling --pm-sampling-interval 1000 -k regex:'prefill|stream' -s 1 -c 1 \\
-        -o of python scripts/gpu_one_call.py 901              # ncu -i of.ncu-rep --page raw --print-metric-instances values --csv
+        -o of python scripts/gpu_one_call.py 300              # ncu -i of.ncu-rep --page raw --print-metric-instances values --csv
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import torch
 from gpu_prefill import Variant
 
 from blockmoe.geometry import HEADLINE
-from blockmoe.operator.plan import choose_plan
+from blockmoe.operator.plan import TOKEN_CHUNK, choose_plan
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokens", type=int)
+    parser.add_argument("tokens", type=int, help=f"1 to {TOKEN_CHUNK}: with the bundled workload's routing where there is one")
     tokens = parser.parse_args().tokens
-    if tokens < 1:
-        parser.error(f"tokens: expected at least 1, got {tokens}")
+    if not 1 <= tokens <= TOKEN_CHUNK:
+        parser.error(f"tokens: expected 1 to {TOKEN_CHUNK}, got {tokens}")
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, got none")
     torch.manual_seed(0)
     inputs, offset = operator.workload(HEADLINE, tokens)
     call, timer = Variant((*inputs, *operator.weights(HEADLINE)), offset, choose_plan(HEADLINE, tokens)), operator.Timer()

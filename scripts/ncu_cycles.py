@@ -20,6 +20,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+COLUMNS = ("Source", "Instructions Executed", "# Samples")
 SLACK = 0.02  # of how often: the last iteration of a loop leaves out its branch
 
 
@@ -31,15 +32,19 @@ class Instruction:
 
 
 def read(path: Path) -> list[Instruction]:
-    """The instructions of a source page, perhaps compressed by xz. Raises ValueError where it is none."""
-    with (lzma.open if path.suffix == ".xz" else open)(path, "rt") as lines:
-        rows = list(csv.reader(lines))
-    head = next((n for n, row in enumerate(rows) if "Source" in row and "# Samples" in row), None)
-    if head is None:
-        raise ValueError(f"{path}: expected a page `source` of ncu as CSV, with a column `# Samples`")
-    column = {name: at for at, name in enumerate(rows[head])}
-    needed = [column[name] for name in ("Source", "Instructions Executed", "# Samples")]
-    return [Instruction(row[a].strip(), int(row[b]), int(row[c])) for row in rows[head + 1 :] for a, b, c in [needed]]
+    """The instructions of a source page, perhaps compressed by xz. Raises ValueError, which names the file, where it is none."""
+    try:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt") as lines:
+            rows = [row for row in csv.reader(lines) if row]
+        head = next(n for n, row in enumerate(rows) if all(name in row for name in COLUMNS))
+        needed = [rows[head].index(name) for name in COLUMNS]
+        code = [Instruction(row[a].strip(), int(row[b]), int(row[c])) for row in rows[head + 1 :] for a, b, c in [needed]]
+        if not sum(one.samples for one in code):
+            raise ValueError("no samples")
+        return code
+    except (ValueError, IndexError, StopIteration, EOFError, lzma.LZMAError, csv.Error) as error:
+        columns = ", ".join(COLUMNS)
+        raise ValueError(f"{path}: expected a page `source` of ncu as CSV, with columns {columns}; got {str(error) or 'none'}") from error
 
 
 def stretches(code: list[Instruction]) -> list[range]:
@@ -94,6 +99,11 @@ def main() -> int:
     parser.add_argument("--programs", type=int, default=132)
     parser.add_argument("--least", type=float, default=10.0, help="print what takes as many thousand cycles (default: 10)")
     asked = parser.parse_args()
+    if min(asked.kcycles, asked.warps, asked.programs) <= 0 or asked.least < 0:
+        parser.error(
+            "--kcycles, --warps, --programs, --least: expected positive numbers, "
+            f"got {asked.kcycles}, {asked.warps}, {asked.programs}, {asked.least}"
+        )
     try:
         code = read(asked.source)
     except (OSError, ValueError) as error:

@@ -75,7 +75,7 @@ def test_tiles_of_persistent_kernels_divide_the_sizes():
 
 
 def test_row_bounds_hold_for_the_worst_routing():
-    for tokens in (65, 901, 14107):
+    for tokens in (65, 500, 901, 14107):
         plan = choose_plan(HEADLINE, tokens)
         bound = sizes(HEADLINE, tokens, plan)
         assert bound.rows >= tokens * HEADLINE.top_k and bound.chunks * bound.chunk_tokens >= tokens
@@ -98,7 +98,7 @@ def test_workspace():
 
 
 def test_counters_lie_side_by_side():
-    for tokens in (1, 80, 901, 14107):
+    for tokens in (1, 80, 500, 901, 14107):
         plan = choose_plan(HEADLINE, tokens)
         named, bound = slots(HEADLINE, tokens, plan), sizes(HEADLINE, tokens, plan)
         whole = named["counters"]

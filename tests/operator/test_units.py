@@ -55,6 +55,17 @@ def test_prefill(cluster, columns, seed, monkeypatch):
     assert len(seen) == sum(tiles) * columns and set(seen.values()) == {1}
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_prefill_keeps_to_some_tiles(cluster, monkeypatch):
+    """Of an expert's eleven tiles four, as many as are set here, go through all columns, then the next four, then the rest."""
+    groups, columns, order = Lists([2, 11]), 16, []
+    for unit in range(2 * columns // cluster, 13 * columns // cluster):
+        order += [in_python(units.unit_at, monkeypatch, rank)(unit, groups, columns, cluster)[0] - 2 for rank in range(cluster)]
+    assert [sorted(set(order[begin : begin + 4 * columns])) for begin in range(0, 11 * columns, 4 * columns)] == [
+        [0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_prefill_ascends(seed, monkeypatch):
     """A unit's addition waits for tiles of lower experts: their units come before."""

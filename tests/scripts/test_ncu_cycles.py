@@ -35,7 +35,29 @@ def test_compressed(page):
     assert ncu_cycles.read(packed) == ncu_cycles.read(page)
 
 
-def test_something_else_is_refused(page):
-    page.write_text("==ERROR== option is not applicable\n")
-    done = subprocess.run([sys.executable, ncu_cycles.__file__, page, "--kcycles", "1"], capture_output=True, text=True)
-    assert done.returncode == 2 and "expected a page `source` of ncu as CSV" in done.stderr
+@pytest.mark.parametrize(
+    ("text", "got"),
+    [
+        ("==ERROR== option is not applicable\n", "none"),
+        ("Source,# Samples\nMOV,1\n", "none"),
+        ("Source,Instructions Executed,# Samples\nMOV,8\n", "list index"),
+        ('Source,Instructions Executed,# Samples\nMOV,"1,000",1\n', "invalid literal"),
+        ("Source,Instructions Executed,# Samples\nMOV,8,0\n", "no samples"),
+    ],
+)
+def test_something_else_is_refused(page, text, got):
+    page.write_text(text)
+    with pytest.raises(ValueError, match=f"page.csv: expected a page `source` of ncu as CSV, .*; got {got}"):
+        ncu_cycles.read(page)
+
+
+def test_refused_in_one_line(page):
+    for arguments in ([page, "--kcycles", "0"], [page, "--kcycles", "1", "--warps", "0"], [page.parent / "none.csv", "--kcycles", "1"]):
+        done = subprocess.run([sys.executable, ncu_cycles.__file__, *arguments], capture_output=True, text=True)
+        assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_not_compressed_as_it_says(page):
+    page.rename(page.with_suffix(".csv.xz"))
+    with pytest.raises(ValueError, match=r"page.csv.xz: expected"):
+        ncu_cycles.read(page.with_suffix(".csv.xz"))

@@ -39,6 +39,7 @@ FAULTS = [
     ("prefill", "multiply", "(ahead // STAGES) & 1)", "0)", "not known to be done"),
     ("prefill", "give_turn", "_say(", "(", "deadlock"),
     ("prefill", "take_turn", "_say(", "(", "where somebody has arrived and nobody waited since"),
+    ("prefill", "begin_turns", "give_turn(GROUP, gl.to_tensor(1))", "pass", "deadlock"),
     ("prefill", "end_turns", "take_turn(GROUP, gl.to_tensor(1))", "pass", "were not waited for"),
     ("prefill", "add_rows", "wait_until(added", "(added", "not known to be done"),
     ("prefill", "add_rows", "mbarrier.wait(done.index(1), large_tiles & 1)", "pass", "not known to be done"),
