@@ -21,7 +21,7 @@ import triton.language as tl
 from gpu_session import Journal
 
 from blockmoe.bench.routing_logits import routing_inputs
-from blockmoe.bench.timing import release_kept_lines
+from blockmoe.bench.timing import flush_bytes, release_kept_lines
 from blockmoe.geometry import BLOCK, GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.launch import Prepared, _compiled
@@ -120,7 +120,7 @@ def read_kernel(data, sink, size, BLOCK_SIZE: tl.constexpr):
 
 class Timer:
     def __init__(self) -> None:
-        self.flush_buffer = torch.zeros(2 * torch.cuda.get_device_properties(DEVICE).L2_cache_size // 4, dtype=torch.int32, device=DEVICE)
+        self.flush_buffer = torch.zeros(flush_bytes(DEVICE) // 4, dtype=torch.int32, device=DEVICE)
         self.sink = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         self.release_l2 = release_kept_lines()
 

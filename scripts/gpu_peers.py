@@ -38,9 +38,9 @@ class Timer:
     def __init__(self) -> None:
         import torch
 
-        from blockmoe.bench.timing import release_kept_lines
+        from blockmoe.bench.timing import flush_bytes, release_kept_lines
 
-        self.buffer = torch.zeros(2 * torch.cuda.get_device_properties("cuda").L2_cache_size // 4, dtype=torch.int32, device="cuda")
+        self.buffer = torch.zeros(flush_bytes("cuda") // 4, dtype=torch.int32, device="cuda")
         self.sink = torch.zeros((), dtype=torch.int32, device="cuda")
         self.release_l2 = release_kept_lines()
 

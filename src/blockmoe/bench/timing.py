@@ -71,6 +71,11 @@ class HostTimer:
         return samples
 
 
+def flush_bytes(device: torch.device | str) -> int:
+    """What a flush writes and reads: twice the L2 of a CUDA device."""
+    return 2 * torch.cuda.get_device_properties(device).L2_cache_size
+
+
 def release_kept_lines() -> Callable[[], bool]:
     """The driver's call by which every line of the L2 may leave it again, whatever kernels asked for; it says whether it worked.
 
@@ -96,7 +101,7 @@ class DeviceTimer:
         self._synchronize, self._stream, self._mark = torch.cuda.synchronize, torch.cuda.current_stream, torch.nextafter
         self._record, self._elapsed, self._query = torch.cuda.Event.record, torch.cuda.Event.elapsed_time, torch.cuda.Event.query
         self.device = device
-        self.flush_bytes = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+        self.flush_bytes = flush_bytes(device)
         words = self.flush_bytes // 8
         self._dirty = torch.zeros(words, dtype=torch.int64, device=device)
         self._clean = torch.ones(words, dtype=torch.int64, device=device)
