@@ -27,7 +27,7 @@ from blockmoe.operator.api import fused_moe
 from blockmoe.operator.launch import Prepared, _compiled
 from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.pipeline import stages
-from blockmoe.operator.plan import Plan, PrefillTile, StreamTile, choose_plan, without_tma
+from blockmoe.operator.plan import Plan, PrefillTile, StreamTile, choose_plan
 from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_reference
 from blockmoe.reference import route as reference_route
@@ -219,7 +219,7 @@ def candidates(tokens: int) -> dict[str, Plan]:
                 stream(tile.rows, tile.block_n, tile.stages, flight=tile.flight, groups=groups)
             stream(128, 16, 6, flight=3, groups=2)
             stream(128, 64, 3, groups=2)
-            found["sorted"] = without_tma(base)
+            found["sorted"] = choose_plan(HEADLINE, tokens, tma=False)
     if tokens > 500:
         for stages, cluster in ((4, 1), (4, 2), (3, 2)):
             plan = Plan("prefill", base.route, PrefillTile(stages, cluster))
@@ -296,7 +296,7 @@ def unaligned(w: tuple) -> None:
     x = inputs[2]
     shifted = torch.empty(x.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(torch.float8_e4m3fn).view(x.shape)
     shifted.copy_(x)
-    expected = call((*inputs, *w), g, 32, without_tma(choose_plan(g, tokens)))
+    expected = call((*inputs, *w), g, 32, choose_plan(g, tokens, tma=False))
     got = call((*inputs[:2], shifted, *inputs[3:], *w), g, 32)
     say("check unaligned", ok=torch.equal(got, expected) and bool(got.any()))
 

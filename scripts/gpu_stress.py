@@ -37,7 +37,7 @@ import torch
 from stress_checks import FACTOR, Layer, compare, passes, special, verify
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY, MoEGeometry
-from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan, plans, without_tma
+from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan, plans
 from blockmoe.operator.workspace import workspace_size
 from blockmoe.reference import moe_reference, route
 
@@ -268,7 +268,7 @@ def sanitizer(session: gpu_session.Session, device: torch.device) -> None:
     session.section("sanitizer")
     cases = [(fitting(plan), plan) for plan in plans(HEADLINE)]
     cases += [(200, choose_plan(HEADLINE, t)) for t in (901, 14107)]  # tiles that are full
-    cases += [(200, replace(without_tma(choose_plan(HEADLINE, t)), row_buffer=1)) for t in (901, 14107)]  # columns in blocks
+    cases += [(200, replace(choose_plan(HEADLINE, t, tma=False), row_buffer=1)) for t in (901, 14107)]  # columns in blocks
     cases += [(t, None) for t in (1, 0, 33, 900)]  # 900: the large-T path as the call chooses it
     for tokens, plan in cases:
 

@@ -8,7 +8,7 @@ import aot  # noqa: E402
 from layer import SHARED_LIMIT  # noqa: E402
 
 from blockmoe.geometry import HEADLINE, MoEGeometry  # noqa: E402
-from blockmoe.operator.plan import choose_plan, plans, without_tma  # noqa: E402
+from blockmoe.operator.plan import choose_plan, plans  # noqa: E402
 
 RENORMALIZE = MoEGeometry(512, 128, 10, 2048, 512, "renormalize")
 
@@ -19,7 +19,7 @@ def launches(g: MoEGeometry, found) -> dict:
     return {launch.key: launch for launch in each}
 
 
-HOPPER = launches(HEADLINE, [*plans(HEADLINE), choose_plan(HEADLINE, 14107, clusters=False), without_tma(choose_plan(HEADLINE, 901))])
+HOPPER = launches(HEADLINE, [*plans(HEADLINE), choose_plan(HEADLINE, 14107, clusters=False), choose_plan(HEADLINE, 901, tma=False)])
 HOPPER |= launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
 BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, capability=100) for t in (1, 80, 8192)])
 

@@ -16,7 +16,7 @@ import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry, Routing
 from blockmoe.operator.machine import of_gpu
-from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least, without_tma
+from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least
 from blockmoe.operator.ptx import known
 from blockmoe.operator.workspace import layout, rounds
 
@@ -118,7 +118,7 @@ def fused_moe(
         return fused_moe(
             routing_logits, routing_bias, *inputs[2:], local_expert_offset=local_expert_offset,
             routed_scaling_factor=routed_scaling_factor, routing=routing, top_k=top_k, n_group=n_group, topk_group=topk_group,
-            out=out, plan=without_tma(call.plan),
+            out=out, plan=call.plan_without_tma,
         )  # fmt: skip
     return out
 
@@ -189,7 +189,7 @@ class _Call:
         self.scalars = (offset, factor)
         self.out = (torch.Size((tokens, geometry.hidden_size)), torch.bfloat16, device)
         self.workspace = 0
-        self.plan: Plan | None = None  # of the first round
+        self.plan_without_tma: Plan | None = None  # for pointers that TMA can't take
         self.rounds: list | None = None
 
     def parts(self, inputs: Sequence[torch.Tensor], out: torch.Tensor):
@@ -222,7 +222,8 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
     machine = dict(sm_count=sm_count, capability=capability, clusters=known())
     plans = [plan or choose_plan(geometry, t, **machine) for t in counts]
     call.workspace = max((layout(geometry, t, p)[1] for t, p in zip(counts, plans, strict=True)), default=0)
-    call.plan = plans[0] if plans else None
+    if plans:
+        call.plan_without_tma = choose_plan(geometry, counts[0], tma=False, **machine)
     if "BLOCKMOE_EXPLAIN" in os.environ and plans:
         print(f"blockmoe: {geometry.definition_name} T={tokens}: {plans[0]}; workspace {call.workspace / 1e6:.1f} MB")
 

@@ -17,7 +17,7 @@ in results/h100/operator, what was learnt in docs/kernel-log.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from blockmoe.geometry import BLOCK, MoEGeometry
@@ -190,14 +190,17 @@ class Plan:
         return f"{self.path}: {route}, {tiles}{', pdl' if self.pdl else ''}"
 
 
-def choose_plan(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90, clusters: bool = True) -> Plan:
+def choose_plan(
+    geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90, clusters: bool = True, tma: bool = True
+) -> Plan:
     """The plan for `tokens` tokens on a GPU with `sm_count` multiprocessors and compute capability `capability`.
 
-    `clusters`: whether the installed Triton is one whose PTX can be made to use them (`blockmoe.operator.ptx`).
+    `clusters`: whether the installed Triton is one whose PTX can be made to use them (`blockmoe.operator.ptx`). `tma`: whether it can read
+    the tensors, which it can where they begin at a multiple of 16 bytes.
     """
     pdl = capability >= 90
     route = route_tile(geometry, tokens)
-    persistent = capability == 90 and geometry.hidden_size % (2 * BLOCK) == 0  # units of GEMM2 are 256 columns wide
+    persistent = capability == 90 and tma and geometry.hidden_size % (2 * BLOCK) == 0  # units of GEMM2 are 256 columns wide
     if tokens <= DENSE_TOKENS and not persistent:
         return _dense(geometry, tokens, route, sm_count, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
@@ -248,18 +251,6 @@ def _stream(geometry: MoEGeometry, tokens: int, rows: float) -> StreamTile:
     # In two groups T = 901: 516.9, one 535.0, four 519.4, seven 528.1; 3 stages in flight 518.5. With rows, intermediate and hidden
     # states in the L2 (call 8, see `hidden_states_stay`): 4 in flight 515.3, 3 517.2, all 517.3; 4 stages 515.6
     return StreamTile(128, 64, 5, groups=2, flight=4)
-
-
-def without_tma(plan: Plan) -> Plan:
-    """A plan for pointers that are not 16-byte aligned."""
-    if plan.path == "prefill":
-        return replace(plan, path="wide", gate_up=WIDE[0], down=WIDE[1])
-    if plan.path != "stream":
-        return plan
-    block_i, block_n = plan.gate_up.rows, plan.gate_up.block_n
-    gate_up = GateUpTile(block_i, block_n, 3 if block_n == 16 else 4, 4 if block_i == 64 else 8)
-    small = block_n < 64
-    return replace(plan, path="sorted", gate_up=gate_up, down=DownTile(64 if small else 128, block_n, 4, 4))
 
 
 def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, sm_count: int, pdl: bool) -> Plan:

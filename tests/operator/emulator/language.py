@@ -254,6 +254,7 @@ def wait_for_phase(bar: Any, phase: Any) -> None:
     role, barrier = Machine.current, shared.barrier_of(bar)
     role.wait(lambda: barrier.phase & 1 != int(phase), f"the mbarrier at byte {bar.begin}, in phase {barrier.phase}, to end {int(phase)}")
     role.view.learn(barrier.known)
+    role.behind_barrier.learn(barrier.known)  # every thread of it waits
 
 
 def arrive(bar: Any, count: int = 1) -> None:

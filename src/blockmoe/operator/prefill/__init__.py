@@ -25,6 +25,6 @@ of their tiles neither waits for the other, so stages become free in both. A uni
 begun and all roles have heard of that before (`draw`; the writer of zeros waits for nothing but what it hears), so what a cluster does
 of a unit waits for its own lower units and, of other clusters, for `finished` and `added` of lower ones. A consumer's turn waits for the
 other's product before, of the same unit or a lower one. Every cluster has ascending units. So the lowest unit of all that is not done
-waits for nothing; and while units are left, a cluster that is done draws the next. One thing is late: a consumer tells `finished` of a unit
-only behind the products of its next, or when it hears that GEMM1 has no other for it; neither waits for another cluster.
+waits for nothing; and while units are left, a cluster that is done draws the next. `finished` is told by a warp that waits for what its
+own program's consumers do of the unit.
 """

@@ -104,24 +104,21 @@ def add_rows(
 
 @gluon.jit
 def down_consumer(
-    GROUP: gl.constexpr, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full, empty, done, taken, queue, told, heard, n, unit,
-    w_scale,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+    GROUP: gl.constexpr, left_rows, right_rows, x_buffers, w_buffers, s_buffers, w_s_buffers, full, empty, done, taken,
+    queue, told, heard, n, unit, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps, from the nth unit on: pairs GROUP * 64 ... of each tile, as bfloat16 [64, 128] into `left_rows` and `right_rows`, for
     `add_rows` to take."""
     BLOCKS: gl.constexpr = INTER // K
-    COLUMNS: gl.constexpr = HIDDEN // (2 * K)
     step = gl.to_tensor(0)
     tiles = gl.to_tensor(0)  # that this consumer had a part in
     while unit[0] < END:
-        _, tile, column, _, first, end, expert = unit
+        _, _, _, _, first, end, _ = unit
         begin = first + GROUP * ROWS
         if begin < end:
-            scale = w_scale + (expert * (2 * COLUMNS) + 2 * column) * BLOCKS
             left, right, step = multiply(
-                GROUP, x_buffers, w_buffers, s_buffers, full, empty, step, scale, scale + BLOCKS,
-                gl.where(first + ROWS < end, 1, 0), BLOCKS, STAGES, CLUSTER,
+                GROUP, x_buffers, w_buffers, s_buffers, w_s_buffers, full, empty, step, gl.where(first + ROWS < end, 1, 0),
+                BLOCKS, STAGES, CLUSTER,
             )  # fmt: skip
             mbarrier.wait(taken.index(GROUP), (tiles & 1) ^ 1)
             left_rows.store(left.to(gl.bfloat16))

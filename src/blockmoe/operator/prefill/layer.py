@@ -12,7 +12,7 @@ from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Launch, Slot, descriptor
 from blockmoe.operator.persistent import unit_queue
 from blockmoe.operator.prefill.down import add_rows, down_consumer
-from blockmoe.operator.prefill.gate_up import gate_up_consumer, gather
+from blockmoe.operator.prefill.gate_up import gate_up_consumer, gather, store_codes
 from blockmoe.operator.prefill.parts import (
     CODES,
     ROWS,
@@ -25,7 +25,7 @@ from blockmoe.operator.prefill.parts import (
     stage_buffers,
 )
 from blockmoe.operator.prefill.turns import begin_turns, end_turns
-from blockmoe.operator.prefill.units import DOWN, WORDS, K, draw, hear_unit, rows_there
+from blockmoe.operator.prefill.units import WORDS, K, draw, rows_there
 from blockmoe.operator.prefill.zeros import COLUMNS, PAGE, page_runs, write_zeros
 from blockmoe.operator.workspace import Round
 
@@ -38,7 +38,7 @@ PROMOTION = 256
 def finished_rows(x_buffers, w_buffers, codes, STAGES: gl.constexpr):
     """Where GEMM2's rows wait for their addition, [64, 128] bfloat16 each: in the last stage of GEMM1, which GEMM2 has no use for, and
     where GEMM1's codes waited to be stored. With STAGES K blocks or more, more than GEMM2 has stages, nobody gets through a unit of GEMM2
-    while the other consumer, which frees stages too, is at work on GEMM1."""
+    while the other consumer, which frees stages too, is at work on GEMM1; nor before `serve`, which fills them, has stored all codes."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     x = x_buffers._reinterpret(gl.bfloat16, [STAGES, ROWS, K], LAYOUT)
     w = w_buffers._reinterpret(gl.bfloat16, [2 * STAGES, ROWS, K], LAYOUT)
@@ -48,32 +48,33 @@ def finished_rows(x_buffers, w_buffers, codes, STAGES: gl.constexpr):
 
 @gluon.jit
 def consume(
-    GROUP: gl.constexpr, middle, codes, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2,
-    done, taken, queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, pitch,
+    GROUP: gl.constexpr, codes, coded, sent, left_rows, right_rows, x_buffers, w_buffers, s_buffers, w_s_buffers,
+    full_1, empty_1, full_2, empty_2, done, taken, queue, told, heard, pair_weight, middle_scale, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 64 pairs of each tile."""
     begin_turns(GROUP)
     n, unit = gate_up_consumer(
-        GROUP, middle, codes, x_buffers, w_buffers, s_buffers, full_1, empty_1, queue, told, heard, w1_scale, pair_weight, middle_scale,
-        finished, pitch, HIDDEN, INTER, STAGES, CLUSTER,
+        GROUP, codes, coded, sent, x_buffers, w_buffers, s_buffers, w_s_buffers, full_1, empty_1, queue, told, heard, pair_weight,
+        middle_scale, pitch, HIDDEN, STAGES, CLUSTER,
     )  # fmt: skip
     down_consumer(
-        GROUP, left_rows, right_rows, x_buffers, w_buffers, s_buffers, full_2, empty_2, done, taken, queue, told, heard, n, unit,
-        w2_scale, HIDDEN, INTER, STAGES - 1, CLUSTER,
+        GROUP, left_rows, right_rows, x_buffers, w_buffers, s_buffers, w_s_buffers, full_2, empty_2, done, taken, queue, told, heard,
+        n, unit, INTER, STAGES - 1, CLUSTER,
     )  # fmt: skip
     end_turns(GROUP)
 
 
 @gluon.jit
 def carry(
-    x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, queue, told, heard,
-    pair_token, before, added, tokens, HIDDEN: gl.constexpr, STAGES: gl.constexpr,
+    x, x_scale, w1_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, done, taken,
+    queue, told, heard, pair_token, before, added, tokens, HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """Four warps: hidden states to the stages of GEMM1, then finished rows of GEMM2 to the output."""
     n, unit = gather(
-        x, x_scale, x_buffers, s_buffers, full_1, empty_1, queue, told, heard, pair_token, tokens, HIDDEN, STAGES
-    )
+        x, x_scale, w1_scale, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, queue, told, heard, pair_token, tokens,
+        HIDDEN, INTER, STAGES,
+    )  # fmt: skip
     add_rows(
         out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, HIDDEN
     )
@@ -81,15 +82,14 @@ def carry(
 
 @gluon.jit
 def load(
-    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, queue, told, heard, begun, there,
+    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, begun, there,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """One warp: what TMA loads. `second`: the buffers are GEMM2's."""
+    """One warp: what TMA loads."""
     step, n, unit = load_gate_up(
         w1, w_buffers, full_1, empty_1, queue, told, heard, begun, HIDDEN, INTER, STAGES, CLUSTER
     )
     drain(empty_1, step, STAGES)
-    mbarrier.arrive(second.index(0), count=1)
     boxes = x_buffers._reinterpret(gl.float8e4nv, [2 * CLUSTER * STAGES, ROWS // CLUSTER, K], CODES)
     step = load_down(
         middle, w2, boxes, w_buffers, full_2, empty_2, queue, told, heard, begun, n, unit, there,
@@ -99,17 +99,16 @@ def load(
 
 
 @gluon.jit
-def load_middle_scales(
-    middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, there, pitch, INTER: gl.constexpr, STAGES: gl.constexpr,
+def serve(
+    middle, codes, coded, sent, finished, middle_scale, w2_scale, s_buffers, w_s_buffers, full_2, empty_2,
+    queue, told, heard, there, pitch, HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp, for GEMM2: of GEMM1's units it only hears."""
-    n = gl.to_tensor(0)
-    unit = hear_unit(queue, told, heard, n, 1)
-    while unit[0] < DOWN:
-        n += 1
-        unit = hear_unit(queue, told, heard, n, 1)
-    mbarrier.wait(second.index(0), 0)
-    load_scales(middle_scale, s_buffers, full_2, empty_2, queue, told, heard, n, unit, there, pitch, INTER, STAGES - 1)
+    """One warp: codes of GEMM1 to the intermediate; then, since consumers have read all stages of GEMM1, scales of GEMM2 to its stages."""
+    n, unit = store_codes(middle, codes, coded, sent, queue, told, heard, finished)
+    load_scales(
+        middle_scale, w2_scale, s_buffers, w_s_buffers, full_2, empty_2, queue, told, heard, n, unit, there, pitch,
+        HIDDEN, INTER, STAGES - 1,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["tokens", "pitch"])
@@ -130,21 +129,23 @@ def prefill_kernel(
     tiles can have. before [pitch]: the tile of the pair of the same token before, or -1. added [tiles, H / 256], ready [programs], ticket,
     mail [clusters, MAIL] and finished [tiles] begin at 0.
     """
-    x_buffers, w_buffers, s_buffers = stage_buffers(STAGES)
+    x_buffers, w_buffers, s_buffers, w_s_buffers = stage_buffers(STAGES)
     codes = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
     rows_0, rows_1, rows_2, rows_3 = finished_rows(x_buffers, w_buffers, codes, STAGES)
     full_1, empty_1 = stage_barriers(STAGES, CLUSTER)
     full_2, empty_2 = stage_barriers(STAGES - 1, CLUSTER)
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    second = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    coded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    sent = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     begun = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     queue, told, heard = unit_queue(6, WORDS)
     there = rows_there()
     page = gl.allocate_shared_memory(gl.bfloat16, runs.block_type.shape, PAGE)
-    mbarrier.init(second.index(0), count=1)
     mbarrier.init(begun.index(0), count=1)
     for i in gl.static_range(2):
+        mbarrier.init(coded.index(i), count=1)
+        mbarrier.init(sent.index(i), count=1)
         mbarrier.init(done.index(i), count=1)
         mbarrier.init(taken.index(i), count=1)
     if PDL:
@@ -153,23 +154,24 @@ def prefill_kernel(
     gl.warp_specialize(
         [
             (consume, (
-                0, middle, codes, rows_0, rows_1, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2, done, taken,
-                queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, pitch, HIDDEN, INTER, STAGES, CLUSTER,
+                0, codes, coded, sent, rows_0, rows_1, x_buffers, w_buffers, s_buffers, w_s_buffers, full_1, empty_1, full_2, empty_2,
+                done, taken, queue, told, heard, pair_weight, middle_scale, pitch, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (consume, (
-                1, middle, codes, rows_2, rows_3, x_buffers, w_buffers, s_buffers, full_1, empty_1, full_2, empty_2, done, taken,
-                queue, told, heard, w1_scale, w2_scale, pair_weight, middle_scale, finished, pitch, HIDDEN, INTER, STAGES, CLUSTER,
+                1, codes, coded, sent, rows_2, rows_3, x_buffers, w_buffers, s_buffers, w_s_buffers, full_1, empty_1, full_2, empty_2,
+                done, taken, queue, told, heard, pair_weight, middle_scale, pitch, HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (carry, (
-                x, x_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, full_1, empty_1, done, taken, queue, told, heard,
-                pair_token, before, added, tokens, HIDDEN, STAGES,
+                x, x_scale, w1_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, done, taken,
+                queue, told, heard, pair_token, before, added, tokens, HIDDEN, INTER, STAGES,
             )),
             (load, (
-                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, second, queue, told, heard, begun, there,
+                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, begun, there,
                 HIDDEN, INTER, STAGES, CLUSTER,
             )),
-            (load_middle_scales, (
-                middle_scale, s_buffers, full_2, empty_2, second, queue, told, heard, there, pitch, INTER, STAGES,
+            (serve, (
+                middle, codes, coded, sent, finished, middle_scale, w2_scale, s_buffers, w_s_buffers, full_2, empty_2,
+                queue, told, heard, there, pitch, HIDDEN, INTER, STAGES,
             )),
             (draw, (
                 ticket, mail, queue, told, heard, begun, there, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end,

@@ -1,8 +1,8 @@
 """What both GEMMs of the prefill engine are made of: stages in shared memory, who fills them, and who multiplies.
 
   load_...      one warp: the TMA loads of stages of one K block (128 columns): weights; in GEMM2 pairs too
-  load_scales   GEMM2, one warp: the pairs' scales
-  gather        GEMM1, four warps: the pairs' hidden states by token, and their scales (`gate_up.py`)
+  load_scales   GEMM2, one warp: the pairs' scales, and the weights'
+  gather        GEMM1, four warps: the pairs' hidden states by token, their scales and the weights' (`gate_up.py`)
   multiply      two consumers, four warps each: 64 pairs by 2 x 128 weight rows in registers. A K block's product goes to
                 registers of its own and is added to the sum times both scales. Where a tile has at most 64 pairs, the second
                 consumer takes no part (`skip`)
@@ -34,11 +34,12 @@ SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 
 
 @gluon.jit
 def stage_buffers(STAGES: gl.constexpr):
-    """Buffers of pairs, weights and scales."""
+    """Buffers of pairs, weights, and the scales of both."""
     x_buffers = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, ROWS, K], CODES)
     w_buffers = gl.allocate_shared_memory(gl.float8e4nv, [2 * STAGES, K, K], CODES)
     s_buffers = gl.allocate_shared_memory(gl.float32, [2 * STAGES, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    return x_buffers, w_buffers, s_buffers
+    w_s_buffers = gl.allocate_shared_memory(gl.float32, [STAGES, 2], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    return x_buffers, w_buffers, s_buffers, w_s_buffers
 
 
 @gluon.jit
@@ -172,30 +173,35 @@ def drain(empty, step, STAGES: gl.constexpr):
 
 @gluon.jit
 def load_scales(
-    scale, s_buffers, full, empty, queue, told, heard, n, unit, there, pitch, INTER: gl.constexpr, STAGES: gl.constexpr,
+    scale, w_scale, s_buffers, w_s_buffers, full, empty, queue, told, heard, n, unit, there, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """One warp, for GEMM2 from the nth unit on: `scale` [I / 128, pitch] of the pairs as they are sorted. A load runs a stage ahead."""
+    """One warp, for GEMM2 from the nth unit on: `scale` [I / 128, pitch] of the pairs as they are sorted, and the weight blocks'. Loads run
+    a stage ahead."""
     step = gl.to_tensor(0)
     units = gl.to_tensor(0)
     BLOCKS: gl.constexpr = INTER // K
     LAYOUT: gl.constexpr = gl.BlockedLayout([2], [32], [1], [0])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     while unit[0] < END:
-        _, _, _, _, begin, _, _ = unit
+        _, _, column, _, begin, _, expert = unit
+        blocks = w_scale + (expert * (HIDDEN // K) + 2 * column + gl.arange(0, 2, layout=ONE)) * BLOCKS
+        w_s = gl.load(blocks)
         wait_for_rows(there, units)
         at = scale + begin + gl.arange(0, ROWS, layout=LAYOUT)
         s_a = gl.load(at, cache_modifier=".cg")
         s_b = gl.load(at + ROWS, cache_modifier=".cg")
         for k in range(BLOCKS):
-            ahead = gl.minimum(k + 1, BLOCKS - 1) * pitch
-            next_a = gl.load(at + ahead, cache_modifier=".cg")
-            next_b = gl.load(at + ahead + ROWS, cache_modifier=".cg")
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             s_buffers.index(2 * stage).store(s_a)
             s_buffers.index(2 * stage + 1).store(s_b)
+            w_s_buffers.index(stage).store(w_s)
             mbarrier.arrive(full.index(stage), count=PAIRS)
-            s_a = next_a
-            s_b = next_b
+            ahead = gl.minimum(k + 1, BLOCKS - 1)
+            w_s = gl.load(blocks + ahead)
+            s_a = gl.load(at + ahead * pitch, cache_modifier=".cg")
+            s_b = gl.load(at + (ahead * pitch + ROWS), cache_modifier=".cg")
             step += 1
         n += 1
         units += 1
@@ -212,19 +218,18 @@ def free(empty, stage, CLUSTER: gl.constexpr):
 
 @gluon.jit
 def multiply(
-    GROUP: gl.constexpr, x_buffers, w_buffers, s_buffers, full, empty, step, scale_0, scale_1, both,
+    GROUP: gl.constexpr, x_buffers, w_buffers, s_buffers, w_s_buffers, full, empty, step, both,
     BLOCKS: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
-    """Both sums [64, 128] of a consumer's half of a tile, and the next step.
-
-    scale_0 and scale_1: where the weight blocks' scales begin. both: 1 where the other consumer multiplies its half too, else 0.
-    """
+    """Both sums [64, 128] of a consumer's half of a tile, and the next step. both: 1 where the other consumer multiplies its half too, else
+    0."""
     BY_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
     zero = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_0 = gl.zeros([ROWS, K], gl.float32, SUMS)
     sum_1 = gl.zeros([ROWS, K], gl.float32, SUMS)
     stage = step % STAGES
-    mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+    phase = (step // STAGES) & 1
+    mbarrier.wait(full.index(stage), phase)
     # Warps go apart: each has waited for a stage itself, and what they read is freed behind a barrier of all four.
     for k in range(BLOCKS):
         rows = x_buffers.index(2 * stage + GROUP)
@@ -233,8 +238,7 @@ def multiply(
         product = warpgroup_mma(rows, w_buffers.index(2 * stage).permute((1, 0)), zero, use_acc=False, is_async=True)
         give_turn(GROUP, both)
         s = s_buffers.index(2 * stage + GROUP).load(BY_ROW)
-        by_0 = s * gl.load(scale_0 + k)
-        by_1 = s * gl.load(scale_1 + k)
+        by_0 = s * w_s_buffers.index(stage).slice(0, 1).load(BY_ROW)
         product = warpgroup_mma_wait(0, deps=(product,))
         sum_0 += product * gl.expand_dims(by_0, 1)
         # nothing is outstanding: this only keeps ptxas from issuing the next product early, which costs 60 registers
@@ -242,11 +246,14 @@ def multiply(
         take_turn(GROUP, both)
         product = warpgroup_mma(rows, w_buffers.index(2 * stage + 1).permute((1, 0)), zero, use_acc=False, is_async=True)
         give_turn(GROUP, both)
+        by_1 = s * w_s_buffers.index(stage).slice(1, 1).load(BY_ROW)
         # for the next stage, beside the product; the last time for this one again
-        ahead = step + gl.minimum(k + 1, BLOCKS - 1)
-        following = ahead % STAGES
+        more = gl.where(k + 1 < BLOCKS, 1, 0)
+        wraps = gl.where(stage == STAGES - 1, more, 0)
+        following = gl.where(wraps > 0, 0, stage + more)
+        phase ^= wraps
         say(APART)
-        mbarrier.wait(full.index(following), (ahead // STAGES) & 1)
+        mbarrier.wait(full.index(following), phase)
         product = warpgroup_mma_wait(0, deps=(product,))
         free(empty, stage, CLUSTER)
         sum_1 += product * gl.expand_dims(by_1, 1)

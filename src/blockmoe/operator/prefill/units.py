@@ -66,15 +66,15 @@ def hear_unit(queue, told, heard, n, WARPS: gl.constexpr):
 
 @gluon.jit
 def wait_until_finished(finished, tile, INTER: gl.constexpr):
-    """One warp: a tile's rows of the intermediate are there. Each of its units of GEMM1 counts twice, once a consumer."""
+    """One warp: a tile's rows of the intermediate are there, of all its units of GEMM1."""
     zeros = gl.zeros([32], gl.int32, gl.BlockedLayout([1], [32], [1], [0]))
-    wait_until(finished + tile + zeros, zeros + 2 * (INTER // K), zeros + 100, GENERIC)
+    wait_until(finished + tile + zeros, zeros + INTER // K, zeros + 100, GENERIC)
 
 
 @gluon.jit
 def rows_there():
     """Barriers that say of GEMM2's units, in turn, that their tile's rows of the intermediate are there. When one is arrived at again, all
-    roles have heard of QUEUE units since the one it was about, so none waits for that any more."""
+    roles have heard of the unit behind the one it was about, so none waits for that any more."""
     there = gl.allocate_shared_memory(gl.int64, [QUEUE + 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(QUEUE + 1):
         mbarrier.init(there.index(i), count=1)
