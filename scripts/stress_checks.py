@@ -121,10 +121,10 @@ def machine(device: torch.device) -> dict[str, int]:
     return {"sm_count": sm_count, "capability": capability}
 
 
-def plan_of(g: MoEGeometry, tokens: int, device: torch.device) -> Plan:
-    """The plan of a call's first round, as the call chooses it."""
+def plan_of(g: MoEGeometry, tokens: int, device: torch.device, *, tma: bool = True) -> Plan:
+    """The plan of a call's first round, as the call chooses it; `tma`: for tensors that begin at multiples of 16 bytes."""
     clusters = device.type != "cuda" or ptx.known()
-    return choose_plan(g, min(tokens, TOKEN_CHUNK), **machine(device), clusters=clusters)
+    return choose_plan(g, min(tokens, TOKEN_CHUNK), **machine(device), clusters=clusters, tma=tma)
 
 
 def poisoned(g: MoEGeometry, tokens: int, device: torch.device, plan: Plan | None = None) -> dict[str, Tensor]:
@@ -156,7 +156,7 @@ def verify(
     tokens, device = len(tensors[0]), tensors[2].device
     memory = poisoned(g, tokens, device, plan)
     out = layer.call(tensors, g, offset, FACTOR, plan, **memory)
-    plan = plan or plan_of(g, max(tokens, 1), device)
+    plan = plan or plan_of(g, max(tokens, 1), device, tma=all(tensors[i].data_ptr() % 16 == 0 for i in (4, 6)))  # weights
     ignored = near_ties(tensors[0], tensors[1], g)
     found = compare(out, moe_reference(*tensors, offset, FACTOR, geometry=g), ignored)
     ok = passes(found) and out is memory["out"]
