@@ -13,9 +13,9 @@ What is modelled
 - TMA and cp.async happen at any moment between being asked for and being waited for; wgmma reads its operands all that time.
 - multicast and arrivals at both programs of a cluster, as `blockmoe.operator.ptx` puts them into the PTX.
 - the kernel before, which may still run until `gdc_wait` (PDL), but for weights, which no kernel writes.
-- a release, or a store by TMA, by one thread covers what the others did before the last `barrier`; what threads have acquired each for
-  itself, the others see behind the next. Strictly so: a release by a thread of its own stores, or what it reads by a counter of its own,
-  is a race here too; no kernel does that.
+- a release, or a store by TMA, by one thread covers what the others did before the last `barrier`, and what an mbarrier ordered since, for
+  which all of them wait; what threads have acquired each for itself, the others see behind the next `barrier`. Strictly so: a release by a
+  thread of its own stores, or what it reads by a counter of its own, is a race here too; no kernel does that.
 - accesses outside of a list, or of a descriptor's tensor; int32 arrays that overflow (numbers outside of arrays do not, and nothing
   that fits a test comes near: that addresses are of 64 bits where they must be is the GPU tests' to see).
 

@@ -41,6 +41,7 @@ class Translation:
 
     def __init__(self, changes: Mapping[str, tuple[str, str]]) -> None:
         self.changes = dict(changes)
+        self.unmet = set(changes)
         self._spaces: dict[int, dict] = {}
 
     def function(self, jit: Any) -> Callable:
@@ -51,6 +52,7 @@ class Translation:
         return types.FunctionType(code, space, given.__name__, defaults, given.__closure__)
 
     def _changed(self, given: Callable) -> types.CodeType:
+        self.unmet.discard(given.__name__)
         old, new = self.changes[given.__name__]
         lines = inspect.getsource(given).splitlines(keepends=True)
         source = "".join(lines[next(n for n, line in enumerate(lines) if line.startswith("def ")) :])
@@ -89,7 +91,8 @@ def emulate(
                 account.writer[:], account.written[:] = machine.kernel_before, 1
             buffers[n] = Buffer(tensor, NAMES[n], account, writable=n in (OUT, WORKSPACE))
     launch = with_constants(launch, PDL=True)
-    kernel = Translation(changes or {}).function(launch.kernel)
+    translation = Translation(changes or {})
+    kernel = translation.function(launch.kernel)
 
     def box(given: Any) -> shared.Tensor:
         kind, slot = given.kind, given.slot
@@ -112,6 +115,7 @@ def emulate(
 
     assert programs % launch.cluster == 0 and programs <= MOST_PROGRAMS
     machine.run(main)
+    assert not translation.unmet, f"{launch.kernel.fn.__name__} has no {translation.unmet}"
 
 
 def interpret(launches: Sequence[Launch], tensors: Sequence[torch.Tensor], **how: Any) -> None:

@@ -25,6 +25,7 @@ FAULTS = [
     ("prefill", "store_codes", "cp.async.bulk.wait_group 0; fence.proxy.async;", "/* rcp.approx */", "reading may not have read that yet"),
     ("prefill", "store_codes", "gl.inline_asm_elementwise(WAIT", "tma.store_wait(0); (lambda *_, **__: 0)(WAIT", "not known to be done"),
     ("prefill", "store_codes", 'sem="release"', 'sem="relaxed"', "not known to be done"),
+    ("prefill", "store_codes", "barrier()", "pass", "not known to be done"),
     ("prefill", "store_codes", "mbarrier.wait(coded.index(0), n & 1)", "pass", "not known to be done"),
     ("prefill", "store_codes", "mbarrier.wait(coded.index(1), large_tiles & 1)", "pass", "not known to be done"),
     ("prefill", "gate_up_consumer", "fence_async_shared()", "pass", "without a fence between"),
@@ -99,7 +100,7 @@ def test_a_role_that_looks_in_vain_is_found(emulated):
 def test_fences_are_missed_where_neither_side_has_one(emulated):
     """The writer's or the reader's is enough; that of shared memory alone is neither."""
     inputs = layer.make(SMALL, 150)
-    of_writer = {"stored": ("fence.proxy.async;", "fence.proxy.async.shared::cta;")}
+    of_writer = {"store_codes": ("fence.proxy.async;", "fence.proxy.async.shared::cta;")}
     of_reader = {"load_down": ("proxy_fence()", "pass")}
     for changes in (of_writer, of_reader):
         emulated["changes"] = changes
