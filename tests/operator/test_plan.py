@@ -33,7 +33,7 @@ def test_paths():
     tokens = (1, 7, 8, 901, 3071, 3072)
     found = {t: choose_plan(HEADLINE, t).path for t in (1, 8, 511, 512, 14107)}
     assert found == {1: "stream", 8: "stream", 511: "stream", 512: "prefill", 14107: "prefill"}
-    assert [choose_plan(HEADLINE, t).dense for t in (1, 15, 16)] == [True, True, False]
+    assert [choose_plan(HEADLINE, t).dense for t in (1, 16, 17)] == [True, True, False]
     assert [choose_plan(HEADLINE, 14107, clusters=c).gate_up.cluster for c in (True, False)] == [2, 1]
     for capability in (89, 100, 120):
         found = [choose_plan(HEADLINE, t, capability=capability).path for t in tokens]

@@ -189,7 +189,7 @@ def test_stream_last_sum(groups, seed, monkeypatch):
         assert all(i > last for i, (g, _, is_sum) in enumerate(found) if g == group and is_sum)
 
 
-@pytest.mark.parametrize("unit, units, flight", [(0, 96, 3), (95, 96, 3), (131, 132, 3), (132, 192, 5), (132, 160, 10), (131, 160, 3)])
+@pytest.mark.parametrize("unit, units, flight", [(0, 96, 4), (95, 96, 4), (131, 132, 3), (132, 192, 7), (132, 160, 10), (131, 160, 3)])
 def test_stream_flight(unit, units, flight, monkeypatch):
     gl = SimpleNamespace(num_programs=lambda axis: 132, minimum=min, maximum=max)
     monkeypatch.setitem(load.share_of_flight.fn.__globals__, "gl", gl)

@@ -52,6 +52,7 @@ def test_routings(name, routing, emulated):
         ("cluster", MoEGeometry(8, 3, 2, 1536, 768), 150),
         ("cluster", MoEGeometry(16, 1, 2, 1024, 512), 400),
         ("dense", MoEGeometry(24, 24, 3, 768, 256, "renormalize"), 15),
+        ("dense", MoEGeometry(8, 8, 2, 512, 768), 16),  # three stages of GEMM2 a tile: the consumers' turn changes
         ("stream 128x16", MoEGeometry(8, 8, 2, 256, 128), 40),
         ("stream 256x32", MoEGeometry(8, 8, 2, 768, 128), 90),  # three row blocks: one group of columns
         ("stream 256x64", MoEGeometry(8, 2, 2, 1024, 384), 200),
@@ -60,6 +61,18 @@ def test_routings(name, routing, emulated):
 def test_sizes(name, geometry, tokens, emulated):
     emulated.update(seed=tokens, programs=4)
     check(layer.make(geometry, tokens), geometry, geometry.num_experts - geometry.num_local_experts, PLANS[name])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_programs_that_let_others_draw(seed, emulated):
+    """Fewer units of GEMM1 than programs: some wait for the others' tickets, without end in sight where nobody has a pair."""
+    emulated.update(seed=seed, programs=12)
+    geometry = MoEGeometry(8, 1, 2, 512, 256)
+    inputs = layer.make(geometry, 3)
+    inputs[0][:, 3] += 9.0
+    assert check(inputs, geometry, 3, PLANS["dense"]).any()
+    inputs[0][:, 3] -= 99.0
+    assert not check(inputs, geometry, 3, PLANS["dense"]).any()
 
 
 EXAMPLES = int(os.environ.get("EMULATED_EXAMPLES", "10"))  # with more, others each time
@@ -82,7 +95,7 @@ def test_any_layer(data, emulated):
     hidden = unit * draw(st.integers(1, 1536 // unit), "hidden units")
     inter *= draw(st.integers(least // inter, 768 // inter), "intermediate units")
     geometry = MoEGeometry(experts, local, draw(st.integers(1, 3), "top k"), hidden, inter)
-    tokens = draw(st.integers(1, 15 if name == "dense" else TOKENS[name]), "tokens")
+    tokens = draw(st.integers(1, 16 if name == "dense" else TOKENS[name]), "tokens")
     emulated["programs"] = draw(st.integers(1, 3), "programs") * (2 if name == "cluster" else 1)
     emulated["seed"] = draw(st.integers(0, 10**6), "order")
     inputs = layer.make(geometry, tokens, draw(st.integers(0, 10**6), "inputs"))

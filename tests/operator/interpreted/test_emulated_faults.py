@@ -49,6 +49,8 @@ FAULTS = [
     ("prefill", "tell", "mbarrier.wait(heard", "(heard", "may not have read that yet"),
     ("prefill", "put_part", "HIDDEN // 4", "HIDDEN", "is not within"),
     ("dense", "two_sums", "fence_async_shared()", "pass", "without a fence between"),
+    ("dense", "hand_over", "mbarrier.wait(taken", "(taken", "may not have read that yet"),
+    ("dense", "join", "mbarrier.wait(given", "(given", "not known to be done"),
     ("dense", "two_sums", "mbarrier.wait(asked", "(asked", "not known to be done"),
     ("dense", "one_sum", "mbarrier.wait(full", "(full", "not known to be done"),
     ("dense", "load_weights", "mbarrier.wait(empty", "(empty", "may not have read that yet"),

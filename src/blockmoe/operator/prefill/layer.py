@@ -37,8 +37,8 @@ PROMOTION = 256
 @gluon.jit
 def finished_rows(x_buffers, w_buffers, codes, STAGES: gl.constexpr):
     """Where GEMM2's rows wait for their addition, [64, 128] bfloat16 each: in the last stage of GEMM1, which GEMM2 has no use for, and
-    where GEMM1's codes waited to be stored. With STAGES K blocks or more, more than GEMM2 has stages, nobody gets through a unit of GEMM2
-    while the other consumer, which frees stages too, is at work on GEMM1; nor before `serve`, which fills them, has stored all codes."""
+    where GEMM1's codes waited to be stored. No unit of GEMM2 ends before these are free: `load` asks for nothing of GEMM2 until all
+    consumers have freed GEMM1's stages (`drain`), and `serve` has stored all codes before it fills GEMM2's scales."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     x = x_buffers._reinterpret(gl.bfloat16, [STAGES, ROWS, K], LAYOUT)
     w = w_buffers._reinterpret(gl.bfloat16, [2 * STAGES, ROWS, K], LAYOUT)
@@ -187,7 +187,7 @@ def prefill_kernel(
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
     g, tile, b = round.geometry, round.plan.gate_up, round.memory
-    assert g.intermediate_size >= tile.stages * BLOCK, "finished_rows"
+    assert g.intermediate_size >= tile.stages * BLOCK, "with fewer K blocks than stages it was never tried"
     assert g.intermediate_size // BLOCK % tile.cluster == 0 == g.hidden_size % (2 * BLOCK * tile.cluster), "a cluster's columns"
     weights = descriptor(w1, (g.num_local_experts * 2 * g.intermediate_size, g.hidden_size), (BLOCK, BLOCK), CODES.value, PROMOTION)
     middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64, BLOCK), CODES.value)

@@ -9,8 +9,9 @@
 
 Two programs are a cluster (CLUSTER 2; 1: none). They have two tiles of one expert and the same columns (paired), and each loads one half of
 the weights, for both by multicast; or, where an expert has a single tile left, that tile and neighbouring columns, and GEMM2's pairs are
-shared so. `full` takes an arrival of the loading warp (and TMA's bytes) and PAIRS for the pairs or their scales. `empty` takes one of each
-consumer of the cluster, whose stages are filled at the same time. Clusters of four were slower (T = 14107: 1,473 us for 1,398).
+shared so. `full` takes an arrival of the loading warp (and TMA's bytes) and PAIRS for the pairs or their scales, and the weights'.
+`empty` takes one of each consumer of the cluster, whose stages are filled at the same time. Clusters of four were slower (T = 14107: 1,473
+us for 1,398).
 
 Every tile begins at a multiple of 128 pairs, so that whole tiles can be stored: rows past an expert's end are rubbish that nobody
 reads.
@@ -28,7 +29,7 @@ from blockmoe.operator.prefill.units import DOWN, END, K, hear_unit, wait_for_ro
 
 ROWS = gl.constexpr(64)  # pairs of a consumer
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
-PAIRS = gl.constexpr(128)  # arrivals for them
+PAIRS = gl.constexpr(128)  # arrivals for what does not come by TMA
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 
 

@@ -2,8 +2,8 @@
 
 A product takes 256 cycles, its four instructions are issued in some 50. Where both consumers issue as they like, the instructions of two
 products mingle: both end late and at once, and while both add nothing is multiplied. So a consumer issues when the other has: its product
-stands behind the other's, and each adds beside the other's. (T = 14107: 3 % fewer cycles, and what
-shortens the way from one product to the next, which made the kernel slower without, gains: docs/kernel-log.md, section 17.)
+stands behind the other's, and each adds beside the other's. (T = 14107: 3 % fewer cycles, and what shortens the way from one product to
+the next, which made the kernel slower without, gains: docs/kernel-log.md, section 17.)
 
 A turn is a named barrier: one consumer waits there, the other arrives. Of the 16 of a program Triton numbers those of its roles from 0 on.
 """

@@ -18,6 +18,7 @@ from blockmoe.operator.workspace import MAIL_SLOTS
 
 K = gl.constexpr(BLOCK)  # columns of K a stage, of the intermediate a unit; of the output a unit has twice as many
 MAIL = gl.constexpr(MAIL_SLOTS)
+THERE = gl.constexpr(QUEUE.value + 1)  # `rows_there`
 DOWN, END = gl.constexpr(1), gl.constexpr(2)  # kinds: 0 a unit of GEMM1, DOWN one of GEMM2, END none
 # Of a unit as roles hear of it: its kind, tile, column tile, whether paired; of the tile its first pair, the one past its last, its expert
 WORDS = gl.constexpr(7)
@@ -75,8 +76,8 @@ def wait_until_finished(finished, tile, INTER: gl.constexpr):
 def rows_there():
     """Barriers that say of GEMM2's units, in turn, that their tile's rows of the intermediate are there. When one is arrived at again, all
     roles have heard of the unit behind the one it was about, so none waits for that any more."""
-    there = gl.allocate_shared_memory(gl.int64, [QUEUE + 1, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(QUEUE + 1):
+    there = gl.allocate_shared_memory(gl.int64, [THERE, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(THERE):
         mbarrier.init(there.index(i), count=1)
     return there
 
@@ -84,7 +85,7 @@ def rows_there():
 @gluon.jit
 def wait_for_rows(there, n):
     """Of this program's nth unit of GEMM2."""
-    mbarrier.wait(there.index(n % (QUEUE + 1)), (n // (QUEUE + 1)) & 1)
+    mbarrier.wait(there.index(n % THERE), (n // THERE) & 1)
 
 
 @gluon.jit
@@ -132,6 +133,6 @@ def draw(
         if kind == DOWN:
             wait_until_finished(finished, tile, INTER)
             barrier()
-            mbarrier.arrive(there.index(downs % (QUEUE + 1)), count=1)
+            mbarrier.arrive(there.index(downs % THERE), count=1)
             downs += 1
         n += 1

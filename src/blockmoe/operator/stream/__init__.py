@@ -1,7 +1,7 @@
 """The layer after routing as one persistent, warp-specialised Gluon kernel, where reading the weights is the bound (sm_90).
 
   load.py      its producers: weights by TMA, pairs by cp.async, each one warp
-  compute.py   its consumers: wgmma, promotion, epilogues, the output's last sum
+  compute.py   its consumers, two where few tokens make one of them the bound: wgmma, promotion, epilogues, the output's last sum
   layer.py     the kernel
 
 One program a multiprocessor. Units are drawn from a ticket, those of GEMM1 first, and told to the program's other roles, so that no

@@ -17,69 +17,101 @@ from blockmoe.operator.stream.load import pairs_at, second_unit, unit_at, unit_c
 @gluon.jit
 def two_sums(
     it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
-    ROWS: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, PARTS: gl.constexpr, X_BUFS: gl.constexpr, S_BUFS: gl.constexpr,
-    STAGES: gl.constexpr, M: gl.constexpr,
+    GROUP: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, PARTS: gl.constexpr,
+    X_BUFS: gl.constexpr, S_BUFS: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
-    """Scaled sums over COUNT stages of both runs of weight rows, [ROWS, N] each."""
+    """Scaled sums of both runs of weight rows, [ROWS, N] each, over this consumer's of COUNT stages from `it` on."""
     S: gl.constexpr = gl.SliceLayout(0, M)
     PART: gl.constexpr = 128 // PARTS
     zero = gl.zeros([ROWS, N], gl.float32, M)
     first = gl.zeros([ROWS, N], gl.float32, M)
     second = gl.zeros([ROWS, N], gl.float32, M)
-    for _ in range(COUNT):
-        at = it % STAGES
-        mbarrier.wait(asked.index(at), (it // STAGES) & 1)
-        mbarrier.wait(full.index(at), (it // STAGES) & 1)
+    for step in range(own_first(it, GROUP, CONSUMERS), it + COUNT, CONSUMERS):
+        at = step % STAGES
+        mbarrier.wait(asked.index(at), (step // STAGES) & 1)
+        mbarrier.wait(full.index(at), (step // STAGES) & 1)
         fence_async_shared()  # the pairs' rows came by cp.async, wgmma reads them by the other proxy
         for part in gl.static_range(PARTS):
+            # before the products, which read so much of shared memory that these would wait
+            s = s_bufs.index(S_BUFS * at + part).load(S)
+            s_first = s * w_s_bufs.index(2 * at).load(S)
+            s_second = s * w_s_bufs.index(2 * at + 1).load(S)
             b_x = x_bufs.index(X_BUFS * at).slice(part * PART, PART, dim=1).permute((1, 0))
             b_first = w_bufs.index(2 * at).slice(part * PART, PART, dim=1)
             b_second = w_bufs.index(2 * at + 1).slice(part * PART, PART, dim=1)
             d_first = warpgroup_mma(b_first, b_x, zero, use_acc=False, is_async=True)
             d_second = warpgroup_mma(b_second, b_x, zero, use_acc=False, is_async=True)
-            s = s_bufs.index(S_BUFS * at + part).load(S)
-            s_first = s * w_s_bufs.index(2 * at).load(S)
-            s_second = s * w_s_bufs.index(2 * at + 1).load(S)
             d_first, d_second = warpgroup_mma_wait(0, deps=(d_first, d_second))
             if part == PARTS - 1:
                 mbarrier.arrive(empty.index(at), count=1)
             first += d_first * gl.expand_dims(s_first, 0)
             second += d_second * gl.expand_dims(s_second, 0)
-        it += 1
-    return first, second, it
+    return first, second, it + COUNT
 
 
 @gluon.jit
 def one_sum(
-    sum, it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
-    ROWS: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
+    it, count, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
+    GROUP: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
-    """`sum` [ROWS, N] and the scaled products of COUNT stages of two K blocks, of which a pair has two scales each."""
+    """The sum [ROWS, N] of scaled products over this consumer's of `count` stages from `it` on, of two K blocks each, of which a pair has
+    two scales each."""
     S: gl.constexpr = gl.SliceLayout(0, M)
     zero = gl.zeros([ROWS, N], gl.float32, M)
-    for _ in range(COUNT):
-        at = it % STAGES
-        mbarrier.wait(asked.index(at), (it // STAGES) & 1)
-        mbarrier.wait(full.index(at), (it // STAGES) & 1)
+    sum = gl.zeros([ROWS, N], gl.float32, M)
+    for step in range(own_first(it, GROUP, CONSUMERS), it + count, CONSUMERS):
+        at = step % STAGES
+        mbarrier.wait(asked.index(at), (step // STAGES) & 1)
+        mbarrier.wait(full.index(at), (step // STAGES) & 1)
         fence_async_shared()
-        w_0, w_1 = w_bufs.index(2 * at), w_bufs.index(2 * at + 1)
-        x_0, x_1 = x_bufs.index(2 * at), x_bufs.index(2 * at + 1)
-        d_0 = warpgroup_mma(w_0.slice(0, 64, dim=1), x_0.slice(0, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
-        d_1 = warpgroup_mma(w_0.slice(64, 64, dim=1), x_0.slice(64, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
-        d_2 = warpgroup_mma(w_1.slice(0, 64, dim=1), x_1.slice(0, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
-        d_3 = warpgroup_mma(w_1.slice(64, 64, dim=1), x_1.slice(64, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
         by_0 = w_s_bufs.index(2 * at).load(S)
         by_1 = w_s_bufs.index(2 * at + 1).load(S)
         s_0 = s_bufs.index(4 * at).load(S) * by_0
         s_1 = s_bufs.index(4 * at + 1).load(S) * by_0
         s_2 = s_bufs.index(4 * at + 2).load(S) * by_1
         s_3 = s_bufs.index(4 * at + 3).load(S) * by_1
+        w_0, w_1 = w_bufs.index(2 * at), w_bufs.index(2 * at + 1)
+        x_0, x_1 = x_bufs.index(2 * at), x_bufs.index(2 * at + 1)
+        d_0 = warpgroup_mma(w_0.slice(0, 64, dim=1), x_0.slice(0, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        d_1 = warpgroup_mma(w_0.slice(64, 64, dim=1), x_0.slice(64, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        d_2 = warpgroup_mma(w_1.slice(0, 64, dim=1), x_1.slice(0, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
+        d_3 = warpgroup_mma(w_1.slice(64, 64, dim=1), x_1.slice(64, 64, dim=1).permute((1, 0)), zero, use_acc=False, is_async=True)
         d_0, d_1, d_2, d_3 = warpgroup_mma_wait(0, deps=(d_0, d_1, d_2, d_3))
         mbarrier.arrive(empty.index(at), count=1)
         sum += d_0 * gl.expand_dims(s_0, 0) + d_1 * gl.expand_dims(s_1, 0)
         sum += d_2 * gl.expand_dims(s_2, 0) + d_3 * gl.expand_dims(s_3, 0)
-        it += 1
-    return sum, it
+    return sum, it + count
+
+
+@gluon.jit
+def own_first(it, GROUP: gl.constexpr, CONSUMERS: gl.constexpr):
+    """The first stage from `it` on that is this consumer's: of two each has every other one."""
+    if CONSUMERS == 1:
+        return it
+    else:
+        return it + ((it + GROUP) & 1)
+
+
+@gluon.jit
+def hand_over(sums, other, given, taken, n):
+    """The second consumer's sums of the nth unit, in `other`, to the first."""
+    mbarrier.wait(taken.index(0), (n & 1) ^ 1)
+    for i in gl.static_range(len(sums)):
+        other.index(i).store(sums[i])
+    barrier()
+    mbarrier.arrive(given.index(0), count=1)
+
+
+@gluon.jit
+def join(sums, other, given, taken, n, M: gl.constexpr):
+    """The first consumer's sums of the nth unit and, added to them, the second's."""
+    found = ()
+    mbarrier.wait(given.index(0), n & 1)
+    for i in gl.static_range(len(sums)):
+        found = found + (sums[i] + other.index(i).load(M),)
+    barrier()
+    mbarrier.arrive(taken.index(0), count=1)
+    return found
 
 
 @gluon.jit
@@ -167,12 +199,19 @@ def combine(
 
 @gluon.jit
 def consumer(
-    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out, finished, written,
-    tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
+    GROUP: gl.constexpr, CONSUMERS: gl.constexpr, given_to_all,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` a column group's of GEMM2."""
+    """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` a column group's of GEMM2.
+
+    Of two each multiplies every other stage, since one alone takes 0.3 us for a stage of GEMM2, longer than the memory; what the second has
+    summed it hands to the first, which does all else.
+    """
+    (
+        other, given, taken, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
+    ) = given_to_all
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS
@@ -189,19 +228,30 @@ def consumer(
         s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
         weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
         up, gate, it = two_sums(
-            it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, ROWS, N, HIDDEN // 128, 1, X_BUFS, S_BUFS, STAGES, M
+            it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
+            GROUP, CONSUMERS, ROWS, N, HIDDEN // 128, 1, X_BUFS, S_BUFS, STAGES, M,
         )  # fmt: skip
-        store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, not DENSE, M)
-        barrier()
-        gl.atomic_add(finished + tile, 1, sem="release")
+        if GROUP == 1:
+            hand_over((up, gate), other, given, taken, n)
+        else:
+            if CONSUMERS == 2:
+                up, gate = join((up, gate), other, given, taken, n, M)
+            store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, not DENSE, M)
+            barrier()
+            gl.atomic_add(finished + tile, 1, sem="release")
         n += 1
         unit = hear(queue, told, heard, n, WARPS)
     while unit < units:
         if DENSE:
-            sum = gl.zeros([ROWS, N], gl.float32, M)
-            for _ in range(tiles):
-                sum, it = one_sum(sum, it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, ROWS, N, INTER // 256, STAGES, M)
-            store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS, False)
+            sum, it = one_sum(
+                it, tiles * (INTER // 256), w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, GROUP, CONSUMERS, ROWS, N, STAGES, M
+            )
+            if GROUP == 1:
+                hand_over((sum,), other, given, taken, n)
+            else:
+                if CONSUMERS == 2:
+                    sum = join((sum,), other, given, taken, n, M)[0]
+                store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS, False)
         else:
             group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
             if is_sum:
@@ -215,7 +265,8 @@ def consumer(
                 tile, block = unit_at(number, tile_group, OUT, False)
                 begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
                 first, second, it = two_sums(
-                    it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, ROWS, N, INTER // 128, PARTS, X_BUFS, S_BUFS, STAGES, M
+                    it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
+                    GROUP, CONSUMERS, ROWS, N, INTER // 128, PARTS, X_BUFS, S_BUFS, STAGES, M,
                 )  # fmt: skip
                 column = (group * OUT + block) * (2 * ROWS)
                 store_rows(first, begin, end, column, rows, HIDDEN, ROWS, N, WARPS, True)

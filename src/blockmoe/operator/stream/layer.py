@@ -15,6 +15,7 @@ from blockmoe.operator.stream.compute import consumer
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.workspace import Round
 
+SECOND_REGISTERS = gl.constexpr(168)  # a thread of the second consumer, where there is one
 WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
 
@@ -38,6 +39,18 @@ def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DEN
     return w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty
 
 
+@gluon.jit
+def place_of_sums(ROWS: gl.constexpr, N: gl.constexpr, CONSUMERS: gl.constexpr):
+    """Where the second consumer leaves a unit's sums for the first, and barriers that say that they are there, and that they were read."""
+    LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    other = gl.allocate_shared_memory(gl.float32, [2, ROWS if CONSUMERS == 2 else 1, N], LAYOUT)
+    given = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    taken = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(given.index(0), count=1)
+    mbarrier.init(taken.index(0), count=1)
+    return other, given, taken
+
+
 @gluon.jit(do_not_specialize=["tokens"])
 def stream_kernel(
     w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, tile_count, tile_expert, tile_group, tile_begin, tile_end,
@@ -55,29 +68,41 @@ def stream_kernel(
     written [GROUPS] begin at 0.
     """
     w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stage_buffers(ROWS, N, STAGES, DENSE)
-    queue, told, heard = unit_queue(2)
+    CONSUMERS: gl.constexpr = 2 if DENSE else 1
+    other, given, taken = place_of_sums(ROWS, N, CONSUMERS)
+    queue, told, heard = unit_queue(1 + CONSUMERS)
     if PDL:
         gdc_wait()
-    gl.warp_specialize(
-        [
-            (consumer, (
-                w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out, finished,
-                written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
-                HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS,
-            )),
-            (weights_producer, (
-                w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens,
-                HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT,
-            )),
-            (pairs_producer, (
-                x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
-                tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
-                HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, STAY,
-            )),
-        ],
-        [1, 1],
-        [REGISTERS, REGISTERS],
+    multiplied = (
+        other, given, taken, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
     )  # fmt: skip
+    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens)
+    pairs = (
+        x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
+        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
+    )  # fmt: skip
+    if CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (consumer, (0, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
+                (consumer, (1, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, STAY)),
+            ],
+            [WARPS, 1, 1],
+            [SECOND_REGISTERS, REGISTERS, REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (0, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, STAY)),
+            ],
+            [1, 1],
+            [REGISTERS, REGISTERS],
+        )
 
 
 def weight_boxes(w: Slot, rows: int, columns: int, tile: StreamTile) -> Descriptor:
