@@ -77,7 +77,7 @@ def test_prefill_ascends(seed, monkeypatch):
     assert experts == sorted(experts)
 
 
-NUMBERS = {name: getattr(units, name).value for name in ("K", "MAIL", "DOWN", "END", "QUEUE")}
+NUMBERS = {name: getattr(units, name).value for name in ("K", "MAIL", "DOWN", "END", "QUEUE", "THERE")}
 
 
 class Drawing:
