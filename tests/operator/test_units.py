@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton.experimental.gluon")
 
 from blockmoe.operator.prefill import units, zeros  # noqa: E402
-from blockmoe.operator.stream import load  # noqa: E402
+from blockmoe.operator.stream import compute, load  # noqa: E402
 
 
 class Lists:
@@ -189,8 +189,67 @@ def test_stream_last_sum(groups, seed, monkeypatch):
         assert all(i > last for i, (g, _, is_sum) in enumerate(found) if g == group and is_sum)
 
 
-@pytest.mark.parametrize("unit, units, flight", [(0, 96, 4), (95, 96, 4), (131, 132, 3), (132, 192, 7), (132, 160, 10), (131, 160, 3)])
+FLIGHTS = [
+    (0, 96, 4), (95, 96, 4), (131, 132, 3), (132, 192, 7), (132, 160, 10), (131, 160, 3),  # of GEMM1
+    (131, 208, 3), (132, 208, 6), (264, 272, 10),  # of GEMM2, behind 96 and 160 units of GEMM1
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit, units, flight", FLIGHTS)
 def test_stream_flight(unit, units, flight, monkeypatch):
     gl = SimpleNamespace(num_programs=lambda axis: 132, minimum=min, maximum=max)
     monkeypatch.setitem(load.share_of_flight.fn.__globals__, "gl", gl)
     assert load.share_of_flight.fn(unit, units, 3, 10) == flight
+
+
+class Ticket:
+    """What `load.let_others_draw` sees: a number that grows by so many whenever it looks; how often it has."""
+
+    def __init__(self, growth: int) -> None:
+        self.growth, self.looks = growth, 0
+
+    def __add__(self, lanes: int) -> "Ticket":
+        return self
+
+    def look(self) -> int:
+        self.looks += 1
+        return self.growth * self.looks
+
+    def language(self, program: int, programs: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            num_programs=lambda axis: programs, program_id=lambda axis: program, load=lambda at: at, arange=lambda *given, layout: 1,
+            BlockedLayout=lambda *given: None, to_tensor=int, max=lambda value, axis: value, int32=None,
+            inline_asm_elementwise=lambda asm, constraints, given, **more: given[0].look(),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("programs", [132, 114])
+@pytest.mark.parametrize("tiles", [0, 1, 2, 3, 5])
+def test_some_let_others_draw(programs, tiles, monkeypatch):
+    """As many as have no unit of GEMM1 look until the others have drawn, or 16 times; they are in every 33 neighbours."""
+    looks = {}
+    for growth in (0, 50):
+        for program in range(programs):
+            ticket = Ticket(growth)
+            monkeypatch.setitem(load.let_others_draw.fn.__globals__, "gl", ticket.language(program, programs))
+            load.let_others_draw.fn(ticket, tiles, 32)
+            looks[growth, program] = ticket.looks
+    waiting = [program for program in range(programs) if looks[0, program]]
+    assert len(waiting) == (max(0, programs - 32 * tiles) if tiles else 0)
+    assert all(looks[0, program] == 16 and looks[50, program] == -(-32 * tiles // 50) for program in waiting)
+    for first in range(0, programs - 33):
+        share = sum(first <= program < first + 33 for program in waiting)
+        assert abs(share - 33 * len(waiting) / programs) < 6
+
+
+@pytest.mark.parametrize("consumers", [1, 2])
+@pytest.mark.parametrize("counts", [(2, 2, 2), (3, 3, 4, 1), (1, 1, 1)])
+def test_consumers_share_stages(consumers, counts, monkeypatch):
+    """Every stage is one consumer's, and of two each has every other stage through all units."""
+    owner, it = {}, 0
+    for count in counts:
+        for group in range(consumers):
+            for step in range(compute.own_first.fn(it, group, consumers), it + count, consumers):
+                assert owner.setdefault(step, group) == group
+        it += count
+    assert sorted(owner) == list(range(sum(counts))) and all(owner[step] == step % consumers for step in owner)

@@ -24,7 +24,8 @@ from blockmoe.geometry import BLOCK, MoEGeometry
 
 Path = Literal["dense", "sorted", "stream", "wide", "prefill"]
 
-STREAM_DENSE_TOKENS = 16  # a tile. On an H200 T = 16: 133.6 us, sorted 139.5
+# A tile. T = 16 on an H200: 133.6 us, sorted 139.5 (12 experts); 168.0, 167.0 (15). On an H100, one consumer: 187.1, 186.8; 237.9, 228.0
+STREAM_DENSE_TOKENS = 16
 DENSE_TOKENS = 7  # elsewhere. T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
 ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
@@ -95,7 +96,8 @@ class StreamTile:
 
     GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns of a tile's pairs, the output's last sum
     in `groups` column groups, each while the next one's weights come in (1 where they don't divide the columns); where `dense`, a tile
-    lists all tokens, and `rows` columns are summed over all experts. `promotion`: bytes that the L2 reads at once (128 or 256).
+    lists all tokens, and `rows` columns are summed over all experts (10 stages at most: a second consumer's sums lie beside them).
+    `promotion`: bytes that the L2 reads at once (128 or 256).
     """
 
     rows: int
@@ -239,8 +241,8 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
 def _stream(geometry: MoEGeometry, tokens: int, rows: float) -> StreamTile:
     """The tile for so many mean rows an expert: tall enough for skewed routing too, where that costs nothing under uniform routing."""
     if tokens <= STREAM_DENSE_TOKENS and geometry.intermediate_size % (2 * BLOCK) == 0:
-        # T = 1, 7, 14, 15: 54.6, 98.5, 169.5, 87.6 us; all stages in flight 57.7, 103.8, 174.8, 87.9. On an H200 with two consumers, more
-        # stages for the last units in flight 42.3, 72.5, 124.2, 63.4; before 45.0, 76.8, 126.7, 69.7
+        # T = 1, 7, 14, 15: 54.6, 98.5, 169.5, 87.6 us; all stages in flight 57.7, 103.8, 174.8, 87.9. On an H200: 45.0, 76.8, 126.7, 69.7;
+        # with two consumers, more stages for last units, and idle programs that let others draw 42.3 (by these alone), 72.4, 124.2, 63.4
         return StreamTile(64, 16, 10, dense=True, flight=3)
     if rows <= 6:
         # T = 55, 80: 340.3, 469.1 us; 128x16 341.0, 469.2; 256x16 340.5, 470.0. T = 128: 446.6, 128x16 446.5; all on the same eight

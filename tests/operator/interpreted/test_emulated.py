@@ -64,8 +64,8 @@ def test_sizes(name, geometry, tokens, emulated):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_programs_that_let_others_draw(seed, emulated):
-    """Fewer units of GEMM1 than programs: some wait for the others' tickets, without end in sight where nobody has a pair."""
+def test_fewer_units_than_programs(seed, emulated):
+    """Some look at the ticket before they draw (who does: test_units.py); and none where nobody has a pair."""
     emulated.update(seed=seed, programs=12)
     geometry = MoEGeometry(8, 1, 2, 512, 256)
     inputs = layer.make(geometry, 3)

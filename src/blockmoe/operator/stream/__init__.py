@@ -11,5 +11,6 @@ writes a row a pair, and the last sum, by token, comes in column groups, whose s
 units of GEMM2, whose weights come in meanwhile.
 
 Why nobody waits for ever: a unit of GEMM2 waits for units of GEMM1, which have lower tickets, so programs that run drew them; those
-wait for nothing. A share of the last sum waits for its column group's units of GEMM2, which have lower tickets too.
+wait for nothing (who lets others draw first has none, and looks 16 times at most). A share of the last sum waits for its column group's
+units of GEMM2, which have lower tickets too.
 """

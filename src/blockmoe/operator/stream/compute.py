@@ -32,7 +32,7 @@ def two_sums(
         mbarrier.wait(full.index(at), (step // STAGES) & 1)
         fence_async_shared()  # the pairs' rows came by cp.async, wgmma reads them by the other proxy
         for part in gl.static_range(PARTS):
-            # before the products, which read so much of shared memory that these would wait
+            # before the products: behind them scales took 160 cycles a stage of GEMM2, waiting for shared memory perhaps
             s = s_bufs.index(S_BUFS * at + part).load(S)
             s_first = s * w_s_bufs.index(2 * at).load(S)
             s_second = s * w_s_bufs.index(2 * at + 1).load(S)
@@ -205,8 +205,8 @@ def consumer(
 ):  # fmt: skip
     """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` a column group's of GEMM2.
 
-    Of two each multiplies every other stage, since one alone takes 0.3 us for a stage of GEMM2, longer than the memory; what the second has
-    summed it hands to the first, which does all else.
+    Of two each multiplies every other stage: one alone takes some 580 cycles for a stage of GEMM2, longer than the memory where few
+    programs have units left. What the second has summed it hands to the first, which does all else.
     """
     (
         other, given, taken, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out,

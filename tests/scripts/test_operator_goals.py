@@ -1,0 +1,70 @@
+"""What scripts/operator_goals says of whose operator traces are."""
+
+import subprocess
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
+from pathlib import Path
+
+import pytest
+
+from blockmoe.bench.dataset import bundled_solutions
+from blockmoe.bench.pack import pack
+from blockmoe.geometry import HEADLINE
+
+ROOT = Path(__file__).parents[2]
+DEFINITION = HEADLINE.definition_name
+
+
+@pytest.fixture(scope="module")
+def goals():
+    loader = SourceFileLoader("operator_goals", str(ROOT / "scripts/operator_goals"))
+    module = module_from_spec(spec_from_loader(loader.name, loader))
+    loader.exec_module(module)
+    return module
+
+
+CODE = 'def f(a):\n    """Docstring."""\n    return "text", a  # why\n'
+OTHER_WORDS = '"""Of a module."""\n\n\ndef f(a):\n    # another reason\n    return "text", a\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "same"),
+    [
+        (OTHER_WORDS, True),
+        (CODE.replace("return", "return  "), True),
+        (CODE.replace("text", "other"), False),  # a string that is no docstring: the kernels' assembly is such
+        (CODE.replace("(a)", "(a, b=1)"), False),
+    ],
+)
+def test_words_are_apart_from_code(goals, content, same):
+    assert (goals.without_words({"a.py": content}) == goals.without_words({"a.py": CODE})) is same
+
+
+def test_other_files_and_the_package_of_a_packed_form(goals):
+    name = "blockmoe_0123456789abcdef"
+    packed, here = {f"{name}/a.py": f"from {name}.b import c"}, {"blockmoe/a.py": "from blockmoe.b import c"}
+    assert goals.without_words(packed) == goals.without_words(here)
+    assert goals.without_words({"a.cu": "x  // y"}) != goals.without_words({"a.cu": "x"})
+
+
+def test_whose(goals, monkeypatch):
+    mine = pack(bundled_solutions() / "blockmoe", DEFINITION).digest
+    assert goals.whose({DEFINITION: mine}) == "the operator of this tree"
+    monkeypatch.setattr(goals, "COMMITS", 1)
+    assert goals.whose({DEFINITION: "f" * 16}).startswith("another operator than this tree and its last 1 commits have")
+
+
+def test_a_commit(goals, monkeypatch):
+    """The newest one's files; and what is said where something was changed after the traces."""
+    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    if commit.returncode:
+        pytest.skip("no git repository")
+    digest, files = goals.of_commit("HEAD", [DEFINITION])[DEFINITION]
+    assert len(digest) == 16 and any(path.endswith("operator/plan.py") for path in files)
+    now = goals.pack(bundled_solutions() / "blockmoe", DEFINITION)
+    written = {source.path: source.content for source in goals.bundled(now).sources}
+    mine = next(path for path in written if path.endswith("operator/plan.py"))
+    for change, said in (("# more\n", "by comments and docstrings alone"), ("x = 1\n", "by its code")):
+        older = {**written, mine: written[mine] + change}
+        monkeypatch.setattr(goals, "of_commit", lambda commit, definitions, older=older: {DEFINITION: ("0" * 16, older)})
+        assert goals.whose({DEFINITION: "0" * 16}).endswith(said)
