@@ -56,7 +56,7 @@ FAULTS = [
     ("dense", "load_weights", "mbarrier.wait(empty", "(empty", "may not have read that yet"),
     ("dense", "tiles_finished", "barrier()", "pass", "not known to be done"),
     ("dense", "tiles_finished", "known <= tile", "known < 0", "not known to be done"),
-    ("stream 256x32", "consumer", "barrier()\n        gl.atomic_add(finished", "gl.atomic_add(finished", "not known to be done"),
+    ("stream 256x32", "consumer", "barrier()\n            gl.atomic_add(finished", "gl.atomic_add(finished", "not known to be done"),
     ("stream 256x32", "consumer", "wait_until(written", "(written", "reads workspace"),
     ("stream 256x32", "pairs_producer", "wait_until(finished", "(finished", "not known to be done"),
     ("stream 256x32", "combine", "pair >= 0", "pair >= -1", "is not within"),
