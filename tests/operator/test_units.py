@@ -226,7 +226,7 @@ class Ticket:
 @pytest.mark.parametrize("programs", [132, 114])
 @pytest.mark.parametrize("tiles", [0, 1, 2, 3, 5])
 def test_some_let_others_draw(programs, tiles, monkeypatch):
-    """As many as have no unit of GEMM1 look until the others have drawn, or 16 times; they are in every 33 neighbours."""
+    """As many as have no unit of GEMM1 look until the others have drawn, or 16 times; any 33 neighbours have an even share, but for six."""
     looks = {}
     for growth in (0, 50):
         for program in range(programs):
@@ -244,7 +244,7 @@ def test_some_let_others_draw(programs, tiles, monkeypatch):
 
 @pytest.mark.parametrize("consumers", [1, 2])
 @pytest.mark.parametrize("counts", [(2, 2, 2), (3, 3, 4, 1), (1, 1, 1)])
-def test_consumers_share_stages(consumers, counts, monkeypatch):
+def test_consumers_share_stages(consumers, counts):
     """Every stage is one consumer's, and of two each has every other stage through all units."""
     owner, it = {}, 0
     for count in counts:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from blockmoe.bench.dataset import bundled_solutions
-from blockmoe.bench.pack import pack
 from blockmoe.geometry import HEADLINE
 
 ROOT = Path(__file__).parents[2]
@@ -48,23 +46,21 @@ def test_other_files_and_the_package_of_a_packed_form(goals):
 
 
 def test_whose(goals, monkeypatch):
-    mine = pack(bundled_solutions() / "blockmoe", DEFINITION).digest
-    assert goals.whose({DEFINITION: mine}) == "the operator of this tree"
+    ((digest, _),) = goals.of_tree(ROOT, [DEFINITION]).values()
+    assert goals.whose({DEFINITION: digest}) == "the operator of this tree"
     monkeypatch.setattr(goals, "COMMITS", 1)
-    assert goals.whose({DEFINITION: "f" * 16}).startswith("another operator than this tree and its last 1 commits have")
+    for unknown in ("f" * 16, None):
+        assert goals.whose({DEFINITION: unknown}).startswith("another operator than this tree and its last 1 commits have")
 
 
+@pytest.mark.skipif(subprocess.run(["git", "-C", ROOT, "rev-parse"], capture_output=True).returncode, reason="no git repository")
 def test_a_commit(goals, monkeypatch):
     """The newest one's files; and what is said where something was changed after the traces."""
-    commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    if commit.returncode:
-        pytest.skip("no git repository")
-    digest, files = goals.of_commit("HEAD", [DEFINITION])[DEFINITION]
+    ((digest, files),) = goals.of_commit("HEAD", [DEFINITION]).values()
     assert len(digest) == 16 and any(path.endswith("operator/plan.py") for path in files)
-    now = goals.pack(bundled_solutions() / "blockmoe", DEFINITION)
-    written = {source.path: source.content for source in goals.bundled(now).sources}
-    mine = next(path for path in written if path.endswith("operator/plan.py"))
+    ((_, now),) = goals.of_tree(ROOT, [DEFINITION]).values()
+    plan = next(path for path in now if path.endswith("operator/plan.py"))
     for change, said in (("# more\n", "by comments and docstrings alone"), ("x = 1\n", "by its code")):
-        older = {**written, mine: written[mine] + change}
-        monkeypatch.setattr(goals, "of_commit", lambda commit, definitions, older=older: {DEFINITION: ("0" * 16, older)})
+        older = {**now, plan: now[plan] + change}
+        monkeypatch.setattr(goals, "of_commit", lambda commit, definitions, older=older: {DEFINITION: ["0" * 16, older]})
         assert goals.whose({DEFINITION: "0" * 16}).endswith(said)
