@@ -218,11 +218,10 @@ def candidates(tokens: int) -> dict[str, Plan]:
             for groups in (1, 4, 7):
                 stream(tile.rows, tile.block_n, tile.stages, flight=tile.flight, groups=groups)
             stream(128, 16, 6, flight=3, groups=2)
-            stream(128, 64, 3, groups=2)
             found["sorted"] = choose_plan(HEADLINE, tokens, tma=False)
-    if tokens > 500:
-        for stages, cluster in ((4, 1), (4, 2), (3, 2)):
-            plan = Plan("prefill", base.route, PrefillTile(stages, cluster))
+    if tokens > 100:
+        for stages, cluster, flight in ((4, 1, 2), (4, 2, 2), (4, 2, 3), (3, 2, 2)):
+            plan = Plan("prefill", base.route, PrefillTile(stages, cluster, flight))
             found[f"prefill {plan.gate_up}"] = plan
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 

@@ -26,10 +26,10 @@ def variants(tokens: int) -> dict[str, Plan]:
     base = choose_plan(HEADLINE, tokens)
     found = {"default": base}
     for cluster in (1, 2):
-        found[f"clusters of {cluster}"] = Plan("prefill", base.route, PrefillTile(4, cluster))
+        for flight in (2, 3):
+            found[f"clusters of {cluster}, {flight} in flight"] = Plan("prefill", base.route, PrefillTile(4, cluster, flight))
     if tokens <= 5000:
-        for depth in (4, 5):
-            found[f"stream {depth}s"] = Plan("stream", base.route, StreamTile(128, 64, depth, groups=2))
+        found["stream"] = Plan("stream", base.route, StreamTile(128, 32, 6, groups=2, flight=3))
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 
 

@@ -31,8 +31,9 @@ def test_routing_tiles_hold_their_tokens(g):
 
 def test_paths():
     tokens = (1, 7, 8, 901, 3071, 3072)
-    found = {t: choose_plan(HEADLINE, t).path for t in (1, 8, 511, 512, 14107)}
-    assert found == {1: "stream", 8: "stream", 511: "stream", 512: "prefill", 14107: "prefill"}
+    found = {t: choose_plan(HEADLINE, t).path for t in (1, 8, 127, 128, 14107)}
+    assert found == {1: "stream", 8: "stream", 127: "stream", 128: "prefill", 14107: "prefill"}
+    assert [choose_plan(HEADLINE, t).gate_up.flight for t in (128, 6143, 6144, 14107)] == [3, 3, 2, 2]
     assert [choose_plan(HEADLINE, t).dense for t in (1, 16, 17)] == [True, True, False]
     assert [choose_plan(HEADLINE, 14107, clusters=c).gate_up.cluster for c in (True, False)] == [2, 1]
     for capability in (89, 100, 120):

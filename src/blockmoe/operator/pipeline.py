@@ -59,7 +59,7 @@ def stages(
     bias = logits if bias_dtype is None else Slot(BIAS, bias_dtype)  # renormalize reads no bias
     x, x_scale, out = Slot(HIDDEN, E4M3), Slot(HIDDEN_SCALE, torch.float32), Slot(OUT, torch.bfloat16)
     w1, w1_scale, w2, w2_scale = Slot(W1, E4M3), Slot(W1_SCALE, torch.float32), Slot(W2, E4M3), Slot(W2_SCALE, torch.float32)
-    found = {"route": route(logits, bias, x, offset, factor, this)}
+    found = {"route": route(logits, bias, offset, factor, this)}
     if plan.down is None:
         if plan.path == "stream":
             from blockmoe.operator.stream.layer import layer  # need Triton's Gluon

@@ -29,10 +29,13 @@ STREAM_DENSE_TOKENS = 16
 DENSE_TOKENS = 7  # elsewhere. T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
 ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
-# The same for prefill. On an H200, uniform routing, T = 512 (16 rows): 366 us, stream 360; 256: 359, 353, with tiles of 32 pairs 342. Where
-# every token has eight pairs on the same eight experts, at 512: 299, 531; 256: 178, 287. One expert: 83, 99; 77, 86. On an H100, before
-# prefill's consumers took turns, at 512: 494, 480; 317, 523; 78, 87 (results/h200/operator/prefill-turns.txt, results/h100/curve).
-PREFILL_ROWS = 16
+# The same for prefill. On an H200, uniform routing, T = 130, 193, 256, 300, 448, 500: 344.7, 337.6, 348.0, 347.9, 348.9, 350.7 us; stream
+# by tiles of 32 pairs 337.4, 331.4, 340.8, 342.2, 346.1, 348.4, of 64 (taken out) -, 335.9, 347.9, 350.3, 357.2, 354.7. Where every token
+# has eight pairs on the same eight experts, prefill is up to 1.8 times as fast (results/h200: operator/prefill-flight.txt, curve).
+PREFILL_ROWS = 4
+# Mean rows up to which prefill waits for weights, and has three stages' hidden states on their way instead of two. On an H200, T = 512,
+# 901, 2048, 4096, 6000: 351.2, 364.1, 384.9, 461.6, 563.0 us, with two 357.2, 371.9, 393.8, 486.0, 575.5; 8192: 709.4, 703.8.
+MEMORY_BOUND_ROWS = 192
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
@@ -110,7 +113,7 @@ class StreamTile:
 
     def __post_init__(self) -> None:
         assert self.rows in (64, 128), "wgmma's M, and each run of rows stays in one scale block"
-        assert self.block_n in (16, 32, 64), "128 needs four accumulators: T = 901: 555.7 us, in the same run 64 pairs 549.2"
+        assert self.block_n in (16, 32), "with 64 pairs and more prefill's tiles are as fast or faster"
         assert self.flight is None or 0 < self.flight <= self.stages
         assert not self.dense or self.groups == 1, "dense GEMM2 writes the output itself"
         assert not self.dense or (self.rows == 64 and self.block_n == 16), "a stage of GEMM2 is two K blocks of 64 rows"
@@ -132,20 +135,22 @@ class StreamTile:
 
 @dataclass(frozen=True)
 class PrefillTile:
-    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory (GEMM2: one less); programs in clusters of `cluster`, 1 or 2,
-    which share weights by multicast."""
+    """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory (GEMM2: one less), of which `flight` may have hidden states on
+    their way; programs in clusters of `cluster`, 1 or 2, which share weights by multicast."""
 
     stages: int
     cluster: int = 1
+    flight: int = 2
     block_i = block_n = BLOCK
     dense = False
 
     def __post_init__(self) -> None:
         assert self.stages >= 3, "finished rows wait in GEMM1's last stage, and GEMM2 pipelines the others"
+        assert 2 <= self.flight < self.stages, "a consumer frees a stage when the next one is full, for which flight - 1 others are asked"
         assert self.cluster in (1, 2), "two programs; four were slower: T = 14107: 1473 us, two 1398"
 
     def __str__(self) -> str:
-        return f"128x256 {self.stages}s{f' cluster {self.cluster}' if self.cluster > 1 else ''}"
+        return f"128x256 {self.stages}s {self.flight} in flight{f' cluster {self.cluster}' if self.cluster > 1 else ''}"
 
 
 WIDE = (GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8))  # T = 14107, stages: (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
@@ -174,13 +179,6 @@ class Plan:
         """Whether an active expert's tile lists all tokens."""
         return self.path == "dense" or (self.path == "stream" and self.gate_up.dense)
 
-    @property
-    def hidden_states_stay(self) -> bool:
-        """Whether routing asks for the hidden states of tokens with a local pair, to stay in the L2 while GEMM1 gathers them again and
-        again beside the weights. T = 901: 515 us, else 519; 512: 492, 496; 80: 472, 471, read before lines were let go again, so that
-        hidden states lay in the L2 from the call before (results/h100/operator/l2-stay.txt, call 8)."""
-        return self.path == "stream" and self.gate_up.block_n == 64 and not self.route.one_launch
-
     def __str__(self) -> str:
         g, d = self.gate_up, self.down
         if d is None:
@@ -206,14 +204,15 @@ def choose_plan(
     if tokens <= DENSE_TOKENS and not persistent:
         return _dense(geometry, tokens, route, sm_count, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
-    if rows >= PREFILL_ROWS and persistent and geometry.intermediate_size >= PREFILL_STAGES * BLOCK:
+    if rows >= PREFILL_ROWS and not route.one_launch and persistent and geometry.intermediate_size >= PREFILL_STAGES * BLOCK:
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
-        return Plan("prefill", route, PrefillTile(PREFILL_STAGES, 2 if clusters and even else 1), pdl=pdl)
+        tile = PrefillTile(PREFILL_STAGES, 2 if clusters and even else 1, 3 if rows < MEMORY_BOUND_ROWS else 2)
+        return Plan("prefill", route, tile, pdl=pdl)
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
     if persistent:
-        return Plan("stream", route, _stream(geometry, tokens, rows), pdl=pdl)
+        return Plan("stream", route, _stream(geometry, tokens), pdl=pdl)
     if rows <= 6:
         # 3 and 4 stages of gate_up: T = 16: 206 us and 208; 32: 335 and 344; 55: 390 and 391; 80: 509 and 513
         return Plan("sorted", route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4), pdl)
@@ -238,22 +237,17 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     return RouteTile(16, place_t, 16, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK, MOST_CHUNKS)
 
 
-def _stream(geometry: MoEGeometry, tokens: int, rows: float) -> StreamTile:
-    """The tile for so many mean rows an expert: tall enough for skewed routing too, where that costs nothing under uniform routing."""
+def _stream(geometry: MoEGeometry, tokens: int) -> StreamTile:
+    """The tile for so many tokens: tall enough for skewed routing too, where that costs nothing under uniform routing."""
     if tokens <= STREAM_DENSE_TOKENS and geometry.intermediate_size % (2 * BLOCK) == 0:
         # T = 1, 7, 14, 15: 54.6, 98.5, 169.5, 87.6 us; all stages in flight 57.7, 103.8, 174.8, 87.9. On an H200: 45.0, 76.8, 126.7, 69.7;
         # with two consumers, more stages for last units, and idle programs that let others draw 42.3 (by these alone), 72.4, 124.2, 63.4
         return StreamTile(64, 16, 10, dense=True, flight=3)
-    if rows <= 6:
-        # T = 55, 80: 340.3, 469.1 us; 128x16 341.0, 469.2; 256x16 340.5, 470.0. T = 128: 446.6, 128x16 446.5; all on the same eight
-        # experts: 201.7, 413.6
-        # With 6 stages, 3 of them in flight, and two groups T = 16, 32, 80: 185.9, 298.9, 472.0; with 5, all in flight, and one: 188.6,
-        # 302.6, 473.9
-        return StreamTile(128, 32, 6, flight=3, groups=2)
-    # T = 300: 480.2 us, 256x32 478.9; 901: 507.3, 4 stages in bursts of two 507.1, 3 stages 504.9; 2048: 536.3, 541.0, 543.0
-    # In two groups T = 901: 516.9, one 535.0, four 519.4, seven 528.1; 3 stages in flight 518.5. With rows, intermediate and hidden
-    # states in the L2 (call 8, see `hidden_states_stay`): 4 in flight 515.3, 3 517.2, all 517.3; 4 stages 515.6
-    return StreamTile(128, 64, 5, groups=2, flight=4)
+    # T = 55, 80: 340.3, 469.1 us; 128x16 341.0, 469.2; 256x16 340.5, 470.0. T = 128: 446.6, 128x16 446.5; all on the same eight
+    # experts: 201.7, 413.6
+    # With 6 stages, 3 of them in flight, and two groups T = 16, 32, 80: 185.9, 298.9, 472.0; with 5, all in flight, and one: 188.6,
+    # 302.6, 473.9
+    return StreamTile(128, 32, 6, flight=3, groups=2)
 
 
 def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, sm_count: int, pdl: bool) -> Plan:

@@ -192,18 +192,6 @@ def list_rows(
 
 
 @triton.jit
-def ask_for_rows(x, weight, token, HIDDEN: tl.constexpr, LINES: tl.constexpr):
-    """The hidden states of tokens with a pair, by their `weight` [tokens, experts], to the L2, where they stay until told otherwise
-    (`persistent.let_go`); LINES is a power of two of at least HIDDEN / 128."""
-    some = tl.sum((weight != 0.0).to(tl.int32), 1) > 0
-    line = tl.arange(0, LINES)
-    at = x + token[:, None] * HIDDEN + 128 * line[None, :]
-    asked = (some[:, None] & (128 * line < HIDDEN)[None, :]).to(tl.int32)
-    word: tl.constexpr = "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2::evict_last [$1]; mov.b32 $0, 0; }"
-    tl.inline_asm_elementwise(word, "=r,l,r", [at, asked], dtype=tl.int32, is_pure=False, pack=1)
-
-
-@triton.jit
 def zero_counters(counters, program, programs, count):
     """A program's share of what the next kernel counts in."""
     for first in range(program * 128, count, programs * 128):
@@ -241,15 +229,11 @@ def route_kernel(
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
 def choose_kernel(
-    logits, bias, token_weight, chunk_count, x, tokens, offset, factor, rounds, chunk_tokens,
+    logits, bias, token_weight, chunk_count, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
-    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, HIDDEN: tl.constexpr,
-    STAY: tl.constexpr, PDL: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """token_weight [T, LOCAL] (0: not chosen) and each local expert's pairs in this program's chunk: chunk_count [chunks, LOCAL].
-
-    STAY: x [T, HIDDEN], of bytes, is asked for where a token has a pair.
-    """
+    """token_weight [T, LOCAL] (0: not chosen) and each local expert's pairs in this program's chunk: chunk_count [chunks, LOCAL]."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     cell = tl.arange(0, CELLS)
@@ -263,8 +247,6 @@ def choose_kernel(
         at = token_weight + token[:, None] * LOCAL + cell[None, :]
         tl.store(at, weight, mask=(token < tokens)[:, None] & (cell < LOCAL)[None, :])
         count += (weight != 0.0).to(tl.int32)
-        if STAY:
-            ask_for_rows(x, weight, token, HIDDEN, triton.next_power_of_2(HIDDEN // 128))
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
@@ -314,7 +296,7 @@ def warp_lanes(g: MoEGeometry, logits: Slot, bias: Slot) -> int:
     return max(group, min(32 * width, power_of_two_at_least(g.num_experts)))
 
 
-def route(logits: Slot, bias: Slot, x: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
+def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
     """One launch or two, as the plan says. `bias` may be anything where routing is renormalize."""
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile, block_n, local = plan.route, plan.gate_up.block_n, g.num_local_experts
@@ -333,8 +315,8 @@ def route(logits: Slot, bias: Slot, x: Slot, offset: int, factor: float, round: 
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"])
-    arguments = (logits, bias, *weights, x, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
-    constants = (*choosing, g.hidden_size, plan.hidden_states_stay, plan.pdl)
+    arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
+    constants = (*choosing, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
     arguments = (*weights, *lists, b["before"], sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
     counts = max(1, min(128, 4096 // cells))

@@ -124,8 +124,7 @@ def interpret(launches: Sequence[Launch], tensors: Sequence[torch.Tensor], **how
         if isinstance(launch.kernel, GluonJITFunction):
             emulate(launch, tensors, **how)
         else:
-            # routing does not ask for hidden states: that is inline assembly, which Triton's interpreter does not know
-            in_triton([with_constants(launch, STAY=False)], tensors)
+            in_triton([launch], tensors)
 
 
 def with_constants(launch: Launch, **changes: Any) -> Launch:

@@ -55,7 +55,6 @@ def test_routings(name, routing, emulated):
         ("dense", MoEGeometry(8, 8, 2, 512, 768), 16),  # three stages of GEMM2 a tile: the consumers' turn changes
         ("stream 128x16", MoEGeometry(8, 8, 2, 256, 128), 40),
         ("stream 256x32", MoEGeometry(8, 8, 2, 768, 128), 90),  # three row blocks: one group of columns
-        ("stream 256x64", MoEGeometry(8, 2, 2, 1024, 384), 200),
     ],
 )
 def test_sizes(name, geometry, tokens, emulated):

@@ -9,6 +9,8 @@ from layer import EMULATED_TOKENS as TOKENS
 from layer import PERSISTENT as PLANS
 from layer import SMALL, check
 
+from blockmoe.geometry import MoEGeometry
+
 # A plan, a change to a function's source, and what the emulator says of it.
 FAULTS = [
     ("cluster", "meet", "CLUSTER > 1", "CLUSTER > 2", "no mbarrier has been initialised"),
@@ -21,7 +23,8 @@ FAULTS = [
     ("prefill", "prefill_kernel", "gdc_wait()", "pass", "behind the kernel before"),
     ("stream 256x32", "stream_kernel", "gdc_wait()", "pass", "behind the kernel before"),
     ("prefill", "gathered", "fence_async_shared()", "pass", "without a fence between"),
-    ("prefill", "gather", "async_copy.wait_group(1)", "pass", "not known to be done"),
+    ("prefill", "gather", "async_copy.wait_group(LATER)", "pass", "not known to be done"),
+    ("prefill", "gather", "async_copy.wait_group(LATER - 1 - left)", "async_copy.wait_group(LATER - left)", "not known to be done"),
     ("prefill", "store_codes", "cp.async.bulk.wait_group 0; fence.proxy.async;", "/* rcp.approx */", "reading may not have read that yet"),
     ("prefill", "store_codes", "gl.inline_asm_elementwise(WAIT", "tma.store_wait(0); (lambda *_, **__: 0)(WAIT", "not known to be done"),
     ("prefill", "store_codes", 'sem="release"', 'sem="relaxed"', "not known to be done"),
@@ -109,6 +112,14 @@ def test_fences_are_missed_where_neither_side_has_one(emulated):
         check(inputs, SMALL, 2, PLANS["prefill"])
     emulated["changes"] = of_writer | of_reader
     first_fault(inputs, PLANS["prefill"], "without a fence between", emulated)
+
+
+def test_more_k_blocks_than_stages_that_are_all_on_their_way_are_a_deadlock(emulated):
+    """Which PrefillTile refuses: consumers free a stage when the next one is full."""
+    geometry = MoEGeometry(8, 4, 3, 768, 512)
+    emulated["changes"] = {"gather": ("LATER: gl.constexpr = FLIGHT - 1", "LATER: gl.constexpr = FLIGHT")}
+    with pytest.raises(Fault, match="deadlock"):
+        check(layer.make(geometry, 60), geometry, 2, PLANS["prefill"])
 
 
 def test_an_array_of_integers_that_overflows_is_found():

@@ -19,16 +19,17 @@ from blockmoe.operator.prefill.units import DOWN, K, hear_unit
 @gluon.jit
 def gather(
     x, x_scale, w_scale, x_buffers, s_buffers, w_s_buffers, full, empty, queue, told, heard, pair_token, tokens,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, FLIGHT: gl.constexpr,
 ):  # fmt: skip
     """Four warps: 128 bytes of each pair's row a stage, its scale and both weight blocks'. Returns the number of the next unit, and that.
 
-    A stage is said to be full when the one after it has been asked for: these warps wait for their copies and set the fence behind which
-    wgmma sees them, which the consumers would otherwise do between products (26 us at T = 14107).
+    A stage is said to be full when FLIGHT - 1 after it have been asked for: these warps wait for their copies and set the fence behind
+    which wgmma sees them, which the consumers would otherwise do between products (26 us at T = 14107).
     """
     X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     BLOCKS: gl.constexpr = HIDDEN // K
+    LATER: gl.constexpr = FLIGHT - 1
     scales = s_buffers._reinterpret(gl.float32, [STAGES, 2 * ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k = gl.expand_dims(gl.arange(0, K, layout=gl.SliceLayout(0, X)), 0)
     step = gl.to_tensor(0)
@@ -53,16 +54,17 @@ def gather(
             async_copy.async_copy_global_to_shared(scales.index(stage), at_scale, mask=line < end)
             async_copy.async_copy_global_to_shared(w_s_buffers.index(stage), at_w_scale)
             async_copy.commit_group()
-            if block > 0:
-                async_copy.wait_group(1)
-                gathered(full, step - 1, STAGES)
+            if block >= LATER:
+                async_copy.wait_group(LATER)
+                gathered(full, step - LATER, STAGES)
             at_0 += K
             at_1 += K
             at_scale += tokens
             at_w_scale += 1
             step += 1
-        async_copy.wait_group(0)
-        gathered(full, step - 1, STAGES)
+        for left in gl.static_range(LATER):
+            async_copy.wait_group(LATER - 1 - left)
+            gathered(full, step - LATER + left, STAGES)
         n += 1
         unit = hear_unit(queue, told, heard, n, 4)
     return n, unit

@@ -68,12 +68,13 @@ def consume(
 @gluon.jit
 def carry(
     x, x_scale, w1_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, done, taken,
-    queue, told, heard, pair_token, before, added, tokens, HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr,
+    queue, told, heard, pair_token, before, added, tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, FLIGHT: gl.constexpr,
 ):  # fmt: skip
     """Four warps: hidden states to the stages of GEMM1, then finished rows of GEMM2 to the output."""
     n, unit = gather(
         x, x_scale, w1_scale, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, queue, told, heard, pair_token, tokens,
-        HIDDEN, INTER, STAGES,
+        HIDDEN, INTER, STAGES, FLIGHT,
     )  # fmt: skip
     add_rows(
         out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, HIDDEN
@@ -115,14 +116,14 @@ def serve(
 def prefill_kernel(
     w1, middle, middle_boxes, w2, runs, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before,
     added, ready, ticket, mail, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr,
     CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
 
     GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[i / 128, p] its scale times the pair's routing weight. GEMM2: out[t, h]
     in bfloat16, the sum over the token's pairs (`token_pairs`: how many), in the order of their experts, rounded after each; 0 where it has
-    none. GEMM1 has STAGES stages, GEMM2 one less.
+    none. GEMM1 has STAGES stages, of which FLIGHT may have their hidden states on their way, GEMM2 one less.
 
     Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I], runs: `out` [T * H / 256, 256] in
     bfloat16. x [T, H]; x_scale [H / 128, T]; out [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that
@@ -163,7 +164,7 @@ def prefill_kernel(
             )),
             (carry, (
                 x, x_scale, w1_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, done, taken,
-                queue, told, heard, pair_token, before, added, tokens, HIDDEN, INTER, STAGES,
+                queue, told, heard, pair_token, before, added, tokens, HIDDEN, INTER, STAGES, FLIGHT,
             )),
             (load, (
                 w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, begun, there,
@@ -201,6 +202,6 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
         weights, middle, boxes, others, runs, x, x_scale, w1_scale, w2_scale, Slot(out.tensor, torch.int64), b["middle_scale"], *lists,
         round.sizes.tokens, round.sizes.rows,
     )  # fmt: skip
-    constants = (g.hidden_size, g.intermediate_size, tile.stages, tile.cluster, *REGISTERS, round.plan.pdl)
+    constants = (g.hidden_size, g.intermediate_size, tile.stages, tile.cluster, tile.flight, *REGISTERS, round.plan.pdl)
     programs = round.sm_count // tile.cluster * tile.cluster
     return [round.launch(prefill_kernel, programs, arguments, constants, 4, cluster=tile.cluster)]

@@ -199,7 +199,7 @@ def combine(
 
 @gluon.jit
 def consumer(
-    GROUP: gl.constexpr, CONSUMERS: gl.constexpr, given_to_all,
+    GROUP: gl.constexpr, CONSUMERS: gl.constexpr, parameters,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -211,7 +211,7 @@ def consumer(
     (
         other, given, taken, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out,
         finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
-    ) = given_to_all
+    ) = parameters
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS

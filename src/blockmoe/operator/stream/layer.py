@@ -15,6 +15,8 @@ from blockmoe.operator.stream.compute import consumer
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.workspace import Round
 
+REGISTERS = 56  # a thread of the producers
+RUN = 512  # columns of a token that the last sum adds at a time
 SECOND_REGISTERS = gl.constexpr(168)  # a thread of the second consumer, where there is one
 WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
@@ -57,7 +59,7 @@ def stream_kernel(
     pair_token, pair_weight, token_pair, token_pairs, ticket, finished, written, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, REGISTERS: gl.constexpr,
-    WARPS: gl.constexpr, STAY: gl.constexpr, PDL: gl.constexpr,
+    WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
 
@@ -88,7 +90,7 @@ def stream_kernel(
                 (consumer, (0, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
                 (consumer, (1, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
                 (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT)),
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, STAY)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN)),
             ],
             [WARPS, 1, 1],
             [SECOND_REGISTERS, REGISTERS, REGISTERS],
@@ -98,7 +100,7 @@ def stream_kernel(
             [
                 (consumer, (0, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
                 (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT)),
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, STAY)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN)),
             ],
             [1, 1],
             [REGISTERS, REGISTERS],
@@ -120,9 +122,7 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     lists = tuple(b[n] for n in (*lists, "ticket", "finished", "written"))
     rows = out if tile.dense else b["rows"]
     arguments = (first, second, x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], rows, out, *lists, round.sizes.tokens)
-    registers = 80 if tile.block_n == 64 else 56
-    run = 1024 if tile.block_n == 64 else 512
     groups = tile.groups if g.hidden_size // (2 * tile.rows) % tile.groups == 0 else 1
-    constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, tile.dense, groups, run)
-    constants += (tile.flight or tile.stages, registers, tile.num_warps, round.plan.hidden_states_stay, round.plan.pdl)
+    constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, tile.dense, groups, RUN)
+    constants += (tile.flight or tile.stages, REGISTERS, tile.num_warps, round.plan.pdl)
     return [round.launch(stream_kernel, round.sm_count, arguments, constants, tile.num_warps)]

@@ -10,7 +10,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
-from blockmoe.operator.persistent import GENERIC, barrier, hear, let_go, tell, wait_until
+from blockmoe.operator.persistent import GENERIC, barrier, hear, tell, wait_until
 
 
 @gluon.jit
@@ -135,12 +135,12 @@ def let_others_draw(ticket, tile_count, IN: gl.constexpr):
 
 @gluon.jit
 def weights_producer(
-    given_to_all,
+    parameters,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr,
 ):  # fmt: skip
     """One warp: draws units and tells the other roles, loads the weights. Units of GEMM1 come before those of GEMM2."""
-    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens = given_to_all
+    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens = parameters
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS  # units of GEMM2, a tile and column group
     touch(tile_expert)
@@ -213,16 +213,15 @@ def tiles_finished(finished, tile, tiles, known, enough):
 
 @gluon.jit
 def pairs_producer(
-    given_to_all,
+    parameters,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    GROUPS: gl.constexpr, RUN: gl.constexpr, STAY: gl.constexpr,
+    GROUPS: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
-    """One warp: by cp.async the pairs' codes, gathered by token in GEMM1, and all scales. STAY: the hidden states were to stay in the L2
-    until here."""
+    """One warp: by cp.async the pairs' codes, gathered by token in GEMM1, and all scales."""
     (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
         tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
-    ) = given_to_all
+    ) = parameters
     X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [1, 1], [1, 0])
     V: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     IN: gl.constexpr = INTER // ROWS
@@ -262,8 +261,6 @@ def pairs_producer(
         )  # fmt: skip
         n += 1
         unit = hear(queue, told, heard, n, 1)
-    if STAY:
-        let_go(x, tokens * HIDDEN, gl.program_id(0), gl.num_programs(0), 1)
     while unit < units:
         if DENSE:
             first = 0
