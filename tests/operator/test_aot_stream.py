@@ -83,7 +83,7 @@ def test_stream(tile, tmp_path):
     assert ("evict_last" in usage.ptx) == (not tile.dense) and usage.ptx.count("applypriority.global.L2::evict_normal") == kept
 
 
-@pytest.mark.parametrize(("cluster", "flight"), [(1, 2), (2, 2), (2, 3)])
+@pytest.mark.parametrize(("cluster", "flight"), [(1, 2), (1, 3), (2, 2), (2, 3)])
 def test_prefill(cluster, flight, tmp_path):
     plan = replace(choose_plan(HEADLINE, 4096), gate_up=PrefillTile(4, cluster, flight))
     (launch,) = pipeline.stages(HEADLINE, 4096, plan, 0, 1.0)["layer"]

@@ -33,6 +33,9 @@ WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorte
 # by tiles of 32 pairs 337.4, 331.4, 340.8, 342.2, 346.1, 348.4, of 64 (taken out) -, 335.9, 347.9, 350.3, 357.2, 354.7. Where every token
 # has eight pairs on the same eight experts, prefill is up to 1.8 times as fast (results/h200: operator/prefill-flight.txt, curve).
 PREFILL_ROWS = 4
+# Mean rows from which its programs are clusters: below, hardly an expert has two tiles that could share weights. On an H200, T = 128, 200,
+# 300, 500, 901, 2048, 3072: 326, 346, 348, 354, 365, 380, 424 us, without 323, 344, 346, 351, 364, 379, 427.
+CLUSTER_ROWS = 16
 # Mean rows up to which prefill waits for weights, and has three stages' hidden states on their way instead of two. On an H200, T = 512,
 # 901, 2048, 4096, 6000: 351.2, 364.1, 384.9, 461.6, 563.0 us, with two 357.2, 371.9, 393.8, 486.0, 575.5; 8192: 709.4, 703.8.
 MEMORY_BOUND_ROWS = 192
@@ -207,8 +210,8 @@ def choose_plan(
     if rows >= PREFILL_ROWS and not route.one_launch and persistent and geometry.intermediate_size >= PREFILL_STAGES * BLOCK:
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
-        tile = PrefillTile(PREFILL_STAGES, 2 if clusters and even else 1, 3 if rows < MEMORY_BOUND_ROWS else 2)
-        return Plan("prefill", route, tile, pdl=pdl)
+        cluster, flight = 2 if clusters and even and rows >= CLUSTER_ROWS else 1, 3 if rows < MEMORY_BOUND_ROWS else 2
+        return Plan("prefill", route, PrefillTile(PREFILL_STAGES, cluster, flight), pdl=pdl)
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
     if persistent:
