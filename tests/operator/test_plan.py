@@ -35,7 +35,7 @@ def test_paths():
     assert found == {1: "stream", 8: "stream", 127: "stream", 128: "prefill", 14107: "prefill"}
     assert [choose_plan(HEADLINE, t).gate_up.flight for t in (128, 6143, 6144, 14107)] == [3, 3, 2, 2]
     assert [choose_plan(HEADLINE, t).dense for t in (1, 16, 17)] == [True, True, False]
-    assert [choose_plan(HEADLINE, t).gate_up.cluster for t in (128, 511, 512, 14107)] == [1, 1, 2, 2]
+    assert [choose_plan(HEADLINE, t).gate_up.cluster for t in (128, 255, 256, 14107)] == [1, 1, 2, 2]
     assert choose_plan(HEADLINE, 14107, clusters=False).gate_up.cluster == 1
     for capability in (89, 100, 120):
         found = [choose_plan(HEADLINE, t, capability=capability).path for t in tokens]

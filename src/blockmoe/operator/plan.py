@@ -34,8 +34,9 @@ WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorte
 # has eight pairs on the same eight experts, prefill is up to 1.8 times as fast (results/h200: operator/prefill-flight.txt, curve).
 PREFILL_ROWS = 4
 # Mean rows from which its programs are clusters: below, hardly an expert has two tiles that could share weights. On an H200, T = 128, 200,
-# 300, 500, 901, 2048, 3072: 326, 346, 348, 354, 365, 380, 424 us, without 323, 344, 346, 351, 364, 379, 427.
-CLUSTER_ROWS = 16
+# 300, 500, 901, 2048, 3072: 326, 346, 348, 354, 365, 380, 424 us, without 323, 344, 346, 351, 364, 379, 427; T = 256 where all choose the
+# same eight experts: 178.5, without 190.2.
+CLUSTER_ROWS = 8
 # Mean rows up to which prefill waits for weights, and has three stages' hidden states on their way instead of two. On an H200, T = 512,
 # 901, 2048, 4096, 6000: 351.2, 364.1, 384.9, 461.6, 563.0 us, with two 357.2, 371.9, 393.8, 486.0, 575.5; 8192: 709.4, 703.8.
 MEMORY_BOUND_ROWS = 192
