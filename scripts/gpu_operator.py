@@ -136,7 +136,7 @@ class Timer:
             work()
         pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
         torch.cuda.synchronize()
-        self.release_l2()  # routing alone has the L2 keep what only the layer after it lets go
+        self.release_l2()  # whoever had the L2 keep what
         torch.cuda._sleep(20_000_000)  # about 12 ms: the host runs ahead
         for begin, end in pairs:
             if cold:
@@ -220,7 +220,7 @@ def candidates(tokens: int) -> dict[str, Plan]:
             stream(128, 16, 6, flight=3, groups=2)
             found["sorted"] = choose_plan(HEADLINE, tokens, tma=False)
     if tokens > 100:
-        for stages, cluster, flight in ((4, 1, 2), (4, 2, 2), (4, 2, 3), (3, 2, 2)):
+        for stages, cluster, flight in ((4, 1, 2), (4, 1, 3), (4, 2, 2), (4, 2, 3), (3, 2, 2)):
             plan = Plan("prefill", base.route, PrefillTile(stages, cluster, flight))
             found[f"prefill {plan.gate_up}"] = plan
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}

@@ -27,12 +27,13 @@ SHARED_LIMIT = 232_448  # bytes of shared memory that a program may have on sm_9
 IN_TWO = RouteTile(16, 4, 4, False)
 PERSISTENT = {  # for the emulator
     "prefill": Plan("prefill", IN_TWO, PrefillTile(4, 1, flight=3)),
-    "cluster": Plan("prefill", IN_TWO, PrefillTile(4, 2)),
+    "cluster": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3)),
+    "cluster 2 in flight": Plan("prefill", IN_TWO, PrefillTile(4, 2)),
     "dense": Plan("stream", RouteTile(16, 16, 16, True), StreamTile(64, 16, 10, dense=True, flight=3)),
     "stream 128x16": Plan("stream", IN_TWO, StreamTile(64, 16, 5, flight=2)),
     "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3, groups=2)),
 }
-EMULATED_TOKENS = {"prefill": 150, "cluster": 280, "dense": 9, "stream 128x16": 30, "stream 256x32": 60}
+EMULATED_TOKENS = {"prefill": 150, "cluster": 280, "cluster 2 in flight": 140, "dense": 9, "stream 128x16": 30, "stream 256x32": 60}
 SMALL = MoEGeometry(8, 4, 3, 512, 512)
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE, MoEGeometry
-from blockmoe.operator.plan import choose_plan, plans
+from blockmoe.operator.plan import CLUSTER_ROWS, MEMORY_BOUND_ROWS, PREFILL_ROWS, choose_plan, plans
 
 pytest.importorskip("triton")
 from blockmoe.operator.pipeline import stages  # noqa: E402
@@ -15,7 +15,8 @@ from blockmoe.operator.workspace import counters, layout, sizes, slots, workspac
 def test_every_token_count_has_one_of_few_plans(g, capability):
     known = set(plans(g, capability=capability))
     assert len(known) <= 14
-    for tokens in [*range(1, 300), 901, 4096, 11948, 14107, 16384]:
+    thresholds = [-(-rows * g.num_experts // g.top_k) for rows in (PREFILL_ROWS, CLUSTER_ROWS, MEMORY_BOUND_ROWS)]
+    for tokens in [*range(1, 300), 901, 4096, 11948, 14107, 16384, *thresholds, *(t - 1 for t in thresholds)]:
         plan = choose_plan(g, tokens, capability=capability)
         assert plan in known
         assert plan.path != "dense" or tokens <= plan.gate_up.block_n
@@ -56,10 +57,10 @@ def test_sizes_that_persistent_kernels_cannot_serve_take_others():
 
 
 def test_a_kernel_refuses_sizes_that_it_cannot_serve():
-    for tokens, hidden, inter in ((40, 384, 512), (1, 512, 384), (3000, 512, 384)):
-        g = MoEGeometry(8, 8, 2, hidden, inter, "renormalize")
-        plan = choose_plan(MoEGeometry(8, 8, 2, 512, 512, "renormalize"), tokens)
-        assert plan.path in ("stream", "prefill")
+    for path, tokens, hidden, inter in (("stream", 40, 384, 512), ("stream", 1, 512, 384), ("prefill", 3000, 512, 384)):
+        g = MoEGeometry(64, 64, 2, hidden, inter, "renormalize")
+        plan = choose_plan(MoEGeometry(64, 64, 2, 512, 512, "renormalize"), tokens)
+        assert plan.path == path
         with pytest.raises(AssertionError):
             stages(g, tokens, plan, 0, 1.0)
 

@@ -30,15 +30,17 @@ DENSE_TOKENS = 7  # elsewhere. T = 7: dense 115 us, the best sorted 116; T = 16:
 ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
 # The same for prefill. On an H200, uniform routing, T = 130, 193, 256, 300, 448, 500: 344.7, 337.6, 348.0, 347.9, 348.9, 350.7 us; stream
-# by tiles of 32 pairs 337.4, 331.4, 340.8, 342.2, 346.1, 348.4, of 64 (taken out) -, 335.9, 347.9, 350.3, 357.2, 354.7. Where every token
-# has eight pairs on the same eight experts, prefill is up to 1.8 times as fast (results/h200: operator/prefill-flight.txt, curve).
+# by tiles of 32 pairs 337.4, 331.4, 340.8, 342.2, 346.1, 348.4, of 64 (taken out) -, 335.9, 347.9, 350.3, 357.2, 354.7. Where all choose
+# the same eight experts, T = 128, 256: 129, 182; by tiles of 32 206, 373. One expert, T = 128: 74; 59. (results/h200:
+# operator/prefill-flight.txt; curve/fourth.jsonl, third.jsonl)
 PREFILL_ROWS = 4
-# Mean rows from which its programs are clusters: below, hardly an expert has two tiles that could share weights. On an H200, T = 128, 200,
-# 300, 500, 901, 2048, 3072: 326, 346, 348, 354, 365, 380, 424 us, without 323, 344, 346, 351, 364, 379, 427; T = 256 where all choose the
-# same eight experts: 178.5, without 190.2.
+# Mean rows from which its programs are clusters. On an H200, uniform routing, T = 128, 200, 300, 500, 901, 2048, 3072, 4096: 326, 346,
+# 348, 354, 365, 380, 424, 469 us, without 323, 344, 346, 351, 364, 379, 427, 491. Where all choose the same eight experts, whose tiles
+# then share weights, T = 256: 178.5, 181.8; without 190.2, 187.3 (curve/fourth-first.jsonl, fourth.jsonl).
 CLUSTER_ROWS = 8
-# Mean rows up to which prefill waits for weights, and has three stages' hidden states on their way instead of two. On an H200, T = 512,
-# 901, 2048, 4096, 6000: 351.2, 364.1, 384.9, 461.6, 563.0 us, with two 357.2, 371.9, 393.8, 486.0, 575.5; 8192: 709.4, 703.8.
+# Mean rows below which prefill waits for weights, and has three stages' hidden states on their way instead of two. On an H200, T = 512,
+# 901, 2048, 4096: 351.2, 364.1, 384.9, 461.6 us, with two 357.2, 371.9, 393.8, 486.0; 6000: 563.0, 575.5 (582, 582 in two other calls);
+# 8192: 709.4, 703.8.
 MEMORY_BOUND_ROWS = 192
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
@@ -267,7 +269,7 @@ def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, sm_count: int, 
 
 
 def plans(geometry: MoEGeometry, *, sm_count: int = 132, capability: int = 90, clusters: bool = True) -> list[Plan]:
-    """Every plan that some T gets: what a warm-up compiles."""
+    """The plans of every sixteenth T or so, which between them have all kernels that some T gets: what a warm-up compiles."""
     found: dict[Plan, None] = {}
     tokens = 1
     while tokens <= TOKEN_CHUNK:

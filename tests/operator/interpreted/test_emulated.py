@@ -51,6 +51,7 @@ def test_routings(name, routing, emulated):
         ("prefill", MoEGeometry(8, 2, 2, 768, 768), 129),
         ("cluster", MoEGeometry(8, 3, 2, 1536, 768), 150),
         ("cluster", MoEGeometry(16, 1, 2, 1024, 512), 400),
+        ("cluster 2 in flight", MoEGeometry(8, 3, 2, 512, 768), 150),
         ("dense", MoEGeometry(24, 24, 3, 768, 256, "renormalize"), 15),
         ("dense", MoEGeometry(8, 8, 2, 512, 768), 16),  # three stages of GEMM2 a tile: the consumers' turn changes
         ("stream 128x16", MoEGeometry(8, 8, 2, 256, 128), 40),
@@ -87,7 +88,8 @@ def test_any_layer(data, emulated):
     name = draw(st.sampled_from(list(PLANS)), "plan")
     plan = PLANS[name]
     unit = 256 * plan.gate_up.cluster if plan.path == "prefill" else 256
-    inter = 256 if name in ("cluster", "dense") else 128
+    clusters = plan.path == "prefill" and plan.gate_up.cluster == 2
+    inter = 256 if clusters or name == "dense" else 128
     least = 512 if plan.path == "prefill" else inter
     experts = draw(st.sampled_from([8, 16, 24]), "experts")
     local = draw(st.integers(1, experts), "local experts")
@@ -95,7 +97,7 @@ def test_any_layer(data, emulated):
     inter *= draw(st.integers(least // inter, 768 // inter), "intermediate units")
     geometry = MoEGeometry(experts, local, draw(st.integers(1, 3), "top k"), hidden, inter)
     tokens = draw(st.integers(1, 16 if name == "dense" else TOKENS[name]), "tokens")
-    emulated["programs"] = draw(st.integers(1, 3), "programs") * (2 if name == "cluster" else 1)
+    emulated["programs"] = draw(st.integers(1, 3), "programs") * (2 if clusters else 1)
     emulated["seed"] = draw(st.integers(0, 10**6), "order")
     inputs = layer.make(geometry, tokens, draw(st.integers(0, 10**6), "inputs"))
     inputs[0] *= draw(st.sampled_from([0.0, 1.0, 5.0]), "spread")

@@ -10,6 +10,7 @@ from layer import PERSISTENT as PLANS
 from layer import SMALL, check
 
 from blockmoe.geometry import MoEGeometry
+from blockmoe.operator.plan import PrefillTile
 
 # A plan, a change to a function's source, and what the emulator says of it.
 FAULTS = [
@@ -116,6 +117,8 @@ def test_fences_are_missed_where_neither_side_has_one(emulated):
 
 def test_more_k_blocks_than_stages_that_are_all_on_their_way_are_a_deadlock(emulated):
     """Which PrefillTile refuses: consumers free a stage when the next one is full."""
+    with pytest.raises(AssertionError, match="a consumer frees a stage when the next one is full"):
+        PrefillTile(4, flight=4)
     geometry = MoEGeometry(8, 4, 3, 768, 512)
     emulated["changes"] = {"gather": ("LATER: gl.constexpr = FLIGHT - 1", "LATER: gl.constexpr = FLIGHT")}
     with pytest.raises(Fault, match="deadlock"):

@@ -1,4 +1,4 @@
-"""The layer after routing as one persistent, warp-specialised Gluon kernel, for many pairs an expert (sm_90).
+"""The layer after routing as one persistent, warp-specialised Gluon kernel, from four pairs an expert on (sm_90).
 
 Pairs are sorted by expert; tile t holds pairs t * 128 ..., all of one expert. A unit is a tile by a column tile (2 x 128 weight
 rows). A multiprocessor runs one program; programs, or clusters of two, draw units in ascending order, all of GEMM1 before those of GEMM2.

@@ -23,8 +23,8 @@ def gather(
 ):  # fmt: skip
     """Four warps: 128 bytes of each pair's row a stage, its scale and both weight blocks'. Returns the number of the next unit, and that.
 
-    A stage is said to be full when FLIGHT - 1 after it have been asked for: these warps wait for their copies and set the fence behind
-    which wgmma sees them, which the consumers would otherwise do between products (26 us at T = 14107).
+    A stage is said to be full when FLIGHT - 1 after it have been asked for, or the unit's last: these warps wait for their copies and set
+    the fence behind which wgmma sees them, which the consumers would otherwise do between products (26 us at T = 14107).
     """
     X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0])
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
