@@ -18,7 +18,7 @@ from blockmoe.geometry import HEADLINE
 from blockmoe.operator.launch import Prepared
 from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.pipeline import stages
-from blockmoe.operator.plan import Plan, PrefillTile, StreamTile, choose_plan
+from blockmoe.operator.plan import Plan, PrefillTile, choose_plan
 from blockmoe.operator.workspace import layout
 
 
@@ -29,7 +29,7 @@ def variants(tokens: int) -> dict[str, Plan]:
         for flight in (2, 3):
             found[f"clusters of {cluster}, {flight} in flight"] = Plan("prefill", base.route, PrefillTile(4, cluster, flight))
     if tokens <= 5000:
-        found["stream"] = Plan("stream", base.route, StreamTile(128, 32, 6, groups=2, flight=3))
+        found["stream"] = Plan("stream", base.route, choose_plan(HEADLINE, 80).gate_up)
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 
 
