@@ -37,6 +37,7 @@ class Usage:
     shared: int
     sass: str
     ptx: str
+    ttgir: str
     tensordesc: list[dict]  # what the host needs to encode each TMA descriptor
 
 
@@ -75,4 +76,13 @@ def compiled(launch: Launch, capability: int) -> Usage:
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     descriptors = list(built.metadata.tensordesc_meta or [])
-    return Usage(kernel.__name__, int(found[1]), int(found[2]), built.metadata.shared, sass.stdout, text, descriptors)
+    return Usage(kernel.__name__, int(found[1]), int(found[2]), built.metadata.shared, sass.stdout, text, built.asm["ttgir"], descriptors)
+
+
+def token_layout(usage: Usage) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Of the tile of keys [tokens, parts, lanes] that `choose_largest` has: its shape, and what a thread, a warp and a program hold side by
+    side."""
+    [(shape, name)] = set(re.findall(r"elementwise_inline_asm .* : tensor<([\dx]+)xi32, (#\w+)>,", usage.ttgir))
+    layout = re.search(rf"^{name} = #ttg.blocked<{{(.*?)}}>", usage.ttgir, re.MULTILINE)[1]
+    per = [re.search(rf"{what} = \[([\d, ]+)\]", layout)[1].split(", ") for what in ("sizePerThread", "threadsPerWarp", "warpsPerCTA")]
+    return tuple([int(n) for n in numbers] for numbers in (shape.split("x"), *per))

@@ -1,13 +1,17 @@
 """Every kernel of every plan compiles for Hopper and Blackwell without a GPU; on Hopper with wgmma and without spills."""
 
+import itertools
+
 import pytest
 
 pytest.importorskip("triton")
 
 import aot  # noqa: E402
+import torch  # noqa: E402
 from layer import SHARED_LIMIT  # noqa: E402
 
-from blockmoe.geometry import HEADLINE, MoEGeometry  # noqa: E402
+from blockmoe.geometry import HEADLINE, TINY, MoEGeometry  # noqa: E402
+from blockmoe.operator import pipeline  # noqa: E402
 from blockmoe.operator.plan import choose_plan, plans  # noqa: E402
 
 RENORMALIZE = MoEGeometry(512, 128, 10, 2048, 512, "renormalize")
@@ -41,3 +45,22 @@ def test_blackwell(key):
     usage = aot.compiled(BLACKWELL[key], 100)
     if usage.kernel.startswith(("gate_up", "down")):
         assert "UTC" in usage.sass  # tcgen05
+
+
+SIZES = [*((HEADLINE, t) for t in (1, 7, 60, 14107)), (MoEGeometry(384, 48, 8, 7168, 2048), 500), (RENORMALIZE, 901), (TINY, 16)]
+TYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
+ROUTING = [
+    pytest.param(g, tokens, logits, bias, id=f"{g.num_experts}-{tokens}-{logits.itemsize}-{bias.itemsize}")
+    for (g, tokens), (logits, bias) in itertools.product(SIZES, TYPES)
+]
+
+
+@pytest.mark.parametrize("g, tokens, logits, bias", ROUTING)
+def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
+    """Else `choose_largest` would look at parts of several tokens: Triton chooses the layout."""
+    launch = pipeline.launches(g, tokens, choose_plan(g, tokens), 0, 1.0, logits_dtype=logits, bias_dtype=bias)[0]
+    usage = aot.compiled(launch, 90)
+    (_, parts, lanes), thread, warp, program = aot.token_layout(usage)
+    assert warp == [1, 1, 32] and program == [launch.num_warps, 1, 1] and thread[0] == 1
+    assert lanes % (32 * thread[2]) == 0 == parts % thread[1]
+    assert usage.ptx.count("redux.sync") >= 3 and usage.stack == 0

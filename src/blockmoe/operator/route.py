@@ -25,6 +25,7 @@ import triton.language as tl
 
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.kernel_parts import before_next_kernel
+from blockmoe.operator.largest import choose_largest
 from blockmoe.operator.launch import Launch, Slot
 from blockmoe.operator.plan import power_of_two_at_least
 from blockmoe.operator.workspace import Round
@@ -63,22 +64,24 @@ def two_largest(first, second, other_first, other_second):
 
 @triton.jit
 def keep_best_groups(
-    score, key, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr
+    score, key, own, inside, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr, TOPK_GROUP: tl.constexpr
 ):
-    """`key` [BLOCK_T, PARTS, LANES] with LOWEST for the experts of dropped groups."""
-    SIZE: tl.constexpr = PARTS * LANES // N_GROUP
-    grouped = tl.reshape(score, (BLOCK_T, N_GROUP, SIZE))
+    """`key` [BLOCK_T, PARTS, LANES] with LOWEST for the experts of dropped groups; which of experts `own` are `inside` and in others."""
+    GROUPS: tl.constexpr = PARTS * LANES // SIZE
+    grouped = tl.reshape(score, (BLOCK_T, GROUPS, SIZE))
     best, second = tl.reduce((grouped, tl.full(grouped.shape, float("-inf"), tl.float32)), 2, two_largest)
     if SIZE > 1:
         best += second
     # as large as the experts' tile again, so that a round is two reductions over a warp, of one value a thread
-    shape: tl.constexpr = (BLOCK_T, N_GROUP, SIZE)
+    shape: tl.constexpr = (BLOCK_T, GROUPS, SIZE)
     left = tl.reshape(tl.broadcast_to(order_key(best)[:, :, None], shape), key.shape)
-    group = tl.reshape(tl.broadcast_to(tl.arange(0, N_GROUP)[None, :, None], shape), key.shape)
+    group = tl.reshape(tl.broadcast_to(tl.arange(0, GROUPS)[None, :, None], shape), key.shape)
+    kept = inside & (own < 0)
     for _ in range(TOPK_GROUP):
-        first = over_experts_min(tl.where(left == over_experts_max(left), group, N_GROUP))
+        first = over_experts_min(tl.where(left == over_experts_max(left), group, GROUPS))
         left = tl.where(group == first, TAKEN, left)
-    return tl.where(left == TAKEN, key, LOWEST)
+        kept = kept | (inside & (own // SIZE == first))
+    return tl.where(left == TAKEN, key, LOWEST), kept
 
 
 @triton.jit
@@ -99,8 +102,7 @@ def choose_experts(
     """Weight [BLOCK_T, CELLS] of each of `token` [BLOCK_T, 1, 1] for each local expert, 0 where not chosen.
 
     Tiles are [BLOCK_T, PARTS, LANES], LANES being what a warp reads at once (`warp_lanes`): Triton then gives a token's
-    experts to one warp, and no reduction over experts leaves it. `rounds` is TOP_K as an argument: the loop must not be
-    unrolled, since instructions come from a cold cache.
+    experts to one warp, and no reduction over experts leaves it. `rounds` is TOP_K.
     """
     PARTS: tl.constexpr = EXPERTS // LANES
     CELL_LANES: tl.constexpr = min(128, CELLS)
@@ -112,33 +114,35 @@ def choose_experts(
     row = logits + token * NUM_EXPERTS
     listed = there & real if NUM_EXPERTS < EXPERTS else there
     x = tl.load(row + expert, mask=listed, other=0.0).to(tl.float32)
-    own = tl.load(row + (offset + cell), mask=there & (cell < LOCAL), other=0.0).to(tl.float32)
+    inside = there & (cell < LOCAL)
+    own = clean(tl.load(row + (offset + cell), mask=inside, other=0.0).to(tl.float32), DEEPSEEK)
     x = clean(x, DEEPSEEK)
-    score = x
+    score, own_score = x, own
     if DEEPSEEK:  # a tile as large as the logits', so that Triton lays both out alike
         score = x + tl.load(bias + (expert + token * 0), mask=listed, other=0.0).to(tl.float32)
+        own_score = own + tl.load(bias + (offset + cell + token * 0), mask=inside, other=0.0).to(tl.float32)
     if NUM_EXPERTS < EXPERTS:
         score = tl.where(real, score, float("-inf"))
     key = order_key(score)
     left = key
     if TOPK_GROUP < N_GROUP:
-        left = keep_best_groups(score, key, BLOCK_T, PARTS, LANES, N_GROUP, TOPK_GROUP)
-
-    mine = tl.zeros((BLOCK_T, CELL_PARTS, CELL_LANES), tl.int32)
-    for _ in range(rounds):
-        first = over_experts_min(tl.where(left == over_experts_max(left), expert, EXPERTS))
-        left = tl.where(expert == first, TAKEN, left)
-        mine = tl.where(cell == first - offset, 1, mine)
-
-    own = clean(own, DEEPSEEK)
+        left, inside = keep_best_groups(
+            score, key, offset + cell, inside, BLOCK_T, PARTS, LANES, NUM_EXPERTS // N_GROUP, TOPK_GROUP
+        )  # fmt: skip
     if not DEEPSEEK:
         most = order_key(over_experts_max(key)).to(tl.float32, bitcast=True)
         x = tl.exp(x - most)
+    asked = over_experts_max(inside.to(tl.int32))
+    shares, least, last = choose_largest(left, expert, x, rounds, asked, EXPERTS // 32)
+    least, last = over_experts_max(least), over_experts_max(last)
+    own_key = order_key(own_score)  # by the same operations as `key`, so with the same bits
+    mine = inside & ((own_key > least) | ((own_key == least) & (offset + cell <= last)))
+    if not DEEPSEEK:
         own = tl.exp(own - most)
-    total = over_experts_sum(tl.where(left == TAKEN, x, 0.0))
+    total = over_experts_sum(shares)
     if DEEPSEEK:
         total += 1e-20
-    weight = tl.where((mine != 0) & (cell < LOCAL) & there, own / total * factor, 0.0)
+    weight = tl.where(mine, own / total * factor, 0.0)
     return tl.reshape(weight, (BLOCK_T, CELLS))
 
 
@@ -293,7 +297,12 @@ def warp_lanes(g: MoEGeometry, logits: Slot, bias: Slot) -> int:
     """Experts of a token that 32 threads read at once, 16 bytes each of the narrower type."""
     width = 16 // min(slot.dtype.itemsize for slot in (logits, bias))
     group = g.num_experts // g.n_group if g.topk_group < g.n_group else 1
-    return max(group, min(32 * width, power_of_two_at_least(g.num_experts)))
+    return max(group, min(32 * width, _tile_experts(g)))
+
+
+def _tile_experts(g: MoEGeometry) -> int:
+    """A power of two, and at least one a thread."""
+    return max(32, power_of_two_at_least(g.num_experts))
 
 
 def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
@@ -301,9 +310,10 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile, block_n, local = plan.route, plan.gate_up.block_n, g.num_local_experts
     deepseek, cells = g.routing == "deepseek_v3", max(32, power_of_two_at_least(local))
+    experts, lanes = _tile_experts(g), warp_lanes(g, logits, bias if deepseek else logits)
+    assert tile.block_t <= tile.num_warps or lanes == experts, "a thread's keys of one token would not be side by side"
     choosing = (
-        g.num_experts, local, power_of_two_at_least(g.num_experts), warp_lanes(g, logits, bias if deepseek else logits), cells,
-        g.n_group, g.topk_group, deepseek, tile.block_t,
+        g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, deepseek, tile.block_t,
     )  # fmt: skip
     lists = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
     lists = tuple(b[n] for n in (*lists, "counters"))

@@ -8,8 +8,10 @@ import pytest
 if os.environ.get("TRITON_INTERPRET") == "1":
     import interpreter_casts
     import torch
+    import warp
 
     interpreter_casts.install()
+    warp.install()
     torch.set_num_threads(1)
 
     @pytest.fixture

@@ -189,6 +189,7 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     """Both GEMMs, SwiGLU and the output's last sum."""
     g, tile, b = round.geometry, round.plan.gate_up, round.memory
     assert g.intermediate_size >= tile.stages * BLOCK, "with fewer K blocks than stages it was never tried"
+    assert g.hidden_size >= (tile.flight - 1) * BLOCK, "a unit's last stages are said to be full behind all of its K blocks"
     assert g.intermediate_size // BLOCK % tile.cluster == 0 == g.hidden_size % (2 * BLOCK * tile.cluster), "a cluster's columns"
     weights = descriptor(w1, (g.num_local_experts * 2 * g.intermediate_size, g.hidden_size), (BLOCK, BLOCK), CODES.value, PROMOTION)
     middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64, BLOCK), CODES.value)

@@ -2,6 +2,7 @@
 
   load.py      its producers: weights by TMA, pairs by cp.async, each one warp
   compute.py   its consumers, two where few tokens make one of them the bound: wgmma, promotion, epilogues, the output's last sum
+  stay.py      what the L2 kept may leave it
   layer.py     the kernel
 
 One program a multiprocessor. Units are drawn from a ticket, those of GEMM1 first, and told to the program's other roles, so that no

@@ -10,8 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from blockmoe.operator.persistent import GENERIC, barrier, hear, let_go, may_leave, wait_until
+from blockmoe.operator.persistent import GENERIC, barrier, hear, wait_until
 from blockmoe.operator.stream.load import pairs_at, second_unit, unit_at, unit_counts
+from blockmoe.operator.stream.stay import let_go, may_leave
 
 
 @gluon.jit

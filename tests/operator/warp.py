@@ -1,0 +1,85 @@
+"""A warp's PTX, executed on the CPU: what `blockmoe.operator.largest` is written in, and no more.
+
+`install()` has Triton's interpreter execute inline assembly of that kind, a warp a token. Registers hold 32 threads' values; a branch or a
+reduction that not all of them take part in is an error.
+"""
+
+from __future__ import annotations
+
+import re
+from types import SimpleNamespace
+
+import numpy as np
+
+THREADS = 32
+COMPARE = {"eq": np.equal, "ne": np.not_equal, "gt": np.greater, "lt": np.less, "le": np.less_equal, "ge": np.greater_equal}
+COMBINE = {"and": np.logical_and, "or": np.logical_or}
+ARITHMETIC = {"max": np.maximum, "min": np.minimum, "add": np.add, "sub": np.subtract}
+
+
+def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray]:
+    """`text` with $0 ... as its `results` results, and `given`, [32] each, as the operands after them; what the results hold then."""
+    lines = [line.strip() for line in text.strip().strip("{}").splitlines() if line.strip() and not line.startswith(".reg")]
+    labels = {line[:-1]: at for at, line in enumerate(lines) if line.endswith(":")}
+    registers: dict[str, np.ndarray] = {f"${results + i}": value.copy() for i, value in enumerate(given)}
+
+    def value(name: str) -> np.ndarray:
+        if name == "0f00000000":
+            return np.zeros(THREADS, np.float32)
+        return registers[name] if not re.fullmatch(r"-?\d+", name) else np.full(THREADS, int(name), np.int32)
+
+    at = executed = 0
+    while at < len(lines):
+        assert (executed := executed + 1) < 100_000, "it does not end"
+        line, at = lines[at], at + 1
+        if line.endswith(":"):
+            continue
+        guard, operation, operands = re.fullmatch(r"(?:@(\w+) )?([\w.]+) (.*);", line).groups()
+        here = registers[guard] if guard else np.ones(THREADS, bool)
+        name, *kinds = operation.split(".")
+        target, *sources = operands.split(", ")
+        if name == "bra":
+            assert kinds == ["uni"] and (here.all() or not here.any()), f"not all threads take the branch: {line}"
+            at = labels[target] if here.all() else at
+            continue
+        if name == "redux":
+            assert here.all() and sources[1] == "0xffffffff" and kinds[0] == "sync", line
+            new = np.full(THREADS, ARITHMETIC[kinds[1]].reduce(value(sources[0])))
+        elif name == "vote":
+            assert here.all() and kinds[:2] == ["sync", "ballot"] and sources[1] == "0xffffffff", line
+            new = np.full(THREADS, sum(1 << i for i in np.flatnonzero(registers[sources[0]])), np.uint32).view(np.int32)
+        elif name == "popc":
+            new = np.array([bin(v).count("1") for v in value(sources[0]).view(np.uint32).tolist()], np.int32)
+        elif name == "setp":
+            new = COMPARE[kinds[0]](value(sources[0]), value(sources[1]))
+            new = COMBINE[kinds[1]](new, registers[sources[2]]) if len(sources) == 3 else new
+        elif name == "selp":
+            new = np.where(registers[sources[2]], value(sources[0]), value(sources[1]))
+        elif name == "mov":
+            new = value(sources[0])
+        else:
+            new = ARITHMETIC[name](value(sources[0]), value(sources[1]))
+        registers[target] = new if here.all() else np.where(here, new, registers[target])
+    return [registers[f"${i}"] for i in range(results)]
+
+
+def by_token(text: str, tiles: list[np.ndarray], each: int, results: int) -> list[np.ndarray]:
+    """`execute` for every token of tiles [tokens, ...], whose thread t has `each` values from t * each on."""
+    assert all(tile[0].size == THREADS * each for tile in tiles)
+    shape, found = tiles[0].shape, []
+    for values in zip(*tiles, strict=True):
+        given = [column for tile in values for column in tile.reshape(THREADS, each).T]
+        columns = execute(text, given, results * each)
+        found.append([np.stack(columns[i * each : (i + 1) * each], 1).reshape(shape[1:]) for i in range(results)])
+    return [np.stack(column) for column in zip(*found, strict=True)]
+
+
+def install() -> None:
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_inline_asm(builder, text, constraints, arguments, types, pure, pack):
+        found = by_token(text, [argument.data for argument in arguments], pack, len(types))
+        handles = [TensorHandle(tile, kind.scalar) for tile, kind in zip(found, types, strict=True)]
+        return SimpleNamespace(get_result=handles.__getitem__)
+
+    InterpreterBuilder.create_inline_asm = create_inline_asm
