@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "operator"))
 import interpreter_casts  # noqa: E402
 import layer  # noqa: E402
 import torch  # noqa: E402
+import warp  # noqa: E402
 from emulator import Fault, interpret  # noqa: E402
 from emulator.machine import MOST_PROGRAMS  # noqa: E402
 
@@ -46,6 +47,7 @@ def main() -> int:
         parser.error(f"--programs: expected an even number for {plan}, got {asked.programs}")
     launch.interpret = lambda launches, tensors: interpret(launches, tensors, **how)
     interpreter_casts.install()
+    warp.install()
     torch.set_num_threads(1)
     print(f"T = {asked.tokens}: {plan}; {asked.programs} programs", flush=True)
     inputs, offset, found = layer.make(geometry, asked.tokens), (geometry.num_experts - geometry.num_local_experts) // 2, []

@@ -310,8 +310,10 @@ def main() -> int:
     torch.manual_seed(arguments.seed)
     if INTERPRETED:
         import interpreter_casts
+        import warp
 
         interpreter_casts.install()
+        warp.install()
     session = gpu_session.Session("gpu_sanitizer" if arguments.sanitizer else "gpu_stress", arguments.seconds)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
     session.say("device", name=name, torch=torch.__version__, seed=arguments.seed)

@@ -207,6 +207,14 @@ def _nan(t: list, offset: int, g: MoEGeometry) -> None:
     t[0][:, offset] = torch.nan
 
 
+def _few(t: list, offset: int, g: MoEGeometry) -> None:
+    t[0].clamp_(-1, 1).round_()  # most tokens choose some of many experts with the same
+
+
+def _equal(t: list, offset: int, g: MoEGeometry) -> None:
+    t[0].fill_(0.25)
+
+
 def _infinite(t: list, offset: int, g: MoEGeometry) -> None:
     drawn = torch.rand(t[0].shape, device=t[0].device)
     t[0][drawn < 0.2] = -torch.inf
@@ -230,6 +238,8 @@ SPECIALS: dict[str, Callable[[list, int, MoEGeometry], None]] = {
     "ragged and empty experts": _ragged,
     "NaN logits": _nan,
     "infinite logits": _infinite,
+    "few different logits": _few,
+    "all logits equal": _equal,
     "scales 1e-8": _scales(lambda s: s * 1e-8),
     "scales some zero": _scales(lambda s: torch.where(torch.rand_like(s) < 0.3, 0.0, s)),
     "scales all zero": _scales(torch.zeros_like),
