@@ -126,8 +126,9 @@ class Stress:
                 changed = special(tensors, "all tokens on the same experts", offset, self.g)
                 changed[0] = tensors[0] + (changed[0] > 10) * 0.5  # favours some local experts
                 self.check(f"offset {offset} T={tokens}", changed, offset, most=most)
-        tensors, offset = self.layer("realistic").open(12 if self.quick else 40)
-        self.check("addresses that are not aligned", [checks.unaligned(t) for t in tensors], offset)
+        for tokens in (12,) if self.quick else (5, 40, 901):
+            tensors, offset = self.layer("realistic").open(tokens)
+            self.check(f"addresses that are not aligned T={tokens}", [checks.unaligned(t) for t in tensors], offset)
 
     def repeat(self) -> None:
         calls, largest = (30, 40) if self.quick else (1000, 16384)

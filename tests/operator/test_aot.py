@@ -55,12 +55,25 @@ ROUTING = [
 ]
 
 
+def routing(g: MoEGeometry, tokens: int, logits: torch.dtype, bias: torch.dtype, **more) -> aot.Usage:
+    launch = pipeline.launches(g, tokens, choose_plan(g, tokens, **more), 0, 1.0, logits_dtype=logits, bias_dtype=bias)[0]
+    return aot.compiled(launch, more.get("capability", 90))
+
+
 @pytest.mark.parametrize("g, tokens, logits, bias", ROUTING)
 def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
     """Else `choose_largest` would look at parts of several tokens: Triton chooses the layout."""
-    launch = pipeline.launches(g, tokens, choose_plan(g, tokens), 0, 1.0, logits_dtype=logits, bias_dtype=bias)[0]
-    usage = aot.compiled(launch, 90)
+    usage = routing(g, tokens, logits, bias)
     (_, parts, lanes), thread, warp, program = aot.token_layout(usage)
-    assert warp == [1, 1, 32] and program == [launch.num_warps, 1, 1] and thread[0] == 1
+    assert warp == [1, 1, 32] and program[1:] == [1, 1] and thread[0] == 1
     assert lanes % (32 * thread[2]) == 0 == parts % thread[1]
     assert usage.ptx.count("redux.sync") >= 3 and usage.stack == 0
+
+
+@pytest.mark.parametrize("g, more", [
+    (HEADLINE, {"tma": False}), (HEADLINE, {"capability": 80}), (MoEGeometry(300, 300, 8, 7168, 2048), {}),
+    (MoEGeometry(512, 32, 8, 7168, 2048, "deepseek_v3", 2, 1), {}), (MoEGeometry(1024, 32, 8, 7168, 2048), {}),
+], ids=["unaligned", "no TMA", "rows that are no whole reads", "a group of more than a read", "many experts"])  # fmt: skip
+def test_where_it_may_not_be_it_is_not(g, more):
+    logits = torch.float32 if g.n_group == 2 else torch.bfloat16
+    assert "vote.sync" not in routing(g, 60, logits, logits, **more).ttgir

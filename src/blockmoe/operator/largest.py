@@ -15,6 +15,7 @@ import triton.language as tl
 NONE = -(2**31)  # no key is lower
 EVERY = 2**31 - 1  # no key and no number is higher
 ALL = "0xffffffff"  # threads
+LARGEST_EACH = 16  # keys a thread, which it holds in registers, twice
 
 
 @triton.constexpr_function

@@ -25,9 +25,9 @@ import triton.language as tl
 
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.kernel_parts import before_next_kernel
-from blockmoe.operator.largest import choose_largest
+from blockmoe.operator.largest import LARGEST_EACH, choose_largest
 from blockmoe.operator.launch import Launch, Slot
-from blockmoe.operator.plan import power_of_two_at_least
+from blockmoe.operator.plan import TILES, Plan, power_of_two_at_least
 from blockmoe.operator.workspace import Round
 
 LOWEST = tl.constexpr(-(2**31))  # below the key of every float
@@ -97,12 +97,13 @@ def clean(x, DEEPSEEK: tl.constexpr):
 def choose_experts(
     logits, bias, token, tokens, offset, factor, rounds,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
-    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Weight [BLOCK_T, CELLS] of each of `token` [BLOCK_T, 1, 1] for each local expert, 0 where not chosen.
 
-    Tiles are [BLOCK_T, PARTS, LANES], LANES being what a warp reads at once (`warp_lanes`): Triton then gives a token's
-    experts to one warp, and no reduction over experts leaves it. `rounds` is TOP_K.
+    Tiles are [BLOCK_T, PARTS, LANES], LANES being what a warp reads at once (`_tile`): Triton then gives a token's
+    experts to one warp, and no reduction over experts leaves it. `rounds` is TOP_K as an argument: the loop must not be
+    unrolled, since instructions come from a cold cache. BY_WARP: a warp may choose by itself, which takes fewer.
     """
     PARTS: tl.constexpr = EXPERTS // LANES
     CELL_LANES: tl.constexpr = min(128, CELLS)
@@ -132,11 +133,19 @@ def choose_experts(
     if not DEEPSEEK:
         most = order_key(over_experts_max(key)).to(tl.float32, bitcast=True)
         x = tl.exp(x - most)
-    asked = over_experts_max(inside.to(tl.int32))
-    shares, least, last = choose_largest(left, expert, x, rounds, asked, EXPERTS // 32)
-    least, last = over_experts_max(least), over_experts_max(last)
-    own_key = order_key(own_score)  # by the same operations as `key`, so with the same bits
-    mine = inside & ((own_key > least) | ((own_key == least) & (offset + cell <= last)))
+    if BY_WARP:
+        asked = over_experts_max(inside.to(tl.int32))
+        shares, least, last = choose_largest(left, expert, x, rounds, asked, EXPERTS // 32)
+        least, last = over_experts_max(least), over_experts_max(last)
+        own_key = order_key(own_score)  # by the same operations as `key`, so with the same bits
+        mine = inside & ((own_key > least) | ((own_key == least) & (offset + cell <= last)))
+    else:
+        mine = inside & (cell < 0)
+        for _ in range(rounds):
+            first = over_experts_min(tl.where(left == over_experts_max(left), expert, EXPERTS))
+            left = tl.where(expert == first, TAKEN, left)
+            mine = mine | (inside & (cell == first - offset))
+        shares = tl.where(left == TAKEN, x, 0.0)
     if not DEEPSEEK:
         own = tl.exp(own - most)
     total = over_experts_sum(shares)
@@ -208,15 +217,15 @@ def route_kernel(
     logits, bias, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, counters,
     tokens, offset, factor, rounds, counter_count,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
-    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, TOP_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, DENSE: tl.constexpr, PDL: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, DENSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     before_next_kernel(PDL)
     zero_counters(counters, 0, 1, counter_count)
     token = tl.arange(0, BLOCK_T)
     weight = choose_experts(
         logits, bias, token[:, None, None], tokens, offset, factor, rounds,
-        NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, DEEPSEEK, BLOCK_T,
+        NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, DEEPSEEK, BY_WARP, BLOCK_T,
     )  # fmt: skip
     if DENSE:
         active = tl.max((weight != 0.0).to(tl.int32), 0)
@@ -235,7 +244,8 @@ def route_kernel(
 def choose_kernel(
     logits, bias, token_weight, chunk_count, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
-    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """token_weight [T, LOCAL] (0: not chosen) and each local expert's pairs in this program's chunk: chunk_count [chunks, LOCAL]."""
     before_next_kernel(PDL)
@@ -246,7 +256,7 @@ def choose_kernel(
         token = t + tl.arange(0, BLOCK_T)
         weight = choose_experts(
             logits, bias, token[:, None, None], tokens, offset, factor, rounds,
-            NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, DEEPSEEK, BLOCK_T,
+            NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, DEEPSEEK, BY_WARP, BLOCK_T,
         )  # fmt: skip
         at = token_weight + token[:, None] * LOCAL + cell[None, :]
         tl.store(at, weight, mask=(token < tokens)[:, None] & (cell < LOCAL)[None, :])
@@ -293,16 +303,22 @@ def place_kernel(
             weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
 
 
-def warp_lanes(g: MoEGeometry, logits: Slot, bias: Slot) -> int:
-    """Experts of a token that 32 threads read at once, 16 bytes each of the narrower type."""
-    width = 16 // min(slot.dtype.itemsize for slot in (logits, bias))
+def _tile(g: MoEGeometry, plan: Plan, logits: Slot, bias: Slot) -> tuple[int, int, bool]:
+    """Of the tile of a token's experts: how many (a power of two, at least one a thread), how many side by side, and whether a warp can
+    choose by itself.
+
+    Side by side are as many as 32 threads read at once, 16 bytes each of the narrower type, or a group where that has more. Triton gives
+    every token to a warp, and each thread keys of one token in a row, where such reads are possible: of aligned addresses, which the
+    kernels with TMA want too, and of rows that are whole reads.
+    """
+    experts = max(32, power_of_two_at_least(g.num_experts))
     group = g.num_experts // g.n_group if g.topk_group < g.n_group else 1
-    return max(group, min(32 * width, _tile_experts(g)))
-
-
-def _tile_experts(g: MoEGeometry) -> int:
-    """A power of two, and at least one a thread."""
-    return max(32, power_of_two_at_least(g.num_experts))
+    width = 16 // min(slot.dtype.itemsize for slot in (logits, bias))
+    read = min(32 * width, experts)
+    lanes = max(group, read)
+    whole = plan.path in TILES and g.num_experts % width == 0 and lanes == read
+    one_each = plan.route.block_t <= plan.route.num_warps or lanes == experts
+    return experts, lanes, whole and one_each and experts <= LARGEST_EACH * 32
 
 
 def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
@@ -310,11 +326,8 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile, block_n, local = plan.route, plan.gate_up.block_n, g.num_local_experts
     deepseek, cells = g.routing == "deepseek_v3", max(32, power_of_two_at_least(local))
-    experts, lanes = _tile_experts(g), warp_lanes(g, logits, bias if deepseek else logits)
-    assert tile.block_t <= tile.num_warps or lanes == experts, "a thread's keys of one token would not be side by side"
-    choosing = (
-        g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, deepseek, tile.block_t,
-    )  # fmt: skip
+    experts, lanes, by_warp = _tile(g, plan, logits, bias if deepseek else logits)
+    choosing = (g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, deepseek, by_warp, tile.block_t)
     lists = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
     lists = tuple(b[n] for n in (*lists, "counters"))
     counter_count = b["counters"].count
