@@ -15,6 +15,7 @@ from blockmoe.bench.inputs import Inputs
 from blockmoe.bench.schema import Workload
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator import ptx
+from blockmoe.operator.launch import interpreted
 from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan
 from blockmoe.operator.workspace import layout, rounds
@@ -114,9 +115,9 @@ def passes(found: dict[str, float]) -> bool:
 
 
 def machine(device: torch.device) -> dict[str, int]:
-    """What plans and workspaces depend on; the defaults for a CPU."""
+    """What plans and workspaces depend on; for a CPU the defaults, or what `fused_moe` interprets."""
     if device.type != "cuda":
-        return {}
+        return {"capability": 89} if interpreted() else {}
     sm_count, capability = of_gpu(torch.cuda.current_device() if device.index is None else device.index)
     return {"sm_count": sm_count, "capability": capability}
 
@@ -212,7 +213,8 @@ def _few(t: list, offset: int, g: MoEGeometry) -> None:
 
 
 def _equal(t: list, offset: int, g: MoEGeometry) -> None:
-    t[0].fill_(0.25)
+    t[0].fill_(-3.0)
+    t[0][:, max(offset - g.top_k // 2, 0) :] = 0.25  # half of those chosen are local, the first ones
 
 
 def _infinite(t: list, offset: int, g: MoEGeometry) -> None:
@@ -239,7 +241,7 @@ SPECIALS: dict[str, Callable[[list, int, MoEGeometry], None]] = {
     "NaN logits": _nan,
     "infinite logits": _infinite,
     "few different logits": _few,
-    "all logits equal": _equal,
+    "all logits equal from some expert on": _equal,
     "scales 1e-8": _scales(lambda s: s * 1e-8),
     "scales some zero": _scales(lambda s: torch.where(torch.rand_like(s) < 0.3, 0.0, s)),
     "scales all zero": _scales(torch.zeros_like),

@@ -24,7 +24,7 @@ PLANS = {
 
 SHARED_LIMIT = 232_448  # bytes of shared memory that a program may have on sm_90
 
-IN_TWO = RouteTile(16, 4, 4, False)
+IN_TWO = RouteTile(16, 4, 16, False)
 PERSISTENT = {  # for the emulator
     "prefill": Plan("prefill", IN_TWO, PrefillTile(4, 1, flight=3)),
     "cluster": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3)),

@@ -1,6 +1,7 @@
 """Every kernel of every plan compiles for Hopper and Blackwell without a GPU; on Hopper with wgmma and without spills."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
@@ -12,7 +13,7 @@ from layer import SHARED_LIMIT  # noqa: E402
 
 from blockmoe.geometry import HEADLINE, TINY, MoEGeometry  # noqa: E402
 from blockmoe.operator import pipeline  # noqa: E402
-from blockmoe.operator.plan import choose_plan, plans  # noqa: E402
+from blockmoe.operator.plan import RouteTile, choose_plan, plans  # noqa: E402
 
 RENORMALIZE = MoEGeometry(512, 128, 10, 2048, 512, "renormalize")
 
@@ -64,10 +65,10 @@ def routing(g: MoEGeometry, tokens: int, logits: torch.dtype, bias: torch.dtype,
 def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
     """Else `choose_largest` would look at parts of several tokens: Triton chooses the layout."""
     usage = routing(g, tokens, logits, bias)
-    (_, parts, lanes), thread, warp, program = aot.token_layout(usage)
-    assert warp == [1, 1, 32] and program[1:] == [1, 1] and thread[0] == 1
+    (several, parts, lanes), thread, warp, program = aot.token_layout(usage)
+    assert warp == [1, 1, 32] and program == [several, 1, 1] and thread[0] == 1
     assert lanes % (32 * thread[2]) == 0 == parts % thread[1]
-    assert usage.ptx.count("redux.sync") >= 3 and usage.stack == 0
+    assert usage.ptx.count("vote.sync") == 1 and usage.stack == 0
 
 
 @pytest.mark.parametrize("g, more", [
@@ -77,3 +78,10 @@ def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
 def test_where_it_may_not_be_it_is_not(g, more):
     logits = torch.float32 if g.n_group == 2 else torch.bfloat16
     assert "vote.sync" not in routing(g, 60, logits, logits, **more).ttgir
+
+
+@pytest.mark.parametrize("route", [RouteTile(16, 16, 4, True), RouteTile(4, 4, 16, True)], ids=str)
+def test_nor_where_warps_and_tokens_are_not_as_many(route):
+    plan = replace(choose_plan(HEADLINE, 4), route=route)
+    [launch] = pipeline.launches(HEADLINE, 4, plan, 0, 1.0)[:1]
+    assert "vote.sync" not in aot.compiled(launch, 90).ttgir

@@ -226,7 +226,8 @@ class Ticket:
 @pytest.mark.parametrize("programs", [132, 114])
 @pytest.mark.parametrize("tiles", [0, 1, 2, 3, 5])
 def test_some_let_others_draw(programs, tiles, monkeypatch):
-    """As many as have no unit of GEMM1 look until the others have drawn, or 16 times; any 33 neighbours have an even share, but for six."""
+    """As many as have no unit of GEMM1 look until the others have drawn, or 16 times; any 33 neighbours have an even share, but for
+    two."""
     looks = {}
     for growth in (0, 50):
         for program in range(programs):
@@ -239,7 +240,7 @@ def test_some_let_others_draw(programs, tiles, monkeypatch):
     assert all(looks[0, program] == 16 and looks[50, program] == -(-32 * tiles // 50) for program in waiting)
     for first in range(0, programs - 33):
         share = sum(first <= program < first + 33 for program in waiting)
-        assert abs(share - 33 * len(waiting) / programs) < 6
+        assert abs(share - 33 * len(waiting) / programs) < 2
 
 
 @pytest.mark.parametrize("consumers", [1, 2])

@@ -81,10 +81,11 @@ def _operands(each: int) -> str:
 
 @triton.jit
 def choose_largest(key, number, value, wanted, needed, EACH: tl.constexpr):
-    """Of every token the `wanted` largest keys, of equal ones those of the lowest numbers. Where not `needed` none.
+    """Of every token the `wanted` largest keys, of equal ones those of the lowest numbers; none where not `needed`.
 
     key, number, value: [tokens, ...], every token's in one warp, EACH a thread; at least `wanted` keys are above NONE. Returns tiles of the
-    same shape: what sums to the values of those chosen; in every place the least key that is chosen; the last number that is with it.
+    same shape: what sums to the values of those chosen; in every place the least key that is chosen; the last number that is with it (where
+    none is, EVERY and EVERY: a NaN's key is that too).
     """
     return tl.inline_asm_elementwise(
         _assembly(EACH), _operands(EACH), [key, number, value, wanted, needed], (tl.float32, tl.int32, tl.int32), is_pure=False, pack=EACH

@@ -5,7 +5,7 @@ groups stay, of their experts the TOP_K largest b are chosen; weight = s / (sum 
 Renormalize: the TOP_K largest logits; weight = softmax over them * factor. Ties go to the lower index. A NaN logit is
 the lowest there is.
 
-Two steps. A token's experts are chosen by one warp (`choose_experts`); then the tile list (tile_count, tile_expert,
+Two steps. A token's experts are chosen, mostly by one warp (`choose_experts`); then the tile list (tile_count, tile_expert,
 tile_begin, tile_end) is made, the pairs are sorted by expert, then token (pair_token, pair_weight), and how many each token
 has is noted (token_pairs), with its rows for the combine (token_pair) or, for prefill, the tile of each pair's predecessor in
 its token (before). `route_kernel` does both in one program and holds all tokens' weights in registers. `choose_kernel` and
@@ -308,8 +308,8 @@ def _tile(g: MoEGeometry, plan: Plan, logits: Slot, bias: Slot) -> tuple[int, in
     choose by itself.
 
     Side by side are as many as 32 threads read at once, 16 bytes each of the narrower type, or a group where that has more. Triton gives
-    every token to a warp, and each thread keys of one token in a row, where such reads are possible: of aligned addresses, which the
-    kernels with TMA want too, and of rows that are whole reads.
+    every token to a warp where there are as many warps as tokens and such reads are possible: of aligned addresses, which the kernels with
+    TMA want too, and of rows that are whole reads.
     """
     experts = max(32, power_of_two_at_least(g.num_experts))
     group = g.num_experts // g.n_group if g.topk_group < g.n_group else 1
@@ -317,7 +317,7 @@ def _tile(g: MoEGeometry, plan: Plan, logits: Slot, bias: Slot) -> tuple[int, in
     read = min(32 * width, experts)
     lanes = max(group, read)
     whole = plan.path in TILES and g.num_experts % width == 0 and lanes == read
-    one_each = plan.route.block_t <= plan.route.num_warps or lanes == experts
+    one_each = plan.route.block_t == plan.route.num_warps
     return experts, lanes, whole and one_each and experts <= LARGEST_EACH * 32
 
 

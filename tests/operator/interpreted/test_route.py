@@ -13,6 +13,8 @@ from blockmoe.operator.plan import Plan, PrefillTile, RouteTile, choose_plan
 from blockmoe.operator.workspace import counters, layout, sizes, slots
 from blockmoe.reference import route as reference_route
 
+MANY = MoEGeometry(256, 32, 8, 256, 256, "deepseek_v3", 8, 4)  # two parts of a token's experts, with float32 logits and bias
+
 
 def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], float]:
     """(token, local expert) -> weight of every pair, read from the lists; checks the lists on the way."""
@@ -81,7 +83,7 @@ def test_as_the_reference(g, name, tokens):
 @pytest.mark.parametrize("tokens", [1, 50, 700])
 def test_prefill(tokens, once):
     """Aligned tiles, the order of addition, how many pairs a token has."""
-    plan = Plan("prefill", RouteTile(16, 16, 4, False, once), PrefillTile(4))
+    plan = Plan("prefill", RouteTile(16, 16, 16, False, once), PrefillTile(4))
     g = replace(TINY, hidden_size=256, intermediate_size=512)
     agree(layer.make(g, tokens, seed=tokens), g, 8, plan)
 
@@ -92,27 +94,34 @@ def test_chosen_plans(g, tokens):
     agree(layer.make(g, tokens, seed=tokens), g, min(5, g.num_experts - g.num_local_experts), choose_plan(g, tokens))
 
 
-@pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])
+ONCE = [layer.PLANS["dense 32"], layer.PLANS["sorted 64"], layer.PERSISTENT["dense"]]  # the last by warps
+
+
+@pytest.mark.parametrize("g", [*layer.GEOMETRIES, MANY], ids=lambda g: g.definition_name[-30:])
 def test_ties_go_to_the_lower_index(g):
+    g = replace(g, intermediate_size=256)
     inputs = layer.make(g, 6)
     inputs[0] = torch.randint(0, 2, inputs[0].shape).float() * torch.tensor([0.0, -0.0, 1.0, 0.0, 2.0, 1.0])[:, None]
     if inputs[1] is not None:
         inputs[1].zero_()
-    for name in ("dense 32", "sorted 64"):
-        agree(inputs, g, 0, layer.PLANS[name])
+    for offset in {0, 3 if g.num_experts > g.num_local_experts else 0}:  # 3: beside equal ones that are chosen before
+        for plan in ONCE:
+            agree(inputs, g, offset, plan)
 
 
 @pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])
 def test_nan_and_infinite_logits(g):
+    g = replace(g, intermediate_size=256)
     inputs = layer.make(g, 4)
     inputs[0][0, ::2], inputs[0][1, ::3], inputs[0][2, 5] = float("nan"), float("-inf"), float("inf")
     inputs[0][3, :] = float("nan")
-    for name in ("dense 32", "sorted 64"):
-        agree(inputs, g, 0, layer.PLANS[name])
+    for plan in ONCE:
+        agree(inputs, g, 0, plan)
 
 
 def test_bfloat16_logits():
-    inputs = layer.make(TINY, 9)
+    g = replace(TINY, intermediate_size=256)
+    inputs = layer.make(g, 9)
     inputs[0] = inputs[0].bfloat16()
-    for name in ("dense 32", "sorted 64"):
-        agree(inputs, TINY, 16, layer.PLANS[name])
+    for plan in ONCE:
+        agree(inputs, g, 16, plan)

@@ -119,7 +119,7 @@ def let_others_draw(ticket, tile_count, IN: gl.constexpr):
     """Where GEMM1 has fewer units than there are programs, those that get none are to be spread over the chip: where 40 neighbours in a row
     have units and others none, GEMM1's weights come up to a fifth more slowly, perhaps by a path that they share. So every so many programs
     let the others draw first, by turns, which are all different where 7 does not divide the programs: of 132 with 64 or 96 units two
-    neighbours at most then have none, and four have one. (T = 2, 3, 4: 33.2, 33.0, 42.5 us; by 5 instead of 49 up to 14 and 20 neighbours,
+    neighbours at most then have none, and four have one. (T = 2, 3, 4: 32.9, 33.0, 42.5 us; by 5 instead of 49 up to 14 and 20 neighbours,
     33.8, 33.7, 42.9.) They look 16 times at most: nobody may rely on programs that may not run yet."""
     programs = gl.num_programs(0)
     turn = gl.program_id(0) * 49 % programs
