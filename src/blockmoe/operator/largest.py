@@ -44,6 +44,7 @@ def _assembly(each: int) -> str:
     total, least, last, given, number, value = ([f"${group * each + i}" for i in every] for group in range(6))
     wanted, needed = f"${6 * each}", f"${7 * each}"
     key, head = [f"k{i}" for i in every], [f"h{i}" for i in range(each + 1)]
+    # t: the least key chosen so far; l: the last number with it; left: still wanted, ties: when t was found; h: the thread's list
     lines = [".reg .pred p, q;", f".reg .b32 t, l, x, left, ties, k<{each}>, h<{each + 1}>;", ".reg .f32 sum;", "mov.f32 sum, 0f00000000;"]
     lines += [f"mov.b32 t, {EVERY};", f"mov.b32 l, {EVERY};", f"setp.eq.s32 p, {needed}, 0;", "@p bra.uni known;"]
     lines += [f"mov.b32 {k}, {g};" for k, g in zip(key, given, strict=True)]
@@ -76,7 +77,7 @@ def _assembly(each: int) -> str:
 
 @triton.constexpr_function
 def _operands(each: int) -> str:
-    return ",".join((["=&f"] * each + ["=&r"] * 2 * each) + ["r"] * 2 * each + ["f"] * each + ["r"] * 2 * each)
+    return ",".join(kind for kind in ("=&f", "=&r", "=&r", "r", "r", "f", "r", "r") for _ in range(each))
 
 
 @triton.jit

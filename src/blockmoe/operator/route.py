@@ -25,13 +25,13 @@ import triton.language as tl
 
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.kernel_parts import before_next_kernel
-from blockmoe.operator.largest import LARGEST_EACH, choose_largest
+from blockmoe.operator.largest import LARGEST_EACH, NONE, choose_largest
 from blockmoe.operator.launch import Launch, Slot
 from blockmoe.operator.plan import TILES, Plan, power_of_two_at_least
 from blockmoe.operator.workspace import Round
 
-LOWEST = tl.constexpr(-(2**31))  # below the key of every float
-TAKEN = tl.constexpr(-(2**31) + 1)  # also below
+LOWEST = tl.constexpr(NONE)  # below the key of every float
+TAKEN = tl.constexpr(NONE + 1)  # also below
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 
 

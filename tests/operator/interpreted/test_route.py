@@ -13,7 +13,7 @@ from blockmoe.operator.plan import Plan, PrefillTile, RouteTile, choose_plan
 from blockmoe.operator.workspace import counters, layout, sizes, slots
 from blockmoe.reference import route as reference_route
 
-MANY = MoEGeometry(256, 32, 8, 256, 256, "deepseek_v3", 8, 4)  # two parts of a token's experts, with float32 logits and bias
+MANY = MoEGeometry(256, 32, 8, 256, 256, "deepseek_v3", 8, 4)  # in two parts where the bias is float32 too
 
 
 def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], float]:
@@ -103,7 +103,7 @@ def test_ties_go_to_the_lower_index(g):
     inputs = layer.make(g, 6)
     inputs[0] = torch.randint(0, 2, inputs[0].shape).float() * torch.tensor([0.0, -0.0, 1.0, 0.0, 2.0, 1.0])[:, None]
     if inputs[1] is not None:
-        inputs[1].zero_()
+        inputs[1] = torch.zeros(g.num_experts)
     for offset in {0, 3 if g.num_experts > g.num_local_experts else 0}:  # 3: beside equal ones that are chosen before
         for plan in ONCE:
             agree(inputs, g, offset, plan)
