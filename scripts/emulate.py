@@ -1,8 +1,9 @@
 """The operator's Gluon kernels on the CPU, at a published size: python scripts/emulate.py --tokens 7 --programs 12 [--orders 2]
 
 Under TRITON_INTERPRET=1, which the script sets: Triton's interpreter routes, tests/operator/emulator runs the kernel of the plan that an
-H100 would get, by so many programs, in so many orders. A race, a deadlock, an access out of bounds, other bits in another order, or a
-result further than 2e-3 from the oracle ends it with exit code 1. The headline geometry takes 3 GiB and, at T = 1,030, four minutes.
+H100 would get (--machine h200: an H200), by so many programs, in so many orders. A race, a deadlock, an access out of bounds, other bits in
+another order, or a result further than 2e-3 from the oracle ends it with exit code 1. The headline geometry takes 3 GiB and, at T = 1,030,
+four minutes.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ from emulator.machine import MOST_PROGRAMS  # noqa: E402
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE  # noqa: E402
 from blockmoe.operator import launch  # noqa: E402
+from blockmoe.operator.machine import H100, H200  # noqa: E402
 from blockmoe.operator.plan import choose_plan  # noqa: E402
+
+MACHINES = {"h100": H100, "h200": H200}
 
 
 def main() -> int:
@@ -33,6 +37,7 @@ def main() -> int:
     parser.add_argument(
         "--definition", default=HEADLINE.definition_name, choices=sorted(GEOMETRIES), metavar="NAME", help="default: the headline"
     )
+    parser.add_argument("--machine", default="h100", choices=MACHINES, help="whose plan: default h100")
     parser.add_argument("--tokens", type=int, default=7)
     parser.add_argument("--programs", type=int, default=8, help="even where the plan has clusters")
     parser.add_argument("--orders", type=int, default=2)
@@ -42,7 +47,7 @@ def main() -> int:
     if asked.programs > MOST_PROGRAMS:
         parser.error(f"--programs: expected at most {MOST_PROGRAMS}, got {asked.programs}")
     geometry, how = GEOMETRIES[asked.definition], {"programs": asked.programs}
-    plan = choose_plan(geometry, asked.tokens)
+    plan = choose_plan(geometry, asked.tokens, MACHINES[asked.machine])
     if asked.programs % getattr(plan.gate_up, "cluster", 1):
         parser.error(f"--programs: expected an even number for {plan}, got {asked.programs}")
     launch.interpret = lambda launches, tensors: interpret(launches, tensors, **how)

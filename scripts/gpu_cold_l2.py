@@ -19,6 +19,7 @@ from gpu_prefill import Variant
 
 from blockmoe.bench.timing import DeviceTimer
 from blockmoe.geometry import HEADLINE
+from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.plan import choose_plan
 from blockmoe.operator.workspace import layout
 
@@ -75,7 +76,7 @@ def ns_a_load(data: torch.Tensor, lines: torch.Tensor, before: list[Callable[[],
 
 def kept_by(call: Variant, tokens: int, pairs: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Memory as words, and which of its lines a call had the L2 keep."""
-    plan = choose_plan(HEADLINE, tokens)
+    plan = choose_plan(HEADLINE, tokens, of_gpu(0))
     placed, memory = layout(HEADLINE, tokens, plan)[0], call.tensors[-1]
     found = {}
     for name, size in (("rows", 2 * HEADLINE.hidden_size), ("middle", HEADLINE.intermediate_size)):
@@ -125,7 +126,7 @@ def main() -> int:
     for tokens in (80, 127):  # stream, sorted
         inputs, offset = operator.workload(HEADLINE, tokens)
         inputs = (*inputs, *weights)
-        call = Variant(inputs, offset, choose_plan(HEADLINE, tokens))
+        call = Variant(inputs, offset, choose_plan(HEADLINE, tokens, of_gpu(0)))
         for name, (words, lines) in kept_by(call, tokens, operator.counts(inputs, HEADLINE, offset)[0]).items():
             cold = ns_a_load(words, lines, [], timer)
             ns = ns_a_load(words, lines, [lambda call=call: call.events(timer, False), flush], timer)

@@ -123,9 +123,10 @@ def tile_of(solution: str, module, tokens: int) -> int | None:
         return module.ALIGN
     if solution == "blockmoe":
         from blockmoe.geometry import HEADLINE
+        from blockmoe.operator.machine import of_gpu
         from blockmoe.operator.plan import choose_plan
 
-        return getattr(getattr(choose_plan(HEADLINE, tokens), "gate_up", None), "block_n", None)
+        return getattr(getattr(choose_plan(HEADLINE, tokens, of_gpu(0)), "gate_up", None), "block_n", None)
     return None
 
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from blockmoe.bench.timing import flush_bytes, release_kept_lines
 from blockmoe.geometry import BLOCK, GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.launch import Prepared, _compiled
-from blockmoe.operator.machine import of_gpu
+from blockmoe.operator.machine import H100, H200, of_gpu
 from blockmoe.operator.pipeline import stages
 from blockmoe.operator.plan import Plan, PrefillTile, StreamTile, choose_plan
 from blockmoe.operator.workspace import layout
@@ -105,7 +106,7 @@ def check(g: MoEGeometry, w: tuple, tokens: int, plan: Plan | None = None, sprea
     say(
         "check", ok=bool(ok), geometry=g.definition_name[22:], tokens=tokens, pairs=pairs, active=active, rel_l2=error,
         repeatable=torch.equal(out.view(torch.int16), again.view(torch.int16)), nan=int(out.isnan().sum()),
-        plan=str(plan or choose_plan(g, tokens)),
+        plan=str(plan or choose_plan(g, tokens, of_gpu(0))),
     )  # fmt: skip
 
 
@@ -184,9 +185,8 @@ def stage_times(timer: Timer, inputs, g: MoEGeometry, offset: int, plan: Plan, t
     memory = torch.empty(layout(g, tokens, plan)[1], dtype=torch.uint8, device=DEVICE)
     tensors = [*(t if t is not None else inputs[0] for t in inputs), out, memory]
     addresses = [t.data_ptr() for t in tensors]
-    sm_count, _ = of_gpu(0)
     bias_dtype = None if inputs[1] is None else inputs[1].dtype
-    found = stages(g, tokens, plan, offset, 2.5, sm_count=sm_count, bias_dtype=bias_dtype)
+    found = stages(g, tokens, plan, offset, 2.5, sm_count=of_gpu(0).sm_count, bias_dtype=bias_dtype)
     ready = {name: Prepared(launches, 0) for name, launches in found.items()}
     for stage in ready.values():
         stage.run(addresses)
@@ -203,22 +203,26 @@ def stage_times(timer: Timer, inputs, g: MoEGeometry, offset: int, plan: Plan, t
 
 def candidates(tokens: int) -> dict[str, Plan]:
     """The default plan first, then what might beat it."""
-    base = choose_plan(HEADLINE, tokens)
+    base = choose_plan(HEADLINE, tokens, of_gpu(0))
     found = {"default": base}
 
-    def stream(*tile, **more) -> None:
-        plan = Plan("stream", base.route, StreamTile(*tile, **more))
-        found[str(plan.gate_up)] = plan
+    def stream(tile: StreamTile) -> None:
+        found[str(tile)] = Plan("stream", base.route, tile)
 
     tile = base.gate_up
     if base.path == "stream":
         for flight in (2, 3, 4, None):
-            stream(tile.rows, tile.block_n, tile.stages, dense=tile.dense, flight=flight, groups=tile.groups)
+            stream(replace(tile, flight=flight))
+        for machine in (H100, H200):
+            stream(choose_plan(HEADLINE, tokens, machine).gate_up)
+        for promotion in (128, 256):
+            for burst in (1,) if tile.dense else (1, 2):
+                stream(replace(tile, promotion=promotion, burst=burst))
         if not tile.dense:
             for groups in (1, 4, 7):
-                stream(tile.rows, tile.block_n, tile.stages, flight=tile.flight, groups=groups)
-            stream(128, 16, 6, flight=3, groups=2)
-            found["sorted"] = choose_plan(HEADLINE, tokens, tma=False)
+                stream(replace(tile, groups=groups))
+            stream(replace(tile, block_n=16))
+            found["sorted"] = choose_plan(HEADLINE, tokens, of_gpu(0), tma=False)
     if tokens > 100:
         for stages, cluster, flight in ((4, 1, 2), (4, 1, 3), (4, 2, 2), (4, 2, 3), (3, 2, 2)):
             plan = Plan("prefill", base.route, PrefillTile(stages, cluster, flight))
@@ -295,7 +299,7 @@ def unaligned(w: tuple) -> None:
     x = inputs[2]
     shifted = torch.empty(x.numel() + 1, dtype=torch.uint8, device=DEVICE)[1:].view(torch.float8_e4m3fn).view(x.shape)
     shifted.copy_(x)
-    expected = call((*inputs, *w), g, 32, choose_plan(g, tokens, tma=False))
+    expected = call((*inputs, *w), g, 32, choose_plan(g, tokens, of_gpu(0), tma=False))
     got = call((*inputs[:2], shifted, *inputs[3:], *w), g, 32)
     say("check unaligned", ok=torch.equal(got, expected) and bool(got.any()))
 

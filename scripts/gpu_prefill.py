@@ -23,13 +23,13 @@ from blockmoe.operator.workspace import layout
 
 
 def variants(tokens: int) -> dict[str, Plan]:
-    base = choose_plan(HEADLINE, tokens)
+    base = choose_plan(HEADLINE, tokens, of_gpu(0))
     found = {"default": base}
     for cluster in (1, 2):
         for flight in (2, 3):
             found[f"clusters of {cluster}, {flight} in flight"] = Plan("prefill", base.route, PrefillTile(4, cluster, flight))
     if tokens <= 5000:
-        found["stream"] = Plan("stream", base.route, choose_plan(HEADLINE, 80).gate_up)
+        found["stream"] = Plan("stream", base.route, choose_plan(HEADLINE, 80, of_gpu(0)).gate_up)
     return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
 
 
@@ -42,8 +42,7 @@ class Variant:
         memory = torch.empty(layout(HEADLINE, tokens, plan)[1], dtype=torch.uint8, device="cuda")
         self.tensors = [*inputs, out, memory]
         self.addresses = [t.data_ptr() for t in self.tensors]
-        sm_count, _ = of_gpu(0)
-        found = stages(HEADLINE, tokens, plan, offset, 2.5, sm_count=sm_count)
+        found = stages(HEADLINE, tokens, plan, offset, 2.5, sm_count=of_gpu(0).sm_count)
         order = list(found.items())
         self.names = [name for name, _ in order]
         self.ready = [Prepared(launches, 0) for _, launches in order]

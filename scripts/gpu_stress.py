@@ -135,7 +135,9 @@ class Stress:
         tensors, _ = self.layer("trace").open(largest)
         _, _, x, x_scale, *weights = tensors
         g, random = self.g, np.random.default_rng(self.seed)
-        memory = torch.full((workspace_size(g, largest, **checks.machine(self.device)),), 255, dtype=torch.uint8, device=self.device)
+        machine = checks.machine(self.device)
+        size = workspace_size(g, largest, sm_count=machine.sm_count, capability=machine.capability)
+        memory = torch.full((size,), 255, dtype=torch.uint8, device=self.device)
         differs = torch.zeros(calls, 2, dtype=torch.bool, device=self.device)
         sizes = np.exp(random.uniform(0, np.log(largest + 1), calls)).astype(int)
 
@@ -267,22 +269,23 @@ class Stress:
 def sanitizer(session: gpu_session.Session, device: torch.device) -> None:
     """Every plan of the headline geometry on a small one; the device runs the operator's kernels and copies, nothing else."""
     session.section("sanitizer")
-    cases = [(fitting(plan), plan) for plan in plans(HEADLINE)]
-    cases += [(200, choose_plan(HEADLINE, t)) for t in (901, 14107)]  # tiles that are full
-    cases += [(200, replace(choose_plan(HEADLINE, t, tma=False), row_buffer=1)) for t in (901, 14107)]  # columns in blocks
+    machine = checks.machine(device)
+    cases = [(fitting(plan), plan) for plan in plans(HEADLINE, machine)]
+    cases += [(200, choose_plan(HEADLINE, t, machine)) for t in (901, 14107)]  # tiles that are full
+    cases += [(200, replace(choose_plan(HEADLINE, t, machine, tma=False), row_buffer=1)) for t in (901, 14107)]  # columns in blocks
     cases += [(t, None) for t in (1, 0, 33, 900)]  # 900: the large-T path as the call chooses it
     for tokens, plan in cases:
 
         def work(tokens: int = tokens, plan=plan) -> None:
+            chosen = plan or checks.plan_of(SMALL, max(1, tokens), device)
             inputs = layer.make(SMALL, tokens, seed=tokens)
             inputs[0][::2, 9] = 6.0  # an expert with several tiles beside ragged ones
             ignored = checks.near_ties(inputs[0], inputs[1], SMALL)
-            memory = {name: t.to(device) for name, t in checks.poisoned(SMALL, tokens, torch.device("cpu"), plan).items()}
+            memory = {name: t.to(device) for name, t in checks.poisoned(SMALL, tokens, torch.device("cpu"), chosen).items()}
             out = layer.call([t.to(device) for t in inputs], SMALL, 8, FACTOR, plan, **memory).cpu()
             found = compare(out, moe_reference(*inputs, 8, FACTOR, geometry=SMALL), ignored)
             worst = {name: found.pop(name) for name in ("rel_l2", "token")}
-            chosen = str(plan or choose_plan(SMALL, max(1, tokens)))
-            session.check(f"T={tokens}", passes(found | worst), worst, **found, plan=chosen)
+            session.check(f"T={tokens}", passes(found | worst), worst, **found, plan=str(chosen))
 
         session.attempt(f"T={tokens} {plan}", work)
 

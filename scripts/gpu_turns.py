@@ -69,6 +69,7 @@ def serve(tree: str) -> None:
     import gpu_operator as operator
 
     from blockmoe.geometry import HEADLINE
+    from blockmoe.operator import machine
     from blockmoe.operator.launch import Prepared
     from blockmoe.operator.pipeline import stages
     from blockmoe.operator.plan import choose_plan
@@ -76,11 +77,12 @@ def serve(tree: str) -> None:
 
     torch.manual_seed(0)
     weights, timer, made = operator.weights(HEADLINE), operator.Timer(), {}
+    on = (machine.of_gpu(0),) if hasattr(machine, "Machine") else ()  # older trees choose for an H100
     count = torch.cuda.get_device_properties(0).multi_processor_count
 
     def make(tokens: int) -> str:
         inputs, offset = operator.workload(HEADLINE, tokens)
-        plan = choose_plan(HEADLINE, tokens)
+        plan = choose_plan(HEADLINE, tokens, *on)
         out = torch.full((tokens, HEADLINE.hidden_size), float("nan"), dtype=torch.bfloat16, device="cuda")
         memory = torch.full((layout(HEADLINE, tokens, plan)[1],), 255, dtype=torch.uint8, device="cuda")
         tensors = [*inputs, *weights, out, memory]

@@ -16,7 +16,7 @@ from blockmoe.bench.schema import Workload
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator import ptx
 from blockmoe.operator.launch import interpreted
-from blockmoe.operator.machine import of_gpu
+from blockmoe.operator.machine import H100, Machine, of_gpu
 from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan
 from blockmoe.operator.workspace import layout, rounds
 from blockmoe.reference import moe_reference, route
@@ -114,18 +114,17 @@ def passes(found: dict[str, float]) -> bool:
     return found["rel_l2"] <= REFERENCE_LIMIT and found["token"] <= TOKEN_LIMIT and not found["nan"] and not found["not_zero"]
 
 
-def machine(device: torch.device) -> dict[str, int]:
-    """What plans and workspaces depend on; for a CPU the defaults, or what `fused_moe` interprets."""
+def machine(device: torch.device) -> Machine:
+    """What plans and workspaces depend on; for a CPU an H100, or what `fused_moe` interprets."""
     if device.type != "cuda":
-        return {"capability": 89} if interpreted() else {}
-    sm_count, capability = of_gpu(torch.cuda.current_device() if device.index is None else device.index)
-    return {"sm_count": sm_count, "capability": capability}
+        return Machine(capability=89) if interpreted() else H100
+    return of_gpu(torch.cuda.current_device() if device.index is None else device.index)
 
 
 def plan_of(g: MoEGeometry, tokens: int, device: torch.device, *, tma: bool = True) -> Plan:
     """The plan of a call's first round, as the call chooses it; `tma`: for tensors that begin at multiples of 16 bytes."""
     clusters = device.type != "cuda" or ptx.known()
-    return choose_plan(g, min(tokens, TOKEN_CHUNK), **machine(device), clusters=clusters, tma=tma)
+    return choose_plan(g, min(tokens, TOKEN_CHUNK), machine(device), clusters=clusters, tma=tma)
 
 
 def poisoned(g: MoEGeometry, tokens: int, device: torch.device, plan: Plan | None = None) -> dict[str, Tensor]:

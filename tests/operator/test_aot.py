@@ -13,6 +13,7 @@ from layer import SHARED_LIMIT  # noqa: E402
 
 from blockmoe.geometry import HEADLINE, TINY, MoEGeometry  # noqa: E402
 from blockmoe.operator import pipeline  # noqa: E402
+from blockmoe.operator.machine import H100, H200, Machine  # noqa: E402
 from blockmoe.operator.plan import RouteTile, choose_plan, plans  # noqa: E402
 
 RENORMALIZE = MoEGeometry(512, 128, 10, 2048, 512, "renormalize")
@@ -24,9 +25,10 @@ def launches(g: MoEGeometry, found) -> dict:
     return {launch.key: launch for launch in each}
 
 
-HOPPER = launches(HEADLINE, [*plans(HEADLINE), choose_plan(HEADLINE, 14107, clusters=False), choose_plan(HEADLINE, 901, tma=False)])
+CHOSEN = [*plans(HEADLINE, H100), *plans(HEADLINE, H200)]
+HOPPER = launches(HEADLINE, [*CHOSEN, choose_plan(HEADLINE, 14107, clusters=False), choose_plan(HEADLINE, 901, tma=False)])
 HOPPER |= launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
-BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, capability=100) for t in (1, 80, 8192)])
+BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, Machine(capability=100)) for t in (1, 80, 8192)])
 
 
 @pytest.mark.parametrize("key", HOPPER, ids=lambda key: f"{key[0]}-{'x'.join(str(c) for c in key[1])}")
@@ -56,9 +58,9 @@ ROUTING = [
 ]
 
 
-def routing(g: MoEGeometry, tokens: int, logits: torch.dtype, bias: torch.dtype, **more) -> aot.Usage:
-    launch = pipeline.launches(g, tokens, choose_plan(g, tokens, **more), 0, 1.0, logits_dtype=logits, bias_dtype=bias)[0]
-    return aot.compiled(launch, more.get("capability", 90))
+def routing(g: MoEGeometry, tokens: int, logits: torch.dtype, bias: torch.dtype, machine: Machine = H100, **more) -> aot.Usage:
+    launch = pipeline.launches(g, tokens, choose_plan(g, tokens, machine, **more), 0, 1.0, logits_dtype=logits, bias_dtype=bias)[0]
+    return aot.compiled(launch, machine.capability)
 
 
 @pytest.mark.parametrize("g, tokens, logits, bias", ROUTING)
@@ -72,7 +74,7 @@ def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
 
 
 @pytest.mark.parametrize("g, more", [
-    (HEADLINE, {"tma": False}), (HEADLINE, {"capability": 80}), (MoEGeometry(300, 300, 8, 7168, 2048), {}),
+    (HEADLINE, {"tma": False}), (HEADLINE, {"machine": Machine(capability=80)}), (MoEGeometry(300, 300, 8, 7168, 2048), {}),
     (MoEGeometry(512, 32, 8, 7168, 2048, "deepseek_v3", 2, 1), {}), (MoEGeometry(1024, 32, 8, 7168, 2048), {}),
 ], ids=["unaligned", "no TMA", "rows that are no whole reads", "a group of more than a read", "many experts"])  # fmt: skip
 def test_where_it_may_not_be_it_is_not(g, more):

@@ -14,9 +14,10 @@ from layer import SHARED_LIMIT  # noqa: E402
 
 from blockmoe.geometry import HEADLINE  # noqa: E402
 from blockmoe.operator import pipeline  # noqa: E402
+from blockmoe.operator.machine import H100, H200  # noqa: E402
 from blockmoe.operator.plan import PrefillTile, StreamTile, choose_plan, plans  # noqa: E402
 
-CHOSEN = [plan.gate_up for plan in plans(HEADLINE) if plan.path == "stream"]
+CHOSEN = [plan.gate_up for machine in (H100, H200) for plan in plans(HEADLINE, machine) if plan.path == "stream"]
 # candidates of scripts/gpu_operator.py
 TILES = dict.fromkeys((*CHOSEN, StreamTile(64, 16, 10, dense=True), StreamTile(128, 16, 6, groups=4)))
 

@@ -1,23 +1,29 @@
 """The plan: legal and bounded for every T, and the workspace it needs."""
 
+from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE, MoEGeometry
-from blockmoe.operator.plan import CLUSTER_ROWS, MEMORY_BOUND_ROWS, PREFILL_ROWS, choose_plan, plans
+from blockmoe.operator.machine import H100, H200, Machine, of_gpu
+from blockmoe.operator.plan import CLUSTER_ROWS, MEMORY_BOUND_ROWS, PREFILL_ROWS, StreamTile, choose_plan, plans
 
 pytest.importorskip("triton")
 from blockmoe.operator.pipeline import stages  # noqa: E402
 from blockmoe.operator.workspace import counters, layout, sizes, slots, workspace_size  # noqa: E402
 
 
-@pytest.mark.parametrize("capability", [89, 90, 100])
+@pytest.mark.parametrize("machine", [Machine(capability=89), H100, H200, Machine(capability=100)], ids=str)
 @pytest.mark.parametrize("g", GEOMETRIES.values(), ids=lambda g: g.definition_name[20:])
-def test_every_token_count_has_one_of_few_plans(g, capability):
-    known = set(plans(g, capability=capability))
+def test_every_token_count_has_one_of_few_plans(g, machine):
+    known = set(plans(g, machine))
     assert len(known) <= 14
     thresholds = [-(-rows * g.num_experts // g.top_k) for rows in (PREFILL_ROWS, CLUSTER_ROWS, MEMORY_BOUND_ROWS)]
     for tokens in [*range(1, 300), 901, 4096, 11948, 14107, 16384, *thresholds, *(t - 1 for t in thresholds)]:
-        plan = choose_plan(g, tokens, capability=capability)
+        plan = choose_plan(g, tokens, machine)
         assert plan in known
         assert plan.path != "dense" or tokens <= plan.gate_up.block_n
 
@@ -39,39 +45,75 @@ def test_paths():
     assert [choose_plan(HEADLINE, t).gate_up.cluster for t in (128, 255, 256, 14107)] == [1, 1, 2, 2]
     assert choose_plan(HEADLINE, 14107, clusters=False).gate_up.cluster == 1
     for capability in (89, 100, 120):
-        found = [choose_plan(HEADLINE, t, capability=capability).path for t in tokens]
+        found = [choose_plan(HEADLINE, t, Machine(capability=capability)).path for t in tokens]
         assert found == ["dense", "dense", "sorted", "sorted", "sorted", "wide"]
     assert [choose_plan(HEADLINE, t, tma=False).path for t in tokens] == ["dense", "dense", "sorted", "sorted", "sorted", "wide"]
+
+
+def test_how_weights_are_asked_for():
+    """By the kind of memory, which decides nothing else."""
+    tiles = {m: [choose_plan(HEADLINE, t, m).gate_up for t in (1, 16, 17, 127)] for m in (H100, H200)}
+    asked = {m: [(tile.promotion, tile.burst, tile.flight) for tile in found] for m, found in tiles.items()}
+    assert asked[H100] == [(256, 1, 3)] * 4 and asked[H200] == [(128, 1, 4)] * 2 + [(128, 2, None)] * 2
+    as_others = dict(promotion=256, burst=1, flight=3)
+    assert [replace(tile, **as_others) for tile in tiles[H200]] == tiles[H100]
+    assert str(tiles[H200][3]) == "256x32 6s by twos 2 groups"
+    odd = replace(HEADLINE, intermediate_size=640)  # K blocks of GEMM2
+    assert {(plan.gate_up.promotion, plan.gate_up.burst) for plan in plans(odd, H200) if plan.path == "stream"} == {(128, 1)}
+    for t in (128, 901, 14107):
+        assert choose_plan(HEADLINE, t, H100) == choose_plan(HEADLINE, t, H200)
+    for t in (1, 80, 4096):
+        assert choose_plan(HEADLINE, t, Machine(capability=100)) == choose_plan(HEADLINE, t, Machine(capability=100, hbm3e=True))
+
+
+def test_tiles_that_cannot_ask_by_twos():
+    for tile in (dict(burst=3), dict(burst=2, flight=1)):
+        with pytest.raises(AssertionError):
+            StreamTile(128, 32, 6, **tile)
+    with pytest.raises(AssertionError, match="dense GEMM2 is two K blocks already"):
+        StreamTile(64, 16, 10, dense=True, burst=2)
+
+
+@pytest.mark.parametrize(("gib", "hbm3e"), [(80, False), (94, False), (96, False), (140, True), (144, True)])
+def test_of_gpu(gib, hbm3e, monkeypatch):
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=114, total_memory=gib << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    of_gpu.cache_clear()
+    try:
+        assert of_gpu(0) == Machine(114, 90, hbm3e) and hash(of_gpu(0)) == hash(Machine(114, 90, hbm3e))
+    finally:
+        of_gpu.cache_clear()
 
 
 UNUSUAL = [MoEGeometry(8, 8, 2, hidden, inter, "renormalize") for hidden in (128, 384, 512, 2944) for inter in (128, 256, 384, 640)]
 
 
 def test_sizes_that_persistent_kernels_cannot_serve_take_others():
-    for g in UNUSUAL:
-        paths = {plan.path for plan in plans(g)}
+    for g, machine in product(UNUSUAL, (H100, H200)):
+        paths = {plan.path for plan in plans(g, machine)}
         assert ("stream" in paths) == (g.hidden_size % 256 == 0)
         assert ("prefill" in paths) == (g.hidden_size % 256 == 0 and g.intermediate_size >= 512)
         for tokens in (1, 8, 40, 300, 3000):
-            assert stages(g, tokens, choose_plan(g, tokens), 0, 1.0)
+            assert stages(g, tokens, choose_plan(g, tokens, machine), 0, 1.0)
 
 
 def test_a_kernel_refuses_sizes_that_it_cannot_serve():
-    for path, tokens, hidden, inter in (("stream", 40, 384, 512), ("stream", 1, 512, 384), ("prefill", 3000, 512, 384)):
+    refused = [("stream", 40, 384, 512), ("stream", 1, 512, 384), ("stream", 40, 512, 384), ("prefill", 3000, 512, 384)]
+    for (path, tokens, hidden, inter), machine in zip(refused, (H100, H100, H200, H100), strict=True):
         g = MoEGeometry(64, 64, 2, hidden, inter, "renormalize")
-        plan = choose_plan(MoEGeometry(64, 64, 2, 512, 512, "renormalize"), tokens)
+        plan = choose_plan(MoEGeometry(64, 64, 2, 512, 512, "renormalize"), tokens, machine)
         assert plan.path == path
         with pytest.raises(AssertionError):
             stages(g, tokens, plan, 0, 1.0)
 
 
 def test_tiles_of_persistent_kernels_divide_the_sizes():
-    for g in (*GEOMETRIES.values(), *UNUSUAL):
-        for plan in plans(g):
+    for g, machine in product((*GEOMETRIES.values(), *UNUSUAL), (H100, H200)):
+        for plan in plans(g, machine):
             tile = plan.gate_up
             if plan.path == "stream":
                 assert g.intermediate_size % tile.rows == 0 == g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows)
-                assert not tile.dense or g.intermediate_size % 256 == 0
+                assert not (tile.dense or tile.burst == 2) or g.intermediate_size % 256 == 0
             elif plan.path == "prefill":  # a cluster's programs may have neighbouring columns
                 assert g.intermediate_size >= 128 * tile.stages
                 assert g.intermediate_size // 128 % tile.cluster == 0 == g.hidden_size % (256 * tile.cluster)
@@ -91,8 +133,8 @@ def test_workspace():
     assert workspace_size(HEADLINE, 14107) <= 400e6
     for capability in (90, 100):
         needed = workspace_size(HEADLINE, 2400, capability=capability)  # a plan for fewer may want more
-        for t in range(1, 2401, 7):
-            assert layout(HEADLINE, t, choose_plan(HEADLINE, t, capability=capability))[1] <= needed
+        for t, hbm3e in product(range(1, 2401, 7), (False, True)):
+            assert layout(HEADLINE, t, choose_plan(HEADLINE, t, Machine(capability=capability, hbm3e=hbm3e)))[1] <= needed
     assert workspace_size(HEADLINE, 1_000_000) == workspace_size(HEADLINE, 16384)
     placed, total = layout(HEADLINE, 901, choose_plan(HEADLINE, 901))
     spans = sorted((offset, offset + count * dtype.itemsize) for offset, count, dtype in placed.values())

@@ -31,7 +31,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(machine, "of_gpu", lambda index, argument: (132, 90))
+    monkeypatch.setattr(machine, "of_gpu", lambda index, argument: machine.H100)
     monkeypatch.setattr(operator, "warmup", lambda geometry, device: compiled.append((geometry, device)) or 23)
     return compiled
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry, Routing
-from blockmoe.operator.machine import of_gpu
+from blockmoe.operator.machine import Machine, of_gpu
 from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least
 from blockmoe.operator.ptx import known
 from blockmoe.operator.workspace import layout, rounds
@@ -217,13 +217,12 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
     call = _Call(geometry, device, tokens, offset, factor)
     if device.type == "cpu" and not _interpreted():
         return call
-    sm_count, capability = of_gpu(device.index) if device.type == "cuda" else (132, 89)  # the interpreter knows neither PDL nor Gluon
+    machine = of_gpu(device.index) if device.type == "cuda" else Machine(capability=89)  # the interpreter knows neither PDL nor Gluon
     counts = rounds(tokens)
-    machine = dict(sm_count=sm_count, capability=capability, clusters=known())
-    plans = [plan or choose_plan(geometry, t, **machine) for t in counts]
+    plans = [plan or choose_plan(geometry, t, machine, clusters=known()) for t in counts]
     call.workspace = max((layout(geometry, t, p)[1] for t, p in zip(counts, plans, strict=True)), default=0)
     if plans:
-        call.plan_without_tma = choose_plan(geometry, counts[0], tma=False, **machine)
+        call.plan_without_tma = choose_plan(geometry, counts[0], machine, clusters=known(), tma=False)
     if "BLOCKMOE_EXPLAIN" in os.environ and plans:
         print(f"blockmoe: {geometry.definition_name} T={tokens}: {plans[0]}; workspace {call.workspace / 1e6:.1f} MB")
 
@@ -232,7 +231,7 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
 
     bias_dtype = None if bias is None else bias.dtype
     found = [
-        launches(geometry, t, p, offset, factor, sm_count=sm_count, logits_dtype=logits.dtype, bias_dtype=bias_dtype)
+        launches(geometry, t, p, offset, factor, sm_count=machine.sm_count, logits_dtype=logits.dtype, bias_dtype=bias_dtype)
         for t, p in zip(counts, plans, strict=True)
     ]
     call.rounds = found if device.type == "cpu" else [Prepared(one, device.index) for one in found]

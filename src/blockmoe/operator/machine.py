@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
-import torch
+
+@dataclass(frozen=True)
+class Machine:
+    """`capability`: ten times the compute capability. `hbm3e`: whether its memory is HBM3e: an H200, or a GH200 of 144 GB; of the Hoppers
+    those have more than 100 GiB, the others at most 96 GB."""
+
+    sm_count: int = 132
+    capability: int = 90
+    hbm3e: bool = False
+
+
+H100, H200 = Machine(), Machine(hbm3e=True)
 
 
 @lru_cache(maxsize=16)
-def of_gpu(index: int, argument: str = "hidden_states") -> tuple[int, int]:
-    """Multiprocessors of a CUDA device, and ten times its compute capability. Raises ValueError, naming `argument`, where it has no FP8."""
+def of_gpu(index: int, argument: str = "hidden_states") -> Machine:
+    """A CUDA device. Raises ValueError, naming `argument`, where it has no FP8."""
+    import torch  # not with this module: plans need none
+
     properties = torch.cuda.get_device_properties(index)
     capability = 10 * properties.major + properties.minor
     if capability < 89:
         raise ValueError(f"{argument}: expected a GPU with FP8 (compute capability 8.9 or more), got {capability / 10}")
-    return properties.multi_processor_count, capability
+    return Machine(properties.multi_processor_count, capability, properties.total_memory > 100 << 30)

@@ -86,12 +86,12 @@ def compile_all(geometry: MoEGeometry, device: int | None, logits_dtype: torch.d
     if not torch.cuda.is_available():
         raise RuntimeError("warmup: expected a CUDA device, found none")
     with torch.cuda.device(torch.cuda.current_device() if device is None else device):
-        sm_count, capability = of_gpu(torch.cuda.current_device(), "device")
+        machine = of_gpu(torch.cuda.current_device(), "device")
         found = {}
-        for plan in plans(geometry, sm_count=sm_count, capability=capability, clusters=known()):
+        for plan in plans(geometry, machine, clusters=known()):
             bias_dtype = torch.bfloat16 if geometry.routing == "deepseek_v3" else None
             for launch in launches(
-                geometry, 1, plan, 0, 1.0, sm_count=sm_count, logits_dtype=logits_dtype or torch.float32, bias_dtype=bias_dtype
+                geometry, 1, plan, 0, 1.0, sm_count=machine.sm_count, logits_dtype=logits_dtype or torch.float32, bias_dtype=bias_dtype
             ):
                 found[launch.key] = launch
         for launch in found.values():

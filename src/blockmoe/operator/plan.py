@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from blockmoe.geometry import BLOCK, MoEGeometry
+from blockmoe.operator.machine import H100, Machine
 
 Path = Literal["dense", "sorted", "stream", "wide", "prefill"]
 
@@ -106,7 +107,7 @@ class StreamTile:
     GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns of a tile's pairs, the output's last sum
     in `groups` column groups, each while the next one's weights come in (1 where they don't divide the columns); where `dense`, a tile
     lists all tokens, and `rows` columns are summed over all experts (10 stages at most: a second consumer's sums lie beside them).
-    `promotion`: bytes that the L2 reads at once (128 or 256).
+    `promotion`: bytes that the L2 reads at once (128 or 256). `burst`: K blocks of weights asked for together, 1 or 2.
     """
 
     rows: int
@@ -116,16 +117,20 @@ class StreamTile:
     dense: bool = False
     groups: int = 1
     flight: int | None = None
+    burst: int = 1
 
     def __post_init__(self) -> None:
         assert self.rows in (64, 128), "wgmma's M, and each run of rows stays in one scale block"
         assert self.block_n in (16, 32), "with 64 pairs and more prefill's tiles are as fast or faster"
         assert self.flight is None or 0 < self.flight <= self.stages
+        assert self.burst in (1, 2) and self.burst <= (self.flight or self.stages)
+        assert not self.dense or self.burst == 1, "a stage of dense GEMM2 is two K blocks already"
         assert not self.dense or self.groups == 1, "dense GEMM2 writes the output itself"
         assert not self.dense or (self.rows == 64 and self.block_n == 16), "a stage of GEMM2 is two K blocks of 64 rows"
 
     def __str__(self) -> str:
         more = f" promoted {self.promotion}" if self.promotion != 128 else ""
+        more += " by twos" if self.burst == 2 else ""
         more += f" {self.flight} in flight" if self.flight else ""
         more += f" {self.groups} groups" if self.groups > 1 else ""
         return f"{2 * self.rows}x{self.block_n} {self.stages}s{more}{' dense' if self.dense else ''}"
@@ -196,19 +201,17 @@ class Plan:
         return f"{self.path}: {route}, {tiles}{', pdl' if self.pdl else ''}"
 
 
-def choose_plan(
-    geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90, clusters: bool = True, tma: bool = True
-) -> Plan:
-    """The plan for `tokens` tokens on a GPU with `sm_count` multiprocessors and compute capability `capability`.
+def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, clusters: bool = True, tma: bool = True) -> Plan:
+    """The plan for `tokens` tokens on such a GPU.
 
     `clusters`: whether the installed Triton is one whose PTX can be made to use them (`blockmoe.operator.ptx`). `tma`: whether it can read
     the tensors, which it can where they begin at a multiple of 16 bytes.
     """
-    pdl = capability >= 90
+    pdl = machine.capability >= 90
     route = route_tile(geometry, tokens)
-    persistent = capability == 90 and tma and geometry.hidden_size % (2 * BLOCK) == 0  # units of GEMM2 are 256 columns wide
+    persistent = machine.capability == 90 and tma and geometry.hidden_size % (2 * BLOCK) == 0  # units of GEMM2 are 256 columns wide
     if tokens <= DENSE_TOKENS and not persistent:
-        return _dense(geometry, tokens, route, sm_count, pdl)
+        return _dense(geometry, tokens, route, machine, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
     if rows >= PREFILL_ROWS and not route.one_launch and persistent and geometry.intermediate_size >= PREFILL_STAGES * BLOCK:
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
@@ -218,7 +221,7 @@ def choose_plan(
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
     if persistent:
-        return Plan("stream", route, _stream(geometry, tokens), pdl=pdl)
+        return Plan("stream", route, _stream(geometry, tokens, machine), pdl=pdl)
     if rows <= 6:
         # 3 and 4 stages of gate_up: T = 16: 206 us and 208; 32: 335 and 344; 55: 390 and 391; 80: 509 and 513
         return Plan("sorted", route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4), pdl)
@@ -243,9 +246,21 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     return RouteTile(16, place_t, 16, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK, MOST_CHUNKS)
 
 
-def _stream(geometry: MoEGeometry, tokens: int) -> StreamTile:
+def _stream(geometry: MoEGeometry, tokens: int, machine: Machine) -> StreamTile:
     """The tile for so many tokens: tall enough for skewed routing too, where that costs nothing under uniform routing."""
-    if tokens <= STREAM_DENSE_TOKENS and geometry.intermediate_size % (2 * BLOCK) == 0:
+    even = geometry.intermediate_size % (2 * BLOCK) == 0
+    if machine.hbm3e:
+        # On an H200, of whole calls (results/h200/operator/bursts.txt): T = 1, 7, 14, 15, 16: 0.5, 3.0, 6.1, 0.4, 6.3 us less than with 256
+        # bytes and three in flight
+        if tokens <= STREAM_DENSE_TOKENS and even:
+            return StreamTile(64, 16, 10, promotion=128, dense=True, flight=4)
+        # T = 32, 52, 59, 62, 80, 120: 6.6, 7.9, 7.8, 8.6, 14.3, 12.3 us less than with 256 bytes, one at a time, three in flight; with 128
+        # bytes, one at a time, three in flight T = 32, 52, 59, 62, 80: 5.8, 4.6, 6.9, 4.7, 10.4. On an H100 256 bytes were the better: TMA
+        # alone read W1 in 310 us, two at a time without in 317.
+        if even:
+            return StreamTile(128, 32, 6, promotion=128, groups=2, burst=2)
+        return StreamTile(128, 32, 6, promotion=128, groups=2, flight=3)
+    if tokens <= STREAM_DENSE_TOKENS and even:
         # T = 1, 7, 14, 15: 54.6, 98.5, 169.5, 87.6 us; all stages in flight 57.7, 103.8, 174.8, 87.9. On an H200: 45.0, 76.8, 126.7, 69.7;
         # with two consumers, more stages for last units, and idle programs that let others draw 42.3 (by these alone), 72.4, 124.2, 63.4
         return StreamTile(64, 16, 10, dense=True, flight=3)
@@ -256,23 +271,23 @@ def _stream(geometry: MoEGeometry, tokens: int) -> StreamTile:
     return StreamTile(128, 32, 6, flight=3, groups=2)
 
 
-def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, sm_count: int, pdl: bool) -> Plan:
+def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, machine: Machine, pdl: bool) -> Plan:
     # With 128 columns GEMM2's accumulator holds one column a token, with 64 two, but GEMM1 has half the programs:
     # 6 active experts: 114.5 us with 128 (96 programs), 118.0 with 64; 3: 66.4 (48 programs) and 64.6. 6 stages beat 4.
     pairs = tokens * geometry.top_k * geometry.num_local_experts / geometry.num_experts
-    wide = pairs * (geometry.intermediate_size // BLOCK) >= sm_count / 2
+    wide = pairs * (geometry.intermediate_size // BLOCK) >= machine.sm_count / 2
     gate_up = GateUpTile(128, 16, 4, 8) if wide else GateUpTile(64, 16, 6, 4)
     # A program a row block where those nearly fill the SMs (112 of 132 at H = 7168); else several share one.
     row_blocks = geometry.hidden_size // 64
-    split = 1 if row_blocks >= 0.75 * sm_count else min(8, max(1, round(2 * sm_count / row_blocks)))
+    split = 1 if row_blocks >= 0.75 * machine.sm_count else min(8, max(1, round(2 * machine.sm_count / row_blocks)))
     return Plan("dense", route, gate_up, DownTile(64, 16, 8, 4, split), pdl)
 
 
-def plans(geometry: MoEGeometry, *, sm_count: int = 132, capability: int = 90, clusters: bool = True) -> list[Plan]:
+def plans(geometry: MoEGeometry, machine: Machine = H100, *, clusters: bool = True) -> list[Plan]:
     """The plans of every sixteenth T or so, which between them have all kernels that some T gets: what a warm-up compiles."""
     found: dict[Plan, None] = {}
     tokens = 1
     while tokens <= TOKEN_CHUNK:
-        found[choose_plan(geometry, tokens, sm_count=sm_count, capability=capability, clusters=clusters)] = None
+        found[choose_plan(geometry, tokens, machine, clusters=clusters)] = None
         tokens += max(1, tokens // 16)
     return list(found)

@@ -14,6 +14,7 @@ import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry
 from blockmoe.operator.launch import ALIGNMENT, WORKSPACE, Descriptor, Launch, Slot
+from blockmoe.operator.machine import Machine
 from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan
 
 
@@ -106,14 +107,16 @@ def rounds(tokens: int) -> list[int]:
 
 @lru_cache(maxsize=512)
 def workspace_size(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90) -> int:
-    """Bytes of workspace that are enough for every call of at most `tokens` tokens on such a GPU, whatever the routing.
+    """Bytes of workspace that are enough for every call of at most `tokens` tokens on such a GPU, whatever its memory and the routing.
 
     Every number of tokens is looked at, as a plan for fewer may want more: up to a second for a geometry, once.
     """
+    kinds = (False, True) if capability == 90 else (False,)  # elsewhere no plan asks
+    machines = [Machine(sm_count, capability, hbm3e) for hbm3e in kinds]
     found = 0
     for t in range(1, min(tokens, TOKEN_CHUNK) + 1):
-        plan = choose_plan(geometry, t, sm_count=sm_count, capability=capability)
-        found = max(found, layout.__wrapped__(geometry, t, plan)[1])  # past the cache, which holds what calls use
+        for plan in {choose_plan(geometry, t, machine) for machine in machines}:
+            found = max(found, layout.__wrapped__(geometry, t, plan)[1])  # past the cache, which holds what calls use
     return found
 
 

@@ -56,6 +56,7 @@ def test_routings(name, routing, emulated):
         ("dense", MoEGeometry(8, 8, 2, 512, 768), 16),  # three stages of GEMM2 a tile: the consumers' turn changes
         ("stream 128x16", MoEGeometry(8, 8, 2, 256, 128), 40),
         ("stream 256x32", MoEGeometry(8, 8, 2, 768, 128), 90),  # three row blocks: one group of columns
+        ("stream 256x32 by twos", MoEGeometry(8, 3, 2, 512, 256), 70),
     ],
 )
 def test_sizes(name, geometry, tokens, emulated):
@@ -89,7 +90,7 @@ def test_any_layer(data, emulated):
     plan = PLANS[name]
     unit = 256 * plan.gate_up.cluster if plan.path == "prefill" else 256
     clusters = plan.path == "prefill" and plan.gate_up.cluster == 2
-    inter = 256 if clusters or name == "dense" else 128
+    inter = 256 if clusters or name in ("dense", "stream 256x32 by twos") else 128
     least = 512 if plan.path == "prefill" else inter
     experts = draw(st.sampled_from([8, 16, 24]), "experts")
     local = draw(st.integers(1, experts), "local experts")

@@ -58,6 +58,8 @@ FAULTS = [
     ("dense", "two_sums", "mbarrier.wait(asked", "(asked", "not known to be done"),
     ("dense", "one_sum", "mbarrier.wait(full", "(full", "not known to be done"),
     ("dense", "load_weights", "mbarrier.wait(empty", "(empty", "may not have read that yet"),
+    ("stream 256x32 by twos", "load_weights", "empty.index((it + j) % STAGES), (((it + j) // STAGES)",
+     "empty.index(it % STAGES), ((it // STAGES)", "may not have read that yet"),
     ("dense", "tiles_finished", "barrier()", "pass", "not known to be done"),
     ("dense", "tiles_finished", "known <= tile", "known < 0", "not known to be done"),
     ("stream 256x32", "consumer", "barrier()\n            gl.atomic_add(finished", "gl.atomic_add(finished", "not known to be done"),

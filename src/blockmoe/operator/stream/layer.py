@@ -58,8 +58,8 @@ def stream_kernel(
     w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, tile_count, tile_expert, tile_group, tile_begin, tile_end,
     pair_token, pair_weight, token_pair, token_pairs, ticket, finished, written, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, REGISTERS: gl.constexpr,
-    WARPS: gl.constexpr, PDL: gl.constexpr,
+    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
+    REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
 
@@ -89,7 +89,7 @@ def stream_kernel(
             [
                 (consumer, (0, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
                 (consumer, (1, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
                 (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN)),
             ],
             [WARPS, 1, 1],
@@ -99,7 +99,7 @@ def stream_kernel(
         gl.warp_specialize(
             [
                 (consumer, (0, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
                 (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN)),
             ],
             [1, 1],
@@ -116,6 +116,7 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     g, tile, b = round.geometry, round.plan.gate_up, round.memory
     assert g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows) == 0, "a unit's columns of the output"
     assert not tile.dense or g.intermediate_size % (2 * BLOCK) == 0, "a stage is two K blocks of GEMM2"
+    assert g.hidden_size % (tile.burst * BLOCK) == 0 == g.intermediate_size % (tile.burst * BLOCK), "K blocks that are asked for together"
     first = weight_boxes(w1, g.num_local_experts * 2 * g.intermediate_size, g.hidden_size, tile)
     second = weight_boxes(w2, g.num_local_experts * g.hidden_size, g.intermediate_size, tile)
     lists = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
@@ -124,5 +125,5 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     arguments = (first, second, x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], rows, out, *lists, round.sizes.tokens)
     groups = tile.groups if g.hidden_size // (2 * tile.rows) % tile.groups == 0 else 1
     constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, tile.dense, groups, RUN)
-    constants += (tile.flight or tile.stages, REGISTERS, tile.num_warps, round.plan.pdl)
+    constants += (tile.flight or tile.stages, tile.burst, REGISTERS, tile.num_warps, round.plan.pdl)
     return [round.launch(stream_kernel, round.sm_count, arguments, constants, tile.num_warps)]

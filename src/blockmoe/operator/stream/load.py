@@ -74,22 +74,27 @@ def pairs_at(tile, tile_begin, tile_end, tokens, N: gl.constexpr, DENSE: gl.cons
 def load_weights(
     w, w_bufs, asked, empty, it, row, flight,
     OTHER_ROWS: gl.constexpr, OTHER_K: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
+    BURST: gl.constexpr,
 ):  # fmt: skip
-    """COUNT stages; the second box lies OTHER_ROWS rows below the first, or OTHER_K columns right of it.
+    """COUNT stages, BURST at a time, boxes side by side in memory one after the other; a stage's second box lies OTHER_ROWS rows below the
+    first, or OTHER_K columns right of it.
 
     At most `flight` stages are on their way: more would wait in the memory's queues, and everything else behind them.
     """
-    for k in range(COUNT):
-        at = it % STAGES
-        mbarrier.wait(empty.index(at), ((it // STAGES) & 1) ^ 1)
-        before = it - flight
+    for k in range(0, COUNT, BURST):
+        for j in gl.static_range(BURST):
+            mbarrier.wait(empty.index((it + j) % STAGES), (((it + j) // STAGES) & 1) ^ 1)
+        before = it + BURST - 1 - flight
         if before >= 0:
             mbarrier.wait(asked.index(before % STAGES), (before // STAGES) & 1)
-        mbarrier.expect(asked.index(at), 2 * ROWS * 128)
+        for j in gl.static_range(BURST):
+            mbarrier.expect(asked.index((it + j) % STAGES), 2 * ROWS * 128)
         for half in gl.static_range(2):
-            box = [row + half * OTHER_ROWS, k * (128 + OTHER_K) + half * OTHER_K]
-            tma.async_copy_global_to_shared(w, box, asked.index(at), w_bufs.index(2 * at + half))
-        it += 1
+            for j in gl.static_range(BURST):
+                at = (it + j) % STAGES
+                box = [row + half * OTHER_ROWS, (k + j) * (128 + OTHER_K) + half * OTHER_K]
+                tma.async_copy_global_to_shared(w, box, asked.index(at), w_bufs.index(2 * at + half))
+        it += BURST
     return it
 
 
@@ -138,7 +143,7 @@ def let_others_draw(ticket, tile_count, IN: gl.constexpr):
 def weights_producer(
     parameters,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr,
+    GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
 ):  # fmt: skip
     """One warp: draws units and tells the other roles, loads the weights. Units of GEMM1 come before those of GEMM2."""
     w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens = parameters
@@ -157,7 +162,7 @@ def weights_producer(
         tile, block = unit_at(unit, tile_group, IN, DENSE)
         row = gl.load(tile_expert + tile) * (2 * INTER) + block * ROWS
         flight = share_of_flight(unit, units_1, FLIGHT, STAGES) if DENSE else FLIGHT
-        it = load_weights(w1, w_bufs, asked, empty, it, row, flight, INTER, 0, HIDDEN // 128, ROWS, STAGES)
+        it = load_weights(w1, w_bufs, asked, empty, it, row, flight, INTER, 0, HIDDEN // 128, ROWS, STAGES, BURST)
         unit = gl.atomic_add(ticket, 1, sem="relaxed")
         n += 1
         tell(queue, told, heard, n, (unit,))
@@ -166,13 +171,13 @@ def weights_producer(
             flight = share_of_flight(unit, units, FLIGHT, STAGES)
             for tile in range(tiles):
                 row = gl.load(tile_expert + tile) * HIDDEN + (unit - units_1) * ROWS
-                it = load_weights(w2, w_bufs, asked, empty, it, row, flight, 0, 128, INTER // 256, ROWS, STAGES)
+                it = load_weights(w2, w_bufs, asked, empty, it, row, flight, 0, 128, INTER // 256, ROWS, STAGES, BURST)
         else:
             group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
             if is_sum == 0:
                 tile, block = unit_at(number, tile_group, OUT, False)
                 row = gl.load(tile_expert + tile) * HIDDEN + (group * OUT + block) * (2 * ROWS)
-                it = load_weights(w2, w_bufs, asked, empty, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES)
+                it = load_weights(w2, w_bufs, asked, empty, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES, BURST)
         unit = gl.atomic_add(ticket, 1, sem="relaxed")
         n += 1
         tell(queue, told, heard, n, (unit,))
