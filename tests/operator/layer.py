@@ -33,10 +33,11 @@ PERSISTENT = {  # for the emulator
     "stream 128x16": Plan("stream", IN_TWO, StreamTile(64, 16, 5, flight=2)),
     "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3, groups=2)),
     "stream 256x32 by twos": Plan("stream", IN_TWO, StreamTile(128, 32, 6, promotion=128, groups=2, burst=2)),
+    "stream 256x64 by twos": Plan("stream", IN_TWO, StreamTile(128, 64, 5, promotion=128, groups=2, burst=2)),
 }
 EMULATED_TOKENS = {
     "prefill": 150, "cluster": 280, "cluster 2 in flight": 140, "dense": 9, "stream 128x16": 30, "stream 256x32": 60,
-    "stream 256x32 by twos": 40,
+    "stream 256x32 by twos": 40, "stream 256x64 by twos": 180,
 }  # fmt: skip
 SMALL = MoEGeometry(8, 4, 3, 512, 512)
 

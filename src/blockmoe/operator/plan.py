@@ -35,6 +35,13 @@ WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorte
 # the same eight experts, T = 128, 256: 129, 182; by tiles of 32 206, 373. One expert, T = 128: 74; 59. (results/h200:
 # operator/prefill-flight.txt; curve/fourth.jsonl, third.jsonl)
 PREFILL_ROWS = 4
+# The same where memory is HBM3e. There stream's tiles of 64 pairs take 311, 324, 324 us at T = 130, 160, 191 under uniform routing, prefill
+# 330, 342, 341; they stay ahead up to some 900 tokens, but where all choose the same eight experts, 256 tokens have four tiles each, which
+# read weights as often: by a tile's 7.7 us some 246 us, prefill 177. (results/h200/operator/teller.txt)
+STREAM_ROWS = 6
+# There, mean rows from which stream's tiles hold 64 pairs, beside which a stage of weights less fits. T = 64, 80, 120: 256, 323, 312 us, by
+# tiles of 32 252, 319, 309; but where few experts take all, half as many tiles read their weights half as often.
+TALL_ROWS = 3
 # Mean rows from which its programs are clusters. On an H200, uniform routing, T = 128, 200, 300, 500, 901, 2048, 3072, 4096: 326, 346,
 # 348, 354, 365, 380, 424, 469 us, without 323, 344, 346, 351, 364, 379, 427, 491. Where all choose the same eight experts, whose tiles
 # then share weights, T = 256: 178.5, 181.8; without 190.2, 187.3 (curve/fourth-first.jsonl, fourth.jsonl).
@@ -121,7 +128,7 @@ class StreamTile:
 
     def __post_init__(self) -> None:
         assert self.rows in (64, 128), "wgmma's M, and each run of rows stays in one scale block"
-        assert self.block_n in (16, 32), "with 64 pairs and more prefill's tiles are as fast or faster"
+        assert self.block_n in (16, 32, 64), "sums of more pairs find no registers"
         assert self.flight is None or 0 < self.flight <= self.stages
         assert self.burst in (1, 2) and self.burst <= (self.flight or self.stages)
         assert not self.dense or self.burst == 1, "a stage of dense GEMM2 is two K blocks already"
@@ -213,7 +220,9 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     if tokens <= DENSE_TOKENS and not persistent:
         return _dense(geometry, tokens, route, machine, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
-    if rows >= PREFILL_ROWS and not route.one_launch and persistent and geometry.intermediate_size >= PREFILL_STAGES * BLOCK:
+    by_twos = machine.hbm3e and geometry.intermediate_size % (2 * BLOCK) == 0
+    prefill = rows >= (STREAM_ROWS if by_twos else PREFILL_ROWS) and geometry.intermediate_size >= PREFILL_STAGES * BLOCK
+    if prefill and persistent and not route.one_launch:
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
         cluster, flight = 2 if clusters and even and rows >= CLUSTER_ROWS else 1, 3 if rows < MEMORY_BOUND_ROWS else 2
@@ -238,7 +247,7 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     for block_t in (8, ONE_LAUNCH_TOKENS):
         if tokens <= block_t:
             return RouteTile(block_t, block_t, block_t, True)
-    for block_t in (4, 8, 16):  # few warps a multiprocessor: its four schedulers take a token each
+    for block_t in (4, 16):  # few warps a multiprocessor: its four schedulers take a token each
         if tokens <= block_t * FEW_CHUNKS:
             return RouteTile(block_t, block_t, block_t, False, True)
     # two programs a multiprocessor. T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1
@@ -258,7 +267,8 @@ def _stream(geometry: MoEGeometry, tokens: int, machine: Machine) -> StreamTile:
         # bytes, one at a time, three in flight T = 32, 52, 59, 62, 80: 5.8, 4.6, 6.9, 4.7, 10.4. On an H100 256 bytes were the better: TMA
         # alone read W1 in 310 us, two at a time without in 317.
         if even:
-            return StreamTile(128, 32, 6, promotion=128, groups=2, burst=2)
+            n, stages = (64, 5) if tokens * geometry.top_k >= TALL_ROWS * geometry.num_experts else (32, 6)
+            return StreamTile(128, n, stages, promotion=128, groups=2, burst=2)
         return StreamTile(128, 32, 6, promotion=128, groups=2, flight=3)
     if tokens <= STREAM_DENSE_TOKENS and even:
         # T = 1, 7, 14, 15: 54.6, 98.5, 169.5, 87.6 us; all stages in flight 57.7, 103.8, 174.8, 87.9. On an H200: 45.0, 76.8, 126.7, 69.7;

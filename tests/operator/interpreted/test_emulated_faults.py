@@ -62,13 +62,17 @@ FAULTS = [
      "empty.index(it % STAGES), ((it // STAGES)", "may not have read that yet"),
     ("dense", "tiles_finished", "barrier()", "pass", "not known to be done"),
     ("dense", "tiles_finished", "known <= tile", "known < 0", "not known to be done"),
-    ("stream 256x32", "consumer", "barrier()\n            gl.atomic_add(finished", "gl.atomic_add(finished", "not known to be done"),
+    ("dense", "consumer", "barrier()\n            if DENSE", "if DENSE", "not known to be done"),
+    ("stream 256x32", "teller", "mbarrier.wait(stored", "(stored", "not known to be done"),
+    ("stream 256x32", "teller", 'finished + tile, 1, sem="release"', 'finished + tile, 1, sem="relaxed"', "not known to be done"),
+    ("stream 256x32", "teller", 'written + group, 1, sem="release"', 'written + group, 1, sem="relaxed"', "not known to be done"),
+    ("stream 256x64 by twos", "pairs_producer", "wait_until(finished", "(finished", "not known to be done"),
     ("stream 256x32", "consumer", "wait_until(written", "(written", "reads workspace"),
     ("stream 256x32", "pairs_producer", "wait_until(finished", "(finished", "not known to be done"),
     ("stream 256x32", "combine", "pair >= 0", "pair >= -1", "is not within"),
     ("stream 256x32", "load_pairs", "increment_count=False", "increment_count=True", "the phase does not end"),
     ("stream 256x32", "load_pairs", "async_copy.mbarrier_arrive(full.index(at), increment_count=False)",
-     "mbarrier.arrive(full.index(at), count=32)", "its copies, whose write is not known to be done"),
+     "mbarrier.arrive(full.index(at), count=64)", "its copies, whose write is not known to be done"),
 ]  # fmt: skip
 
 

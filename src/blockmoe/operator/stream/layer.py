@@ -11,7 +11,7 @@ from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
 from blockmoe.operator.persistent import unit_queue
 from blockmoe.operator.plan import StreamTile
-from blockmoe.operator.stream.compute import consumer
+from blockmoe.operator.stream.compute import STORED, consumer, teller
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.workspace import Round
 
@@ -22,7 +22,7 @@ WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8,
 
 
 @gluon.jit
-def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr):
+def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr, GATHERERS: gl.constexpr):
     """Buffers of weights, pairs and both kinds of scales; barriers of full and of empty stages."""
     CODES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
@@ -36,7 +36,7 @@ def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DEN
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(asked.index(i), count=1)
-        mbarrier.init(full.index(i), count=32)
+        mbarrier.init(full.index(i), count=32 * GATHERERS)
         mbarrier.init(empty.index(i), count=1)
     return w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty
 
@@ -69,30 +69,35 @@ def stream_kernel(
     Descriptors: w1 [L * 2 I, H], w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]. ticket, finished [tiles] and
     written [GROUPS] begin at 0.
     """
-    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stage_buffers(ROWS, N, STAGES, DENSE)
+    GATHERERS: gl.constexpr = 1 if DENSE else 2  # warps: of 64 pairs one would hold more addresses than registers
+    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stage_buffers(ROWS, N, STAGES, DENSE, GATHERERS)
     CONSUMERS: gl.constexpr = 2 if DENSE else 1
     other, given, taken = place_of_sums(ROWS, N, CONSUMERS)
-    queue, told, heard = unit_queue(1 + CONSUMERS)
+    queue, told, heard = unit_queue(3)
+    stored = gl.allocate_shared_memory(gl.int64, [STORED, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STORED):
+        mbarrier.init(stored.index(i), count=1)
     if PDL:
         gdc_wait()
     multiplied = (
         other, given, taken, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens, stored,
     )  # fmt: skip
     weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens)
     pairs = (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
         tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
     )  # fmt: skip
+    said = (stored, queue, told, heard, finished, written, tile_count, tile_group, tokens)
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consumer, (0, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
                 (consumer, (1, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
                 (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, GATHERERS)),
             ],
-            [WARPS, 1, 1],
+            [WARPS, 1, GATHERERS],
             [SECOND_REGISTERS, REGISTERS, REGISTERS],
         )
     else:
@@ -100,10 +105,11 @@ def stream_kernel(
             [
                 (consumer, (0, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
                 (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, GATHERERS)),
+                (teller, (said, HIDDEN, INTER, ROWS, GROUPS, RUN)),
             ],
-            [1, 1],
-            [REGISTERS, REGISTERS],
+            [1, GATHERERS, 1],
+            [REGISTERS, REGISTERS, REGISTERS],
         )
 
 

@@ -72,16 +72,21 @@ def pairs_at(tile, tile_begin, tile_end, tokens, N: gl.constexpr, DENSE: gl.cons
 
 @gluon.jit
 def load_weights(
-    w, w_bufs, asked, empty, it, row, flight,
+    w, w_bufs, asked, empty, ticket, it, row, flight,
     OTHER_ROWS: gl.constexpr, OTHER_K: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
-    BURST: gl.constexpr,
+    BURST: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
     """COUNT stages, BURST at a time, boxes side by side in memory one after the other; a stage's second box lies OTHER_ROWS rows below the
     first, or OTHER_K columns right of it.
 
-    At most `flight` stages are on their way: more would wait in the memory's queues, and everything else behind them.
+    At most `flight` stages are on their way: more would wait in the memory's queues, and everything else behind them. DRAW: also the
+    program's next unit, which is drawn before the last stages and so known when they have been asked for.
     """
+    EARLY: gl.constexpr = 4 if COUNT >= 4 else COUNT
+    drawn = gl.to_tensor(0)
     for k in range(0, COUNT, BURST):
+        if DRAW and k == COUNT - EARLY:
+            drawn = gl.atomic_add(ticket, 1, sem="relaxed")
         for j in gl.static_range(BURST):
             mbarrier.wait(empty.index((it + j) % STAGES), (((it + j) // STAGES) & 1) ^ 1)
         before = it + BURST - 1 - flight
@@ -95,7 +100,7 @@ def load_weights(
                 box = [row + half * OTHER_ROWS, (k + j) * (128 + OTHER_K) + half * OTHER_K]
                 tma.async_copy_global_to_shared(w, box, asked.index(at), w_bufs.index(2 * at + half))
         it += BURST
-    return it
+    return it, drawn
 
 
 @gluon.jit
@@ -162,8 +167,10 @@ def weights_producer(
         tile, block = unit_at(unit, tile_group, IN, DENSE)
         row = gl.load(tile_expert + tile) * (2 * INTER) + block * ROWS
         flight = share_of_flight(unit, units_1, FLIGHT, STAGES) if DENSE else FLIGHT
-        it = load_weights(w1, w_bufs, asked, empty, it, row, flight, INTER, 0, HIDDEN // 128, ROWS, STAGES, BURST)
-        unit = gl.atomic_add(ticket, 1, sem="relaxed")
+        it, drawn = load_weights(
+            w1, w_bufs, asked, empty, ticket, it, row, flight, INTER, 0, HIDDEN // 128, ROWS, STAGES, BURST, not DENSE
+        )
+        unit = gl.atomic_add(ticket, 1, sem="relaxed") if DENSE else drawn
         n += 1
         tell(queue, told, heard, n, (unit,))
     while unit < units:
@@ -171,14 +178,20 @@ def weights_producer(
             flight = share_of_flight(unit, units, FLIGHT, STAGES)
             for tile in range(tiles):
                 row = gl.load(tile_expert + tile) * HIDDEN + (unit - units_1) * ROWS
-                it = load_weights(w2, w_bufs, asked, empty, it, row, flight, 0, 128, INTER // 256, ROWS, STAGES, BURST)
+                it, _ = load_weights(
+                    w2, w_bufs, asked, empty, ticket, it, row, flight, 0, 128, INTER // 256, ROWS, STAGES, BURST, False
+                )  # fmt: skip
+            unit = gl.atomic_add(ticket, 1, sem="relaxed")
         else:
             group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
-            if is_sum == 0:
+            if is_sum:
+                unit = gl.atomic_add(ticket, 1, sem="relaxed")
+            else:
                 tile, block = unit_at(number, tile_group, OUT, False)
                 row = gl.load(tile_expert + tile) * HIDDEN + (group * OUT + block) * (2 * ROWS)
-                it = load_weights(w2, w_bufs, asked, empty, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES, BURST)
-        unit = gl.atomic_add(ticket, 1, sem="relaxed")
+                it, unit = load_weights(
+                    w2, w_bufs, asked, empty, ticket, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES, BURST, True
+                )  # fmt: skip
         n += 1
         tell(queue, told, heard, n, (unit,))
 
@@ -221,15 +234,15 @@ def tiles_finished(finished, tile, tiles, known, enough):
 def pairs_producer(
     parameters,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    GROUPS: gl.constexpr, RUN: gl.constexpr,
+    GROUPS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """One warp: by cp.async the pairs' codes, gathered by token in GEMM1, and all scales."""
+    """By cp.async the pairs' codes, gathered by token in GEMM1, and all scales."""
     (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
         tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
     ) = parameters
-    X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [1, 1], [1, 0])
-    V: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
+    V: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS
     H_BLOCKS: gl.constexpr = HIDDEN // 128
@@ -238,13 +251,13 @@ def pairs_producer(
     HALVES: gl.constexpr = 2 if DENSE else 1
     X_BUFS: gl.constexpr = HALVES
     S_BUFS: gl.constexpr = HALVES * PARTS
-    zeros = gl.zeros([32], gl.int32, V)
+    zeros = gl.zeros([32 * WARPS], gl.int32, V)
     k = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, X)), 0)
     tiles, units_1, sums, units = unit_counts(tile_count, tokens, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     it = 0
     n = 0
     known = gl.to_tensor(0)
-    unit = hear(queue, told, heard, n, 1)
+    unit = hear(queue, told, heard, n, WARPS)
     while unit < units_1:
         tile, block = unit_at(unit, tile_group, IN, DENSE)
         begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
@@ -266,7 +279,7 @@ def pairs_producer(
             x_scale + s_token, s_inside, tokens, w_s_at, w_s_at + I_BLOCKS * H_BLOCKS, H_BLOCKS, 1, 1, X_BUFS, S_BUFS, STAGES,
         )  # fmt: skip
         n += 1
-        unit = hear(queue, told, heard, n, 1)
+        unit = hear(queue, told, heard, n, WARPS)
     while unit < units:
         if DENSE:
             first = 0
@@ -297,4 +310,4 @@ def pairs_producer(
                 middle_scale + s_line * IN, s_line < end, 1, w_s_at, w_s_other, I_BLOCKS // HALVES, HALVES, PARTS, X_BUFS, S_BUFS, STAGES,
             )  # fmt: skip
         n += 1
-        unit = hear(queue, told, heard, n, 1)
+        unit = hear(queue, told, heard, n, WARPS)
