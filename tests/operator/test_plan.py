@@ -51,8 +51,8 @@ def test_paths():
 
 
 def test_how_weights_are_asked_for():
-    """By the kind of memory, which between 96 and 191 tokens decides more."""
-    tiles = {m: [choose_plan(HEADLINE, t, m).gate_up for t in (1, 16, 17, 95)] for m in (H100, H200)}
+    """By the kind of memory, which between 128 and 255 tokens decides more."""
+    tiles = {m: [choose_plan(HEADLINE, t, m).gate_up for t in (1, 16, 17, 127)] for m in (H100, H200)}
     asked = {m: [(tile.promotion, tile.burst, tile.flight) for tile in found] for m, found in tiles.items()}
     assert asked[H100] == [(256, 1, 3)] * 4 and asked[H200] == [(128, 1, 4)] * 2 + [(128, 2, None)] * 2
     as_others = dict(promotion=256, burst=1, flight=3)
@@ -61,9 +61,9 @@ def test_how_weights_are_asked_for():
     odd = replace(HEADLINE, intermediate_size=640)  # K blocks of GEMM2
     assert choose_plan(odd, 128, H200) == choose_plan(odd, 128, H100)
     assert {(plan.gate_up.promotion, plan.gate_up.burst) for plan in plans(odd, H200) if plan.path == "stream"} == {(128, 1)}
-    for t in (192, 901, 14107):
+    for t in (256, 901, 14107):
         assert choose_plan(HEADLINE, t, H100) == choose_plan(HEADLINE, t, H200)
-    assert {str(choose_plan(HEADLINE, t, H200).gate_up) for t in (96, 127, 128, 191)} == {"256x64 5s by twos 2 groups"}
+    assert {str(choose_plan(HEADLINE, t, H200).gate_up) for t in (128, 255)} == {"256x64 5s by twos 2 groups"}
     for t in (1, 80, 4096):
         assert choose_plan(HEADLINE, t, Machine(capability=100)) == choose_plan(HEADLINE, t, Machine(capability=100, hbm3e=True))
 

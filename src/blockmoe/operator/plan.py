@@ -35,13 +35,11 @@ WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorte
 # the same eight experts, T = 128, 256: 129, 182; by tiles of 32 206, 373. One expert, T = 128: 74; 59. (results/h200:
 # operator/prefill-flight.txt; curve/fourth.jsonl, third.jsonl)
 PREFILL_ROWS = 4
-# The same where memory is HBM3e. There stream's tiles of 64 pairs take 311, 324, 324 us at T = 130, 160, 191 under uniform routing, prefill
-# 330, 342, 341; they stay ahead up to some 900 tokens, but where all choose the same eight experts, 256 tokens have four tiles each, which
-# read weights as often: by a tile's 7.7 us some 246 us, prefill 177. (results/h200/operator/teller.txt)
-STREAM_ROWS = 6
-# There, mean rows from which stream's tiles hold 64 pairs, beside which a stage of weights less fits. T = 64, 80, 120: 256, 323, 312 us, by
-# tiles of 32 252, 319, 309; but where few experts take all, half as many tiles read their weights half as often.
-TALL_ROWS = 3
+# The same where memory is HBM3e: between the two stream has tiles of 64 pairs. Uniform routing, T = 130, 160, 191, 255: 311, 324, 324, 323
+# us, prefill 330, 342, 341, 346 (operator/teller.txt, curve/sixth-first.jsonl); it stays ahead up to some 900 tokens. But where few experts
+# take all, an expert's tiles read its weights again and again: all on the same eight, T = 128, 256: 158, 271 us, prefill 127, 175. Up to
+# here that takes no longer than uniform routing does.
+STREAM_ROWS = 8
 # Mean rows from which its programs are clusters. On an H200, uniform routing, T = 128, 200, 300, 500, 901, 2048, 3072, 4096: 326, 346,
 # 348, 354, 365, 380, 424, 469 us, without 323, 344, 346, 351, 364, 379, 427, 491. Where all choose the same eight experts, whose tiles
 # then share weights, T = 256: 178.5, 181.8; without 190.2, 187.3 (curve/fourth-first.jsonl, fourth.jsonl).
@@ -267,7 +265,7 @@ def _stream(geometry: MoEGeometry, tokens: int, machine: Machine) -> StreamTile:
         # bytes, one at a time, three in flight T = 32, 52, 59, 62, 80: 5.8, 4.6, 6.9, 4.7, 10.4. On an H100 256 bytes were the better: TMA
         # alone read W1 in 310 us, two at a time without in 317.
         if even:
-            n, stages = (64, 5) if tokens * geometry.top_k >= TALL_ROWS * geometry.num_experts else (32, 6)
+            n, stages = (64, 5) if tokens * geometry.top_k >= PREFILL_ROWS * geometry.num_experts else (32, 6)  # T = 80, 120: 323, 312; 319, 309
             return StreamTile(128, n, stages, promotion=128, groups=2, burst=2)
         return StreamTile(128, 32, 6, promotion=128, groups=2, flight=3)
     if tokens <= STREAM_DENSE_TOKENS and even:
