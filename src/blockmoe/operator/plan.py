@@ -265,7 +265,8 @@ def _stream(geometry: MoEGeometry, tokens: int, machine: Machine) -> StreamTile:
         # bytes, one at a time, three in flight T = 32, 52, 59, 62, 80: 5.8, 4.6, 6.9, 4.7, 10.4. On an H100 256 bytes were the better: TMA
         # alone read W1 in 310 us, two at a time without in 317.
         if even:
-            n, stages = (64, 5) if tokens * geometry.top_k >= PREFILL_ROWS * geometry.num_experts else (32, 6)  # T = 80, 120: 323, 312; 319, 309
+            # T = 80, 120 by tiles of 64 and of 32 pairs: 323, 319; 312, 309
+            n, stages = (64, 5) if tokens * geometry.top_k >= PREFILL_ROWS * geometry.num_experts else (32, 6)
             return StreamTile(128, n, stages, promotion=128, groups=2, burst=2)
         return StreamTile(128, 32, 6, promotion=128, groups=2, flight=3)
     if tokens <= STREAM_DENSE_TOKENS and even:
