@@ -1,7 +1,8 @@
 """The layer after routing as one persistent, warp-specialised Gluon kernel, where reading the weights is the bound (sm_90).
 
-  load.py      its producers: weights by TMA, pairs by cp.async, each one warp
-  compute.py   its consumers, two where few tokens make one of them the bound: wgmma, promotion, epilogues, the output's last sum
+  load.py      its producers: weights by TMA, one warp; pairs by cp.async, one or two
+  compute.py   its consumers, two where few tokens make one of them the bound: wgmma, promotion, epilogues, the output's last sum; a warp
+               that tells what is stored
   stay.py      what the L2 kept may leave it
   layer.py     the kernel
 
