@@ -7,6 +7,7 @@ by the bench's timer (CUPTI where it is installed), with the graph replay and th
     zipf          the same number of pairs; the n-th favourite expert gets 1/n of the first's
     one expert    every token has one pair, all on one local expert
     same experts  every choice of every token is local, on the same eight experts: the worst case
+    all local     every choice of every token is local, over all local experts alike
 
 At every T the plans of T/2, T - 1, T + 1 and 2T run interleaved with the chosen one where their paths or tiles differ (routing
 stays); where one seems faster by more than 3 %, both are measured again. Exit code 1 where that holds, where time per pair is
@@ -29,7 +30,7 @@ from types import SimpleNamespace
 
 import curve_report
 
-FAMILIES = ("uniform", "zipf", "one expert", "same experts")
+FAMILIES = ("uniform", "zipf", "one expert", "same experts", "all local")
 LOCAL_PAIRS = (1, 1, 0, 2, 1, 0, 1, 2)  # of the tokens in turn: T pairs for every power of two, and tokens without
 REPEATS, FEW_REPEATS, LONG_US = 11, 5, 5000.0
 FACTOR = 2.5
@@ -54,7 +55,10 @@ def choices(family: str, g, tokens: int, offset: int, seed: int, device):
         if family == "zipf":
             order = torch.randperm(local, generator=torch.Generator().manual_seed(seed)).to(device)
             popularity = 1.0 / (order + 1.0)
-        picked = torch.multinomial(popularity.expand(tokens, -1), max(LOCAL_PAIRS), generator=generator)
+        elif family == "all local":
+            pairs = torch.full_like(pairs, g.top_k)
+        most = g.top_k if family == "all local" else max(LOCAL_PAIRS)
+        picked = torch.multinomial(popularity.expand(tokens, -1), most, generator=generator)
     row = torch.arange(tokens, device=device).unsqueeze(1).expand_as(picked)
     taken = torch.arange(picked.shape[1], device=device) < pairs.unsqueeze(1)
     chosen[row[taken], offset + picked[taken]] = True

@@ -214,7 +214,9 @@ def candidates(tokens: int) -> dict[str, Plan]:
         for flight in (2, 3, 4, None):
             stream(replace(tile, flight=flight))
         for machine in (H100, H200):
-            stream(choose_plan(HEADLINE, tokens, machine).gate_up)
+            other = choose_plan(HEADLINE, tokens, machine)
+            if other.path == "stream":
+                stream(other.gate_up)
         for promotion in (128, 256):
             for burst in (1,) if tile.dense else (1, 2):
                 stream(replace(tile, promotion=promotion, burst=burst))

@@ -8,7 +8,7 @@ from functools import lru_cache
 
 @dataclass(frozen=True)
 class Machine:
-    """`capability`: ten times the compute capability. `hbm3e`: whether its memory is HBM3e: an H200, or a GH200 of 144 GB; of the Hoppers
+    """`capability`: ten times the compute capability. `hbm3e`: whether its memory is HBM3e: an H200, say; of the Hoppers
     those have more than 100 GiB, the others at most 96 GB."""
 
     sm_count: int = 132

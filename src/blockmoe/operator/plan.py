@@ -31,14 +31,14 @@ DENSE_TOKENS = 7  # elsewhere. T = 7: dense 115 us, the best sorted 116; T = 16:
 ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
 # The same for prefill. On an H200, uniform routing, T = 130, 193, 256, 300, 448, 500: 344.7, 337.6, 348.0, 347.9, 348.9, 350.7 us; stream
-# by tiles of 32 pairs 337.4, 331.4, 340.8, 342.2, 346.1, 348.4, of 64 (taken out) -, 335.9, 347.9, 350.3, 357.2, 354.7. Where all choose
-# the same eight experts, T = 128, 256: 129, 182; by tiles of 32 206, 373. One expert, T = 128: 74; 59. (results/h200:
+# by tiles of 32 pairs 337.4, 331.4, 340.8, 342.2, 346.1, 348.4, of 64, in an earlier form, -, 335.9, 347.9, 350.3, 357.2, 354.7. Where all
+# choose the same eight experts, T = 128, 256: 129, 182; by tiles of 32 206, 373. One expert, T = 128: 74; 59. (results/h200:
 # operator/prefill-flight.txt; curve/fourth.jsonl, third.jsonl)
 PREFILL_ROWS = 4
-# The same where memory is HBM3e: between the two stream has tiles of 64 pairs. Uniform routing, T = 130, 160, 191, 255: 311, 324, 324, 323
-# us, prefill 330, 342, 341, 346 (operator/teller.txt, curve/sixth-first.jsonl); it stays ahead up to some 900 tokens. But where few experts
-# take all, an expert's tiles read its weights again and again: all on the same eight, T = 128, 256: 158, 271 us, prefill 127, 175. Up to
-# here that takes no longer than uniform routing does.
+# The same where memory is HBM3e: between the two stream has tiles of 64 pairs. Uniform routing, T = 130, 160, 191: 311, 324, 324 us,
+# prefill 330, 342, 341; 255: 323, 341, 323 in three calls, prefill's plan of 256 -, 353, 349 (operator/teller.txt, curve/sixth*.jsonl). It
+# stays ahead up to some 900 tokens, but an expert's tiles read its weights again and again. All choices local, T = 128, 256: on the same
+# eight experts 154, 265 us, prefill 135, 173; over all of them 339, 411, prefill 361, 378 (curve/sixth-local.jsonl).
 STREAM_ROWS = 8
 # Mean rows from which its programs are clusters. On an H200, uniform routing, T = 128, 200, 300, 500, 901, 2048, 3072, 4096: 326, 346,
 # 348, 354, 365, 380, 424, 469 us, without 323, 344, 346, 351, 364, 379, 427, 491. Where all choose the same eight experts, whose tiles

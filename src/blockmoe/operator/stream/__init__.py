@@ -14,5 +14,5 @@ units of GEMM2, whose weights come in meanwhile.
 
 Why nobody waits for ever: a unit of GEMM2 waits for units of GEMM1, which have lower tickets, so programs that run drew them; those
 wait for nothing (who lets others draw first has none, and looks 16 times at most). A share of the last sum waits for its column group's
-units of GEMM2, which have lower tickets too.
+units of GEMM2, which have lower tickets too. Who tells that a unit is stored waits for its own program's consumer alone.
 """
