@@ -6,7 +6,7 @@ by the bench's timer (CUPTI where it is installed), with the graph replay and th
     uniform       a pair a token on average, over all local experts alike
     zipf          the same number of pairs; the n-th favourite expert gets 1/n of the first's
     one expert    every token has one pair, all on one local expert
-    same experts  every choice of every token is local, on the same eight experts: the worst case
+    same experts  every choice of every token is local, on the same eight experts
     all local     every choice of every token is local, over all local experts alike
 
 At every T the plans of T/2, T - 1, T + 1 and 2T run interleaved with the chosen one where their paths or tiles differ (routing
@@ -51,13 +51,12 @@ def choices(family: str, g, tokens: int, offset: int, seed: int, device):
         pairs = torch.full_like(pairs, g.top_k)
         picked = (torch.arange(g.top_k, device=device) * (local // g.top_k)).expand(tokens, -1)
     else:
-        popularity = torch.ones(local, device=device)
+        popularity, most = torch.ones(local, device=device), max(LOCAL_PAIRS)
         if family == "zipf":
             order = torch.randperm(local, generator=torch.Generator().manual_seed(seed)).to(device)
             popularity = 1.0 / (order + 1.0)
         elif family == "all local":
-            pairs = torch.full_like(pairs, g.top_k)
-        most = g.top_k if family == "all local" else max(LOCAL_PAIRS)
+            pairs, most = torch.full_like(pairs, g.top_k), g.top_k
         picked = torch.multinomial(popularity.expand(tokens, -1), most, generator=generator)
     row = torch.arange(tokens, device=device).unsqueeze(1).expand_as(picked)
     taken = torch.arange(picked.shape[1], device=device) < pairs.unsqueeze(1)

@@ -218,8 +218,8 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     if tokens <= DENSE_TOKENS and not persistent:
         return _dense(geometry, tokens, route, machine, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
-    by_twos = machine.hbm3e and geometry.intermediate_size % (2 * BLOCK) == 0
-    prefill = rows >= (STREAM_ROWS if by_twos else PREFILL_ROWS) and geometry.intermediate_size >= PREFILL_STAGES * BLOCK
+    least = STREAM_ROWS if machine.hbm3e and _even(geometry) else PREFILL_ROWS
+    prefill = rows >= least and geometry.intermediate_size >= PREFILL_STAGES * BLOCK
     if prefill and persistent and not route.one_launch:
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
@@ -228,7 +228,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
     if persistent:
-        return Plan("stream", route, _stream(geometry, tokens, machine), pdl=pdl)
+        return Plan("stream", route, _stream(geometry, tokens, rows, machine), pdl=pdl)
     if rows <= 6:
         # 3 and 4 stages of gate_up: T = 16: 206 us and 208; 32: 335 and 344; 55: 390 and 391; 80: 509 and 513
         return Plan("sorted", route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4), pdl)
@@ -253,9 +253,14 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     return RouteTile(16, place_t, 16, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK, MOST_CHUNKS)
 
 
-def _stream(geometry: MoEGeometry, tokens: int, machine: Machine) -> StreamTile:
-    """The tile for so many tokens: tall enough for skewed routing too, where that costs nothing under uniform routing."""
-    even = geometry.intermediate_size % (2 * BLOCK) == 0
+def _even(geometry: MoEGeometry) -> bool:
+    """Whether GEMM2's K blocks come in twos."""
+    return geometry.intermediate_size % (2 * BLOCK) == 0
+
+
+def _stream(geometry: MoEGeometry, tokens: int, rows: float, machine: Machine) -> StreamTile:
+    """The tile for so many tokens, `rows` an expert: tall enough for skewed routing too, where that costs nothing under uniform routing."""
+    even = _even(geometry)
     if machine.hbm3e:
         # On an H200, of whole calls (results/h200/operator/bursts.txt): T = 1, 7, 14, 15, 16: 0.5, 3.0, 6.1, 0.4, 6.3 us less than with 256
         # bytes and three in flight
@@ -266,7 +271,7 @@ def _stream(geometry: MoEGeometry, tokens: int, machine: Machine) -> StreamTile:
         # alone read W1 in 310 us, two at a time without in 317.
         if even:
             # T = 80, 120 by tiles of 64 and of 32 pairs: 323, 319; 312, 309
-            n, stages = (64, 5) if tokens * geometry.top_k >= PREFILL_ROWS * geometry.num_experts else (32, 6)
+            n, stages = (64, 5) if rows >= PREFILL_ROWS else (32, 6)
             return StreamTile(128, n, stages, promotion=128, groups=2, burst=2)
         return StreamTile(128, 32, 6, promotion=128, groups=2, flight=3)
     if tokens <= STREAM_DENSE_TOKENS and even:

@@ -73,7 +73,7 @@ def stream_kernel(
     w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stage_buffers(ROWS, N, STAGES, DENSE, GATHERERS)
     CONSUMERS: gl.constexpr = 2 if DENSE else 1
     other, given, taken = place_of_sums(ROWS, N, CONSUMERS)
-    queue, told, heard = unit_queue(3)
+    queue, told, heard = unit_queue(3)  # all roles but the one that draws: consumer and gatherers, with a second consumer or the teller
     stored = gl.allocate_shared_memory(gl.int64, [STORED, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STORED):
         mbarrier.init(stored.index(i), count=1)
