@@ -209,12 +209,14 @@ def candidates(tokens: int) -> dict[str, Plan]:
     def stream(tile: StreamTile) -> None:
         found[str(tile)] = Plan("stream", base.route, tile)
 
-    tile = base.gate_up
-    if base.path == "stream":
+    for way in base.ways:
+        found.setdefault(way.path, way)  # left out below where it is the default
+    tile = base.ways[0].gate_up
+    if base.ways[0].path == "stream":
         for flight in (2, 3, 4, None):
             stream(replace(tile, flight=flight))
         for machine in (H100, H200):
-            other = choose_plan(HEADLINE, tokens, machine)
+            other = choose_plan(HEADLINE, tokens, machine).ways[0]
             if other.path == "stream":
                 stream(other.gate_up)
         for promotion in (128, 256):

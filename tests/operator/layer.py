@@ -6,7 +6,7 @@ import torch
 
 from blockmoe.geometry import BLOCK, TINY, MoEGeometry
 from blockmoe.operator.api import fused_moe
-from blockmoe.operator.plan import DownTile, GateUpTile, Plan, PrefillTile, RouteTile, StreamTile
+from blockmoe.operator.plan import DownTile, EitherTile, GateUpTile, Plan, PrefillTile, RouteTile, StreamTile
 from blockmoe.operator.workspace import layout
 from blockmoe.reference import moe_oracle, moe_reference, tensor_core_product
 
@@ -25,19 +25,22 @@ PLANS = {
 SHARED_LIMIT = 232_448  # bytes of shared memory that a program may have on sm_90
 
 IN_TWO = RouteTile(16, 4, 16, False)
+EITHER = EitherTile(StreamTile(128, 64, 5, promotion=128, groups=2, burst=2), PrefillTile(4, 1, flight=3))
 PERSISTENT = {  # for the emulator
     "prefill": Plan("prefill", IN_TWO, PrefillTile(4, 1, flight=3)),
     "cluster": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3)),
     "cluster 2 in flight": Plan("prefill", IN_TWO, PrefillTile(4, 2)),
     "dense": Plan("stream", RouteTile(16, 16, 16, True), StreamTile(64, 16, 10, dense=True, flight=3)),
-    "stream 128x16": Plan("stream", IN_TWO, StreamTile(64, 16, 5, flight=2)),
     "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3, groups=2)),
     "stream 256x32 by twos": Plan("stream", IN_TWO, StreamTile(128, 32, 6, promotion=128, groups=2, burst=2)),
     "stream 256x64 by twos": Plan("stream", IN_TWO, StreamTile(128, 64, 5, promotion=128, groups=2, burst=2)),
+    "either": Plan("either", IN_TWO, EITHER),
+    "either, skewed": Plan("either", IN_TWO, EITHER),
 }
 EMULATED_TOKENS = {
-    "prefill": 150, "cluster": 280, "cluster 2 in flight": 140, "dense": 9, "stream 128x16": 30, "stream 256x32": 60,
+    "prefill": 150, "cluster": 280, "cluster 2 in flight": 140, "dense": 9, "stream 256x32": 60,
     "stream 256x32 by twos": 40, "stream 256x64 by twos": 180,
+    "either": 60, "either, skewed": 180,
 }  # fmt: skip
 SMALL = MoEGeometry(8, 4, 3, 512, 512)
 

@@ -35,9 +35,9 @@ BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, Machine(capability=100)
 def test_hopper(key):
     usage = aot.compiled(HOPPER[key], 90)
     # the persistent kernels keep a few arguments of their warps on the stack, and a counter a stage
-    assert usage.stack <= {"prefill_kernel": 64, "stream_kernel": 8}.get(usage.kernel, 0)
+    assert usage.stack <= {"prefill_kernel": 64, "either_kernel": 64, "stream_kernel": 8}.get(usage.kernel, 0)
     assert usage.registers <= 255 and usage.shared <= SHARED_LIMIT
-    if usage.kernel.startswith(("gate_up", "down", "prefill", "stream")):
+    if usage.kernel.startswith(("gate_up", "down", "prefill", "stream", "either")):
         assert "QGMMA" in usage.sass and "HMMA" not in usage.sass.replace("QGMMA", "")
     if HOPPER[key].cluster > 1:
         assert "UTMALDG.2D.MULTICAST" in usage.sass and "SYNCS.ARRIVE.TRANS64.RED" in usage.sass

@@ -9,7 +9,7 @@ import torch
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator.machine import H100, H200, Machine, of_gpu
-from blockmoe.operator.plan import CLUSTER_ROWS, MEMORY_BOUND_ROWS, PREFILL_ROWS, StreamTile, choose_plan, plans
+from blockmoe.operator.plan import CLUSTER_ROWS, EITHER_ROWS, MEMORY_BOUND_ROWS, PREFILL_ROWS, StreamTile, choose_plan, plans
 
 pytest.importorskip("triton")
 from blockmoe.operator.pipeline import stages  # noqa: E402
@@ -21,7 +21,7 @@ from blockmoe.operator.workspace import counters, layout, sizes, slots, workspac
 def test_every_token_count_has_one_of_few_plans(g, machine):
     known = set(plans(g, machine))
     assert len(known) <= 14
-    thresholds = [-(-rows * g.num_experts // g.top_k) for rows in (PREFILL_ROWS, CLUSTER_ROWS, MEMORY_BOUND_ROWS)]
+    thresholds = [-(-rows * g.num_experts // g.top_k) for rows in (PREFILL_ROWS, CLUSTER_ROWS, EITHER_ROWS, MEMORY_BOUND_ROWS)]
     for tokens in [*range(1, 300), 901, 4096, 11948, 14107, 16384, *thresholds, *(t - 1 for t in thresholds)]:
         plan = choose_plan(g, tokens, machine)
         assert plan in known
@@ -51,7 +51,7 @@ def test_paths():
 
 
 def test_how_weights_are_asked_for():
-    """By the kind of memory, which between 128 and 255 tokens decides more."""
+    """By the kind of memory, which between 128 and 1,055 tokens decides more."""
     tiles = {m: [choose_plan(HEADLINE, t, m).gate_up for t in (1, 16, 17, 127)] for m in (H100, H200)}
     asked = {m: [(tile.promotion, tile.burst, tile.flight) for tile in found] for m, found in tiles.items()}
     assert asked[H100] == [(256, 1, 3)] * 4 and asked[H200] == [(128, 1, 4)] * 2 + [(128, 2, None)] * 2
@@ -61,9 +61,12 @@ def test_how_weights_are_asked_for():
     odd = replace(HEADLINE, intermediate_size=640)  # K blocks of GEMM2
     assert choose_plan(odd, 128, H200) == choose_plan(odd, 128, H100)
     assert {(plan.gate_up.promotion, plan.gate_up.burst) for plan in plans(odd, H200) if plan.path == "stream"} == {(128, 1)}
-    for t in (256, 901, 14107):
+    for t in (1056, 14107):
         assert choose_plan(HEADLINE, t, H100) == choose_plan(HEADLINE, t, H200)
-    assert {str(choose_plan(HEADLINE, t, H200).gate_up) for t in (128, 255)} == {"256x64 5s by twos 2 groups"}
+    either = choose_plan(HEADLINE, 128, H200)
+    assert {choose_plan(HEADLINE, t, H200).gate_up for t in (128, 901, 1055)} == {either.gate_up}
+    assert str(either.gate_up) == "256x64 5s by twos 2 groups or 128x256 4s 3 in flight"
+    assert [way.path for way in either.ways] == ["stream", "prefill"] and either.ways[1] == choose_plan(HEADLINE, 128, H100)
     for t in (1, 80, 4096):
         assert choose_plan(HEADLINE, t, Machine(capability=100)) == choose_plan(HEADLINE, t, Machine(capability=100, hbm3e=True))
 
@@ -92,7 +95,7 @@ UNUSUAL = [MoEGeometry(8, 8, 2, hidden, inter, "renormalize") for hidden in (128
 
 def test_sizes_that_persistent_kernels_cannot_serve_take_others():
     for g, machine in product(UNUSUAL, (H100, H200)):
-        paths = {plan.path for plan in plans(g, machine)}
+        paths = {way.path for plan in plans(g, machine) for way in plan.ways}
         assert ("stream" in paths) == (g.hidden_size % 256 == 0)
         assert ("prefill" in paths) == (g.hidden_size % 256 == 0 and g.intermediate_size >= 512)
         for tokens in (1, 8, 40, 300, 3000):
@@ -111,7 +114,7 @@ def test_a_kernel_refuses_sizes_that_it_cannot_serve():
 
 def test_tiles_of_persistent_kernels_divide_the_sizes():
     for g, machine in product((*GEOMETRIES.values(), *UNUSUAL), (H100, H200)):
-        for plan in plans(g, machine):
+        for plan in (way for plan in plans(g, machine) for way in plan.ways):
             tile = plan.gate_up
             if plan.path == "stream":
                 assert g.intermediate_size % tile.rows == 0 == g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows)

@@ -243,14 +243,15 @@ def test_some_let_others_draw(programs, tiles, monkeypatch):
         assert abs(share - 33 * len(waiting) / programs) < 2
 
 
-@pytest.mark.parametrize("consumers", [1, 2])
+@pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("counts", [(2, 2, 2), (3, 3, 4, 1), (1, 1, 1)])
-def test_consumers_share_stages(consumers, counts):
+def test_consumers_share_stages(dense, counts):
     """Every stage is one consumer's, and of two each has every other stage through all units."""
+    consumers = 2 if dense else 1
     owner, it = {}, 0
     for count in counts:
         for group in range(consumers):
-            for step in range(compute.own_first.fn(it, group, consumers), it + count, consumers):
+            for step in range(compute.own_first.fn(it, group, dense), it + count, consumers):
                 assert owner.setdefault(step, group) == group
         it += count
     assert sorted(owner) == list(range(sum(counts))) and all(owner[step] == step % consumers for step in owner)

@@ -63,8 +63,10 @@ def stages(
     if plan.down is None:
         if plan.path == "stream":
             from blockmoe.operator.stream.layer import layer  # need Triton's Gluon
-        else:
+        elif plan.path == "prefill":
             from blockmoe.operator.prefill.layer import layer
+        else:
+            from blockmoe.operator.either import layer
 
         return found | {"layer": layer(x, x_scale, w1, w1_scale, w2, w2_scale, out, this)}
     found |= {"gate_up": gate_up.gate_up(x, x_scale, w1, w1_scale, this), "down": [], "combine": []}

@@ -17,13 +17,13 @@ in results/h100/operator, what was learnt in docs/kernel-log.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from blockmoe.geometry import BLOCK, MoEGeometry
 from blockmoe.operator.machine import H100, Machine
 
-Path = Literal["dense", "sorted", "stream", "wide", "prefill"]
+Path = Literal["dense", "sorted", "stream", "wide", "prefill", "either"]
 
 # A tile. T = 16 on an H200: 133.6 us, sorted 139.5 (12 experts); 168.0, 167.0 (15). On an H100, one consumer: 187.1, 186.8; 237.9, 228.0
 STREAM_DENSE_TOKENS = 16
@@ -39,7 +39,7 @@ PREFILL_ROWS = 4
 # prefill 330, 342, 341; 255: 323, 341, 323 in three calls, prefill's plan of 256 -, 353, 349 (operator/teller.txt, curve/sixth*.jsonl). It
 # stays ahead up to some 900 tokens, but an expert's tiles read its weights again and again. All choices local, T = 128, 256: on the same
 # eight experts 154, 265 us, prefill 135, 173; over all of them 339, 411, prefill 361, 378 (curve/sixth-local.jsonl).
-STREAM_ROWS = 8
+EITHER_ROWS = 33
 # Mean rows from which its programs are clusters. On an H200, uniform routing, T = 128, 200, 300, 500, 901, 2048, 3072, 4096: 326, 346,
 # 348, 354, 365, 380, 424, 469 us, without 323, 344, 346, 351, 364, 379, 427, 491. Where all choose the same eight experts, whose tiles
 # then share weights, T = 256: 178.5, 181.8; without 190.2, 187.3 (curve/fourth-first.jsonl, fourth.jsonl).
@@ -125,13 +125,13 @@ class StreamTile:
     burst: int = 1
 
     def __post_init__(self) -> None:
-        assert self.rows in (64, 128), "wgmma's M, and each run of rows stays in one scale block"
+        assert self.rows == (64 if self.dense else 128), "of two boxes a stage, and each stays in one scale block"
         assert self.block_n in (16, 32, 64), "sums of more pairs find no registers"
         assert self.flight is None or 0 < self.flight <= self.stages
         assert self.burst in (1, 2) and self.burst <= (self.flight or self.stages)
         assert not self.dense or self.burst == 1, "a stage of dense GEMM2 is two K blocks already"
         assert not self.dense or self.groups == 1, "dense GEMM2 writes the output itself"
-        assert not self.dense or (self.rows == 64 and self.block_n == 16), "a stage of GEMM2 is two K blocks of 64 rows"
+        assert not self.dense or self.block_n == 16, "sums of both consumers lie beside the stages"
 
     def __str__(self) -> str:
         more = f" promoted {self.promotion}" if self.promotion != 128 else ""
@@ -169,8 +169,24 @@ class PrefillTile:
         return f"128x256 {self.stages}s {self.flight} in flight{f' cluster {self.cluster}' if self.cluster > 1 else ''}"
 
 
+@dataclass(frozen=True)
+class EitherTile:
+    """Of a kernel that has both: `prefill` where an expert has many tiles of `stream`, which routing finds."""
+
+    stream: StreamTile
+    prefill: PrefillTile
+    block_i = BLOCK
+    dense = False
+
+    def __post_init__(self) -> None:
+        assert not self.stream.dense and self.prefill.cluster == 1
+
+    def __str__(self) -> str:
+        return f"{self.stream} or {self.prefill}"
+
+
 WIDE = (GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8))  # T = 14107, stages: (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
-TILES = {"stream": StreamTile, "prefill": PrefillTile}  # of the paths where one kernel does both GEMMs
+TILES = {"stream": StreamTile, "prefill": PrefillTile, "either": EitherTile}  # of the paths where one kernel does both GEMMs
 
 
 @dataclass(frozen=True)
@@ -179,7 +195,7 @@ class Plan:
 
     path: Path
     route: RouteTile
-    gate_up: GateUpTile | StreamTile | PrefillTile
+    gate_up: GateUpTile | StreamTile | PrefillTile | EitherTile
     down: DownTile | None = None
     pdl: bool = True
     row_buffer: int = ROW_BUFFER
@@ -187,13 +203,21 @@ class Plan:
     def __post_init__(self) -> None:
         assert isinstance(self.gate_up, TILES.get(self.path, GateUpTile)) and (self.down is None) == (self.path in TILES)
         assert self.down is None or self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"
-        assert self.path != "prefill" or not self.route.one_launch, "with two, tiles begin at multiples of 128"
+        assert self.path not in ("prefill", "either") or not self.route.one_launch, "with two, tiles begin at multiples of 128"
         assert self.path != "wide" or self.gate_up.block_i == self.gate_up.block_n == self.down.block_m == BLOCK
 
     @property
     def dense(self) -> bool:
         """Whether an active expert's tile lists all tokens."""
         return self.path == "dense" or (self.path == "stream" and self.gate_up.dense)
+
+    @property
+    def ways(self) -> tuple[Plan, ...]:
+        """The plans of which routing chooses."""
+        if self.path != "either":
+            return (self,)
+        tiles = self.gate_up
+        return replace(self, path="stream", gate_up=tiles.stream), replace(self, path="prefill", gate_up=tiles.prefill)
 
     def __str__(self) -> str:
         g, d = self.gate_up, self.down
@@ -218,12 +242,13 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     if tokens <= DENSE_TOKENS and not persistent:
         return _dense(geometry, tokens, route, machine, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
-    least = STREAM_ROWS if machine.hbm3e and _even(geometry) else PREFILL_ROWS
-    prefill = rows >= least and geometry.intermediate_size >= PREFILL_STAGES * BLOCK
-    if prefill and persistent and not route.one_launch:
+    if rows >= PREFILL_ROWS and geometry.intermediate_size >= PREFILL_STAGES * BLOCK and persistent and not route.one_launch:
+        flight = 3 if rows < MEMORY_BOUND_ROWS else 2
+        if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
+            return Plan("either", route, EitherTile(_stream(geometry, tokens, rows, machine), PrefillTile(PREFILL_STAGES, 1, flight)), pdl=pdl)
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
-        cluster, flight = 2 if clusters and even and rows >= CLUSTER_ROWS else 1, 3 if rows < MEMORY_BOUND_ROWS else 2
+        cluster = 2 if clusters and even and rows >= CLUSTER_ROWS else 1
         return Plan("prefill", route, PrefillTile(PREFILL_STAGES, cluster, flight), pdl=pdl)
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
@@ -298,10 +323,10 @@ def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, machine: Machin
 
 
 def plans(geometry: MoEGeometry, machine: Machine = H100, *, clusters: bool = True) -> list[Plan]:
-    """The plans of every sixteenth T or so, which between them have all kernels that some T gets: what a warm-up compiles."""
+    """The plans of many a T, a sixty-fourth of it apart, which between them have all kernels that some T gets: what a warm-up compiles."""
     found: dict[Plan, None] = {}
     tokens = 1
     while tokens <= TOKEN_CHUNK:
         found[choose_plan(geometry, tokens, machine, clusters=clusters)] = None
-        tokens += max(1, tokens // 16)
+        tokens += max(1, tokens // 64)
     return list(found)

@@ -157,44 +157,45 @@ def choose_experts(
 
 @triton.jit
 def list_tiles(
-    total, step, steps, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N: tl.constexpr, DENSE: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    total, step, steps, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, aligned, DENSE: tl.constexpr
 ):  # fmt: skip
     """First row of each local expert, given its rows; stores the tiles whose number in their expert is step modulo steps.
 
-    Where ALIGNED, tile t begins at row t * BLOCK_N, so that rows stay unused behind an expert's last tile.
+    Where `aligned`, tile t begins at row t * block_n, so that rows stay unused behind an expert's last tile.
     """
     expert = tl.arange(0, total.shape[0])
-    tiles = (total + BLOCK_N - 1) // BLOCK_N
+    tiles = (total + block_n - 1) // block_n
     past_tile = tl.cumsum(tiles, 0)
     first_tile = past_tile - tiles
-    start = first_tile * BLOCK_N if ALIGNED else tl.cumsum(total, 0) - total
+    start = tl.cumsum(total, 0) - total
+    if aligned:
+        start = first_tile * block_n
     tl.store(tile_count + expert * 0, past_tile, mask=(expert == total.shape[0] - 1) & (step == 0))
-    for i in range(step, 1 if DENSE else tl.cdiv(tokens, BLOCK_N), steps):
-        begin = start + i * BLOCK_N
+    for i in range(step, 1 if DENSE else tl.cdiv(tokens, block_n), steps):
+        begin = start + i * block_n
         tl.store(tile_expert + first_tile + i, expert, mask=i < tiles)
         tl.store(tile_group + first_tile + i, 4096 * first_tile + tiles, mask=i < tiles)
         tl.store(tile_begin + first_tile + i, begin, mask=i < tiles)
-        tl.store(tile_end + first_tile + i, tl.minimum(begin + BLOCK_N, start + total), mask=i < tiles)
+        tl.store(tile_end + first_tile + i, tl.minimum(begin + block_n, start + total), mask=i < tiles)
     return start
 
 
 @triton.jit
 def list_rows(
-    weight, token, there, base, pair_token, pair_weight, token_pair, token_pairs, before, TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    PREFILL: tl.constexpr,
+    weight, token, there, base, pair_token, pair_weight, token_pair, token_pairs, before, prefill, TOP_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Stores the pairs of `weight` [tokens, experts], each expert's from row `base` on, and how many each token has.
 
-    For prefill also the tile of the token's pair of the expert before, or -1: rows increase with experts, so it is that of the second
-    largest row up to here. Else each token's rows.
+    For `prefill` also the tile, of BLOCK_N pairs, of the token's pair of the expert before, or -1: rows increase with experts, so it is
+    that of the second largest row up to here. Else each token's rows.
     """
     expert = tl.arange(0, weight.shape[1])
     mine = (weight != 0.0).to(tl.int32)
     row = base[None, :] + tl.cumsum(mine, 0) - mine
     tl.store(pair_token + row, token[:, None] + tl.zeros_like(row), mask=mine > 0)
     tl.store(pair_weight + row, weight, mask=mine > 0)
-    if PREFILL:
+    if prefill:
         _, earlier = tl.associative_scan((tl.where(mine > 0, row, -1), tl.full(row.shape, -1, tl.int32)), 1, two_largest)
         tl.store(before + row, tl.where(earlier < 0, -1, earlier // BLOCK_N), mask=mine > 0)
         tl.store(token_pairs + token, tl.sum(mine, 1), mask=there)
@@ -237,7 +238,7 @@ def route_kernel(
     else:
         total = tl.sum((weight != 0.0).to(tl.int32), 0)
         start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, False)
-        list_rows(weight, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, None, TOP_K, BLOCK_N, False)
+        list_rows(weight, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, None, False, TOP_K, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
@@ -267,11 +268,12 @@ def choose_kernel(
 @triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count"])
 def place_kernel(
     token_weight, chunk_count, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, counters, before, chunks, tokens, chunk_tokens, counter_count,
-    LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr,
+    token_pairs, counters, before, skewed, chunks, tokens, chunk_tokens, counter_count,
+    LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, FEW_N: tl.constexpr, BLOCK_N: tl.constexpr,
     COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once."""
+    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, and are for prefill where
+    PREFILL. Where FEW_N they have FEW_N pairs and are not, but where that makes many tiles of few experts, which is noted (`skewed`)."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     zero_counters(counters, chunk, chunks, counter_count)
@@ -286,17 +288,23 @@ def place_kernel(
         count = tl.load(chunk_count + other * LOCAL + expert[None, :], mask=(other < chunks) & real, other=0)
         sums += tl.sum(tl.where(other < chunk, count * 65537, count), 0)  # of the chunks before in the upper half
     base = sums >> 16
-    base += list_tiles(
-        sums & 65535, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, PREFILL
-    )  # fmt: skip
+    total = sums & 65535
+    prefill = PREFILL
+    block_n = BLOCK_N
+    if FEW_N > 0:
+        tiles = tl.sum((total + FEW_N - 1) // FEW_N, 0)
+        prefill = 4 * tiles > 5 * tl.sum((total > 0).to(tl.int32), 0)
+        block_n = tl.where(prefill, BLOCK_N, FEW_N)
+        tl.store(skewed, prefill.to(tl.int32))
+    base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
     if ONCE:
         list_rows(
-            weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, TOP_K, BLOCK_N, PREFILL
+            weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, prefill, TOP_K, BLOCK_N
         )  # fmt: skip
     else:
         for _ in range(0, chunk_tokens, BLOCK_T):
             list_rows(
-                weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, TOP_K, BLOCK_N, PREFILL
+                weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, prefill, TOP_K, BLOCK_N
             )  # fmt: skip
             base += tl.sum((weight != 0.0).to(tl.int32), 0)
             token += BLOCK_T
@@ -324,7 +332,8 @@ def _tile(g: MoEGeometry, plan: Plan, logits: Slot, bias: Slot) -> tuple[int, in
 def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
     """One launch or two, as the plan says. `bias` may be anything where routing is renormalize."""
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
-    tile, block_n, local = plan.route, plan.gate_up.block_n, g.num_local_experts
+    tile, block_n, local = plan.route, plan.ways[-1].gate_up.block_n, g.num_local_experts
+    few = plan.ways[0].gate_up.block_n if len(plan.ways) > 1 else 0
     deepseek, cells = g.routing == "deepseek_v3", max(32, power_of_two_at_least(local))
     experts, lanes, by_warp = _tile(g, plan, logits, bias if deepseek else logits)
     choosing = (g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, deepseek, by_warp, tile.block_t)
@@ -341,8 +350,8 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     constants = (*choosing, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
-    arguments = (*weights, *lists, b["before"], sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
+    arguments = (*weights, *lists, b["before"], b.get("skewed", b["tile_count"]), sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
     counts = max(1, min(128, 4096 // cells))
-    constants = (local, cells, g.top_k, tile.place_t, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
+    constants = (local, cells, g.top_k, tile.place_t, few, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
     return [choose, place]

@@ -6,7 +6,7 @@ Nothing in it that reaches a result is read before the same call wrote it, and i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,6 +32,9 @@ class Sizes:
 
 @lru_cache(maxsize=512)
 def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
+    if len(plan.ways) > 1:
+        every = [astuple(sizes(geometry, tokens, way)) for way in plan.ways]
+        return Sizes(*map(max, *every))
     per_token = min(geometry.top_k, geometry.num_local_experts)
     pairs = tokens * per_token
     block_n = plan.gate_up.block_n
@@ -58,6 +61,9 @@ MAIL_SLOTS = 8  # of units that a cluster's first program of the prefill kernel 
 
 def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
     """What the programs of a persistent kernel count in, one after the other in memory; routing sets them to zero."""
+    if plan.path == "either":
+        streaming, filling = (counters(bound, way) for way in plan.ways)
+        return {name: max(streaming.get(name, 0), filling.get(name, 0)) for name in streaming | filling}
     if plan.path == "stream":
         return {"ticket": 1, "written": plan.gate_up.groups, "finished": bound.tiles}
     if plan.path == "prefill":
@@ -66,9 +72,14 @@ def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
     return {}
 
 
-@lru_cache(maxsize=512)
-def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:
-    """Offset, element count and type of every buffer, and the bytes of all."""
+def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[int, torch.dtype]]:
+    """Element count and type of every buffer, by name."""
+    if len(plan.ways) > 1:
+        found: dict[str, tuple[int, torch.dtype]] = {"skewed": (1, torch.int32)}
+        for way in plan.ways:
+            for name, (count, dtype) in _fields(geometry, tokens, way).items():
+                found[name] = (max(count, found[name][0] if name in found else 0), dtype)
+        return found
     bound = sizes(geometry, tokens, plan)
     local, block_i, prefill = geometry.num_local_experts, plan.gate_up.block_i, plan.path == "prefill"
     fields: dict[str, tuple[int, torch.dtype]] = {
@@ -87,11 +98,18 @@ def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tu
         "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
         "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),
     }
-    fields |= {name: (count, torch.int32) for name, count in counters(bound, plan).items()}
     if not plan.dense and not prefill:
         fields["rows"] = (bound.rows * bound.blocks * BLOCK, torch.bfloat16)
     elif plan.path == "dense" and plan.down.split > 1:
         fields["rows"] = (plan.down.split * tokens * geometry.hidden_size, torch.float32)
+    return fields
+
+
+@lru_cache(maxsize=512)
+def layout(geometry: MoEGeometry, tokens: int, plan: Plan) -> tuple[dict[str, tuple[int, int, torch.dtype]], int]:
+    """Offset, element count and type of every buffer, and the bytes of all."""
+    fields = _fields(geometry, tokens, plan)
+    fields |= {name: (count, torch.int32) for name, count in counters(sizes(geometry, tokens, plan), plan).items()}
     placed, offset = {}, 0
     for name, (count, dtype) in fields.items():
         placed[name] = (offset, count, dtype)
@@ -143,6 +161,11 @@ class Round:
     memory: Mapping[str, Slot]
     programs: int  # bound on the grids of the sorted and wide paths
     sm_count: int
+
+    @property
+    def ways(self) -> list[Round]:
+        """The same for each of the plan's ways, in the same memory."""
+        return [replace(self, plan=way, sizes=sizes(self.geometry, self.sizes.tokens, way)) for way in self.plan.ways]
 
     def launch(self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int, *, cluster: int = 1) -> Launch:
         """`arguments` are TMA descriptors, then slots, then numbers."""

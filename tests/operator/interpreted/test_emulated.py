@@ -54,7 +54,9 @@ def test_routings(name, routing, emulated):
         ("cluster 2 in flight", MoEGeometry(8, 3, 2, 512, 768), 150),
         ("dense", MoEGeometry(24, 24, 3, 768, 256, "renormalize"), 15),
         ("dense", MoEGeometry(8, 8, 2, 512, 768), 16),  # three stages of GEMM2 a tile: the consumers' turn changes
-        ("stream 128x16", MoEGeometry(8, 8, 2, 256, 128), 40),
+        ("stream 256x32", MoEGeometry(8, 8, 2, 256, 128), 40),
+        ("either", MoEGeometry(8, 8, 2, 768, 512), 33),
+        ("either", MoEGeometry(8, 2, 2, 512, 768), 200),  # two tiles of 64 an expert: prefill's way
         ("stream 256x32", MoEGeometry(8, 8, 2, 768, 128), 90),  # three row blocks: one group of columns
         ("stream 256x32 by twos", MoEGeometry(8, 3, 2, 512, 256), 70),
     ],
@@ -88,10 +90,10 @@ def test_any_layer(data, emulated):
     draw = data.draw
     name = draw(st.sampled_from(list(PLANS)), "plan")
     plan = PLANS[name]
-    unit = 256 * plan.gate_up.cluster if plan.path == "prefill" else 256
     clusters = plan.path == "prefill" and plan.gate_up.cluster == 2
-    inter = 256 if clusters or name in ("dense", "stream 256x32 by twos") else 128
-    least = 512 if plan.path == "prefill" else inter
+    unit = 512 if clusters else 256
+    inter = 256 if clusters or name == "dense" or getattr(plan.ways[0].gate_up, "burst", 1) == 2 else 128
+    least = 512 if plan.ways[-1].path == "prefill" else inter
     experts = draw(st.sampled_from([8, 16, 24]), "experts")
     local = draw(st.integers(1, experts), "local experts")
     hidden = unit * draw(st.integers(1, 1536 // unit), "hidden units")

@@ -9,8 +9,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_wait
 
 from blockmoe.geometry import BLOCK
-from blockmoe.operator.launch import Launch, Slot, descriptor
+from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
 from blockmoe.operator.persistent import unit_queue
+from blockmoe.operator.plan import PrefillTile
 from blockmoe.operator.prefill.down import add_rows, down_consumer
 from blockmoe.operator.prefill.gate_up import gate_up_consumer, gather, store_codes
 from blockmoe.operator.prefill.parts import (
@@ -112,24 +113,16 @@ def serve(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["tokens", "pitch"])
-def prefill_kernel(
-    w1, middle, middle_boxes, w2, runs, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before,
-    added, ready, ticket, mail, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
+@gluon.jit
+def prefill(
+    boxes, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready, ticket, mail,
+    finished, tiles, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr,
     CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The layer after routing.
-
-    GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[i / 128, p] its scale times the pair's routing weight. GEMM2: out[t, h]
-    in bfloat16, the sum over the token's pairs (`token_pairs`: how many), in the order of their experts, rounded after each; 0 where it has
-    none. GEMM1 has STAGES stages, of which FLIGHT may have their hidden states on their way, GEMM2 one less.
-
-    Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I], runs: `out` [T * H / 256, 256] in
-    bfloat16. x [T, H]; x_scale [H / 128, T]; out [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that
-    tiles can have. before [pitch]: the tile of the pair of the same token before, or -1. added [tiles, H / 256], ready [programs], ticket,
-    mail [clusters, MAIL] and finished [tiles] begin at 0.
-    """
+    """The layer after routing, by all roles: `prefill_kernel`."""
+    w1, middle, middle_boxes, w2, runs = boxes
+    tile_count, tile_expert, tile_group, tile_begin, tile_end = tiles
     x_buffers, w_buffers, s_buffers, w_s_buffers = stage_buffers(STAGES)
     codes = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
     rows_0, rows_1, rows_2, rows_3 = finished_rows(x_buffers, w_buffers, codes, STAGES)
@@ -185,24 +178,62 @@ def prefill_kernel(
     )  # fmt: skip
 
 
-def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
-    """Both GEMMs, SwiGLU and the output's last sum."""
-    g, tile, b = round.geometry, round.plan.gate_up, round.memory
+@gluon.jit(do_not_specialize=["tokens", "pitch"])
+def prefill_kernel(
+    w1, middle, middle_boxes, w2, runs, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before,
+    added, ready, ticket, mail, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr,
+    CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The layer after routing.
+
+    GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[i / 128, p] its scale times the pair's routing weight. GEMM2: out[t, h]
+    in bfloat16, the sum over the token's pairs (`token_pairs`: how many), in the order of their experts, rounded after each; 0 where it has
+    none. GEMM1 has STAGES stages, of which FLIGHT may have their hidden states on their way, GEMM2 one less.
+
+    Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I], runs: `out` [T * H / 256, 256] in
+    bfloat16. x [T, H]; x_scale [H / 128, T]; out [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that
+    tiles can have. before [pitch]: the tile of the pair of the same token before, or -1. added [tiles, H / 256], ready [programs], ticket,
+    mail [clusters, MAIL] and finished [tiles] begin at 0.
+    """
+    boxes = (w1, middle, middle_boxes, w2, runs)
+    tiles = (tile_count, tile_expert, tile_group, tile_begin, tile_end)
+    prefill(
+        boxes, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready, ticket, mail,
+        finished, tiles, tokens, pitch, HIDDEN, INTER, STAGES, CLUSTER, FLIGHT, CONSUMERS, LOADERS, CARRIERS, PDL,
+    )  # fmt: skip
+
+
+def boxes_of(w1: Slot, w2: Slot, out: Slot, tile: PrefillTile, round: Round) -> tuple[Descriptor, ...]:
+    """What TMA loads and stores: w1, the intermediate as stored and as loaded, w2, the output."""
+    g, middle = round.geometry, (round.sizes.rows, round.geometry.intermediate_size)
+    weights = (g.num_local_experts * 2 * g.intermediate_size, g.hidden_size), (g.num_local_experts * g.hidden_size, g.intermediate_size)
+    runs = (round.sizes.tokens * g.hidden_size // COLUMNS.value, COLUMNS.value)
+    return (
+        descriptor(w1, weights[0], (BLOCK, BLOCK), CODES.value, PROMOTION),
+        descriptor(round.memory["middle"], middle, (64, BLOCK), CODES.value),
+        descriptor(round.memory["middle"], middle, (64 // tile.cluster, BLOCK), CODES.value, PROMOTION),
+        descriptor(w2, weights[1], (BLOCK, BLOCK), CODES.value, PROMOTION),
+        descriptor(out, runs, (page_runs(g.hidden_size), COLUMNS.value), PAGE.value),
+    )
+
+
+def constants_of(tile: PrefillTile, round: Round) -> tuple:
+    """The kernel's but the last."""
+    g = round.geometry
     assert g.intermediate_size >= tile.stages * BLOCK, "with fewer K blocks than stages it was never tried"
     assert g.hidden_size >= (tile.flight - 1) * BLOCK, "a unit's last stages are said to be full behind all of its K blocks"
     assert g.intermediate_size // BLOCK % tile.cluster == 0 == g.hidden_size % (2 * BLOCK * tile.cluster), "a cluster's columns"
-    weights = descriptor(w1, (g.num_local_experts * 2 * g.intermediate_size, g.hidden_size), (BLOCK, BLOCK), CODES.value, PROMOTION)
-    middle = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64, BLOCK), CODES.value)
-    boxes = descriptor(b["middle"], (round.sizes.rows, g.intermediate_size), (64 // tile.cluster, BLOCK), CODES.value, PROMOTION)
-    others = descriptor(w2, (g.num_local_experts * g.hidden_size, g.intermediate_size), (BLOCK, BLOCK), CODES.value, PROMOTION)
-    runs = (round.sizes.tokens * g.hidden_size // COLUMNS.value, COLUMNS.value)
-    runs = descriptor(out, runs, (page_runs(g.hidden_size), COLUMNS.value), PAGE.value)
+    return g.hidden_size, g.intermediate_size, tile.stages, tile.cluster, tile.flight, *REGISTERS
+
+
+def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
+    """Both GEMMs, SwiGLU and the output's last sum."""
+    tile, b = round.plan.gate_up, round.memory
     lists = ("token_pairs", "pair_token", "pair_weight", "before", "added", "ready", "ticket", "mail", "finished")
     lists = tuple(b[n] for n in (*lists, "tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end"))
-    arguments = (
-        weights, middle, boxes, others, runs, x, x_scale, w1_scale, w2_scale, Slot(out.tensor, torch.int64), b["middle_scale"], *lists,
-        round.sizes.tokens, round.sizes.rows,
-    )  # fmt: skip
-    constants = (g.hidden_size, g.intermediate_size, tile.stages, tile.cluster, tile.flight, *REGISTERS, round.plan.pdl)
+    inputs = (x, x_scale, w1_scale, w2_scale, Slot(out.tensor, torch.int64), b["middle_scale"])
+    arguments = (*boxes_of(w1, w2, out, tile, round), *inputs, *lists, round.sizes.tokens, round.sizes.rows)
     programs = round.sm_count // tile.cluster * tile.cluster
+    constants = (*constants_of(tile, round), round.plan.pdl)
     return [round.launch(prefill_kernel, programs, arguments, constants, 4, cluster=tile.cluster)]

@@ -21,50 +21,46 @@ STORED = gl.constexpr(QUEUE.value + 1)
 
 @gluon.jit
 def two_sums(
-    it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
-    GROUP: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, PARTS: gl.constexpr,
-    X_BUFS: gl.constexpr, S_BUFS: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
+    it, stages, GROUP: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+    M: gl.constexpr,
 ):  # fmt: skip
-    """Scaled sums of both runs of weight rows, [ROWS, N] each, over this consumer's of COUNT stages from `it` on."""
+    """Scaled sums of both runs of weight rows with a tile's first N pairs, [ROWS, N] each, over this consumer's of COUNT stages from `it`
+    on."""
+    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stages
     S: gl.constexpr = gl.SliceLayout(0, M)
-    PART: gl.constexpr = 128 // PARTS
+    X_BUFS: gl.constexpr = 2 if DENSE else 1
+    S_BUFS: gl.constexpr = 4 if DENSE else 1
     zero = gl.zeros([ROWS, N], gl.float32, M)
     first = gl.zeros([ROWS, N], gl.float32, M)
     second = gl.zeros([ROWS, N], gl.float32, M)
-    for step in range(own_first(it, GROUP, CONSUMERS), it + COUNT, CONSUMERS):
+    for step in range(own_first(it, GROUP, DENSE), it + COUNT, 2 if DENSE else 1):
         at = step % STAGES
         mbarrier.wait(asked.index(at), (step // STAGES) & 1)
         mbarrier.wait(full.index(at), (step // STAGES) & 1)
         fence_async_shared()  # the pairs' rows came by cp.async, wgmma reads them by the other proxy
-        for part in gl.static_range(PARTS):
-            # before the products: behind them scales took 160 cycles a stage of GEMM2, waiting for shared memory perhaps
-            s = s_bufs.index(S_BUFS * at + part).load(S)
-            s_first = s * w_s_bufs.index(2 * at).load(S)
-            s_second = s * w_s_bufs.index(2 * at + 1).load(S)
-            b_x = x_bufs.index(X_BUFS * at).slice(part * PART, PART, dim=1).permute((1, 0))
-            b_first = w_bufs.index(2 * at).slice(part * PART, PART, dim=1)
-            b_second = w_bufs.index(2 * at + 1).slice(part * PART, PART, dim=1)
-            d_first = warpgroup_mma(b_first, b_x, zero, use_acc=False, is_async=True)
-            d_second = warpgroup_mma(b_second, b_x, zero, use_acc=False, is_async=True)
-            d_first, d_second = warpgroup_mma_wait(0, deps=(d_first, d_second))
-            if part == PARTS - 1:
-                mbarrier.arrive(empty.index(at), count=1)
-            first += d_first * gl.expand_dims(s_first, 0)
-            second += d_second * gl.expand_dims(s_second, 0)
+        # before the products: behind them scales took 160 cycles a stage of GEMM2, waiting for shared memory perhaps
+        s = s_bufs.index(S_BUFS * at).slice(0, N, dim=0).load(S)
+        s_first = s * w_s_bufs.index(2 * at).load(S)
+        s_second = s * w_s_bufs.index(2 * at + 1).load(S)
+        b_x = x_bufs.index(X_BUFS * at).slice(0, N, dim=0).permute((1, 0))
+        d_first = warpgroup_mma(w_bufs.index(2 * at), b_x, zero, use_acc=False, is_async=True)
+        d_second = warpgroup_mma(w_bufs.index(2 * at + 1), b_x, zero, use_acc=False, is_async=True)
+        d_first, d_second = warpgroup_mma_wait(0, deps=(d_first, d_second))
+        mbarrier.arrive(empty.index(at), count=1)
+        first += d_first * gl.expand_dims(s_first, 0)
+        second += d_second * gl.expand_dims(s_second, 0)
     return first, second, it + COUNT
 
 
 @gluon.jit
-def one_sum(
-    it, count, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
-    GROUP: gl.constexpr, CONSUMERS: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr,
-):  # fmt: skip
+def one_sum(it, count, stages, GROUP: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, M: gl.constexpr):
     """The sum [ROWS, N] of scaled products over this consumer's of `count` stages from `it` on, of two K blocks each, of which a pair has
     two scales each."""
+    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stages
     S: gl.constexpr = gl.SliceLayout(0, M)
     zero = gl.zeros([ROWS, N], gl.float32, M)
     sum = gl.zeros([ROWS, N], gl.float32, M)
-    for step in range(own_first(it, GROUP, CONSUMERS), it + count, CONSUMERS):
+    for step in range(own_first(it, GROUP, True), it + count, 2):
         at = step % STAGES
         mbarrier.wait(asked.index(at), (step // STAGES) & 1)
         mbarrier.wait(full.index(at), (step // STAGES) & 1)
@@ -89,17 +85,18 @@ def one_sum(
 
 
 @gluon.jit
-def own_first(it, GROUP: gl.constexpr, CONSUMERS: gl.constexpr):
-    """The first stage from `it` on that is this consumer's: of two each has every other one."""
-    if CONSUMERS == 1:
-        return it
-    else:
+def own_first(it, GROUP: gl.constexpr, DENSE: gl.constexpr):
+    """The first stage from `it` on that is this consumer's: where DENSE each of two has every other one."""
+    if DENSE:
         return it + ((it + GROUP) & 1)
+    else:
+        return it
 
 
 @gluon.jit
-def hand_over(sums, other, given, taken, n):
-    """The second consumer's sums of the nth unit, in `other`, to the first."""
+def hand_over(sums, exchange, n):
+    """The second consumer's sums of the nth unit to the first."""
+    other, given, taken = exchange
     mbarrier.wait(taken.index(0), (n & 1) ^ 1)
     for i in gl.static_range(len(sums)):
         other.index(i).store(sums[i])
@@ -108,8 +105,9 @@ def hand_over(sums, other, given, taken, n):
 
 
 @gluon.jit
-def join(sums, other, given, taken, n, M: gl.constexpr):
+def join(sums, exchange, n, M: gl.constexpr):
     """The first consumer's sums of the nth unit and, added to them, the second's."""
+    other, given, taken = exchange
     found = ()
     mbarrier.wait(given.index(0), n & 1)
     for i in gl.static_range(len(sums)):
@@ -230,26 +228,58 @@ def teller(
 
 
 @gluon.jit
+def gate_up_unit(
+    it, n, begin, end, block, stages, exchange, pair_weight, middle, middle_scale,
+    GROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    DENSE: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """A unit of GEMM1, of a tile's first N pairs."""
+    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
+    s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
+    weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
+    up, gate, it = two_sums(it, stages, GROUP, N, HIDDEN // 128, ROWS, STAGES, DENSE, M)
+    if GROUP == 1:
+        hand_over((up, gate), exchange, n)
+    else:
+        if DENSE:
+            up, gate = join((up, gate), exchange, n, M)
+        store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, not DENSE, M)
+    return it
+
+
+@gluon.jit
+def down_unit(
+    it, begin, end, column, stages, rows,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """A unit of GEMM2 of sorted pairs: 2 * ROWS columns from `column` on, of a tile's first N pairs."""
+    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
+    first, second, it = two_sums(it, stages, 0, N, INTER // 128, ROWS, STAGES, False, M)
+    store_rows(first, begin, end, column, rows, HIDDEN, ROWS, N, WARPS, True)
+    store_rows(second, begin, end, column + ROWS, rows, HIDDEN, ROWS, N, WARPS, True)
+    return it
+
+
+@gluon.jit
 def consumer(
-    GROUP: gl.constexpr, CONSUMERS: gl.constexpr, parameters,
+    GROUP: gl.constexpr, parameters,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` a column group's of GEMM2.
 
-    Of two each multiplies every other stage: one alone takes some 580 cycles for a stage of GEMM2, longer than the memory where few
-    programs have units left. What the second has summed it hands to the first, which does all else.
+    Where DENSE there are two, and each multiplies every other stage: one alone takes some 580 cycles for a stage of GEMM2, longer than the
+    memory where few programs have units left. What the second has summed it hands to the first, which does all else.
+
+    Of tiles with more than 32 pairs the products of the first 32 are a code of their own, for those that have no others.
     """
     (
-        other, given, taken, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out,
+        exchange, stages, queue, told, heard, middle, middle_scale, rows, out,
         finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens, stored,
     ) = parameters
-    M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
+    FEW: gl.constexpr = min(N, 32)
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS
-    PARTS: gl.constexpr = 128 // ROWS
-    X_BUFS: gl.constexpr = 2 if DENSE else 1
-    S_BUFS: gl.constexpr = X_BUFS * PARTS
     tiles, units_1, sums, units = unit_counts(tile_count, tokens, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     it = 0
     n = 0
@@ -257,18 +287,17 @@ def consumer(
     while unit < units_1:
         tile, block = unit_at(unit, tile_group, IN, DENSE)
         begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
-        s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
-        weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
-        up, gate, it = two_sums(
-            it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
-            GROUP, CONSUMERS, ROWS, N, HIDDEN // 128, 1, X_BUFS, S_BUFS, STAGES, M,
-        )  # fmt: skip
-        if GROUP == 1:
-            hand_over((up, gate), other, given, taken, n)
+        if N > FEW and end - begin <= FEW:
+            it = gate_up_unit(
+                it, n, begin, end, block, stages, exchange, pair_weight, middle, middle_scale,
+                GROUP, HIDDEN, INTER, ROWS, FEW, STAGES, DENSE, WARPS,
+            )  # fmt: skip
         else:
-            if CONSUMERS == 2:
-                up, gate = join((up, gate), other, given, taken, n, M)
-            store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, not DENSE, M)
+            it = gate_up_unit(
+                it, n, begin, end, block, stages, exchange, pair_weight, middle, middle_scale,
+                GROUP, HIDDEN, INTER, ROWS, N, STAGES, DENSE, WARPS,
+            )  # fmt: skip
+        if GROUP == 0:
             barrier()
             if DENSE:
                 gl.atomic_add(finished + tile, 1, sem="release")
@@ -278,14 +307,12 @@ def consumer(
         unit = hear(queue, told, heard, n, WARPS)
     while unit < units:
         if DENSE:
-            sum, it = one_sum(
-                it, tiles * (INTER // 256), w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, GROUP, CONSUMERS, ROWS, N, STAGES, M
-            )
+            M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
+            sum, it = one_sum(it, tiles * (INTER // 256), stages, GROUP, N, ROWS, STAGES, M)
             if GROUP == 1:
-                hand_over((sum,), other, given, taken, n)
+                hand_over((sum,), exchange, n)
             else:
-                if CONSUMERS == 2:
-                    sum = join((sum,), other, given, taken, n, M)[0]
+                sum = join((sum,), exchange, n, M)[0]
                 store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS, False)
         else:
             group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
@@ -300,13 +327,11 @@ def consumer(
             else:
                 tile, block = unit_at(number, tile_group, OUT, False)
                 begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
-                first, second, it = two_sums(
-                    it, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty,
-                    GROUP, CONSUMERS, ROWS, N, INTER // 128, PARTS, X_BUFS, S_BUFS, STAGES, M,
-                )  # fmt: skip
                 column = (group * OUT + block) * (2 * ROWS)
-                store_rows(first, begin, end, column, rows, HIDDEN, ROWS, N, WARPS, True)
-                store_rows(second, begin, end, column + ROWS, rows, HIDDEN, ROWS, N, WARPS, True)
+                if N > FEW and end - begin <= FEW:
+                    it = down_unit(it, begin, end, column, stages, rows, HIDDEN, INTER, ROWS, FEW, STAGES, WARPS)
+                else:
+                    it = down_unit(it, begin, end, column, stages, rows, HIDDEN, INTER, ROWS, N, STAGES, WARPS)
                 barrier()
                 mbarrier.arrive(stored.index(n % STORED), count=1)
         n += 1

@@ -16,8 +16,10 @@ from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.workspace import Round
 
 REGISTERS = 56  # a thread of the producers
+LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
 RUN = 512  # columns of a token that the last sum adds at a time
 SECOND_REGISTERS = gl.constexpr(168)  # a thread of the second consumer, where there is one
+CONSUMER_REGISTERS = gl.constexpr(208)  # of the consumer, where it is not the program's first warps
 WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 
 
@@ -42,15 +44,78 @@ def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DEN
 
 
 @gluon.jit
-def place_of_sums(ROWS: gl.constexpr, N: gl.constexpr, CONSUMERS: gl.constexpr):
-    """Where the second consumer leaves a unit's sums for the first, and barriers that say that they are there, and that they were read."""
+def place_of_sums(ROWS: gl.constexpr, N: gl.constexpr, DENSE: gl.constexpr):
+    """Where a second consumer leaves a unit's sums for the first, and barriers that say that they are there, and that they were read."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    other = gl.allocate_shared_memory(gl.float32, [2, ROWS if CONSUMERS == 2 else 1, N], LAYOUT)
+    other = gl.allocate_shared_memory(gl.float32, [2, ROWS if DENSE else 1, N], LAYOUT)
     given = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(given.index(0), count=1)
     mbarrier.init(taken.index(0), count=1)
     return other, given, taken
+
+
+@gluon.jit
+def stream(
+    w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, counters, tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
+    REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The layer after routing, by all roles: `stream_kernel`. GATHERERS: warps that gather pairs; four are the program's first ones."""
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs = lists
+    ticket, finished, written = counters
+    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stage_buffers(ROWS, N, STAGES, DENSE, GATHERERS)
+    exchange = place_of_sums(ROWS, N, DENSE)
+    queue, told, heard = unit_queue(3)  # all roles but the one that draws: consumer and gatherers, with a second consumer or the teller
+    stored = gl.allocate_shared_memory(gl.int64, [STORED, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STORED):
+        mbarrier.init(stored.index(i), count=1)
+    if PDL:
+        gdc_wait()
+    multiplied = (
+        exchange, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens, stored,
+    )  # fmt: skip
+    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens)
+    pairs = (
+        x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
+        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
+    )  # fmt: skip
+    said = (stored, queue, told, heard, finished, written, tile_count, tile_group, tokens)
+    if DENSE:
+        gl.warp_specialize(
+            [
+                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
+                (consumer, (1, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, GATHERERS)),
+            ],
+            [WARPS, 1, GATHERERS],
+            [SECOND_REGISTERS, REGISTERS, REGISTERS],
+        )
+    elif GATHERERS == 4:
+        gl.warp_specialize(
+            [
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, GATHERERS)),
+                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
+                (teller, (said, HIDDEN, INTER, ROWS, GROUPS, RUN)),
+            ],
+            [WARPS, 1, 1],
+            [CONSUMER_REGISTERS, REGISTERS, REGISTERS],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, GATHERERS)),
+                (teller, (said, HIDDEN, INTER, ROWS, GROUPS, RUN)),
+            ],
+            [1, GATHERERS, 1],
+            [REGISTERS, REGISTERS, REGISTERS],
+        )
 
 
 @gluon.jit(do_not_specialize=["tokens"])
@@ -70,66 +135,36 @@ def stream_kernel(
     written [GROUPS] begin at 0.
     """
     GATHERERS: gl.constexpr = 1 if DENSE else 2  # warps: of 64 pairs one would hold more addresses than registers
-    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stage_buffers(ROWS, N, STAGES, DENSE, GATHERERS)
-    CONSUMERS: gl.constexpr = 2 if DENSE else 1
-    other, given, taken = place_of_sums(ROWS, N, CONSUMERS)
-    queue, told, heard = unit_queue(3)  # all roles but the one that draws: consumer and gatherers, with a second consumer or the teller
-    stored = gl.allocate_shared_memory(gl.int64, [STORED, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STORED):
-        mbarrier.init(stored.index(i), count=1)
-    if PDL:
-        gdc_wait()
-    multiplied = (
-        other, given, taken, w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty, queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens, stored,
+    lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs)
+    stream(
+        w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
+        HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS, PDL,
     )  # fmt: skip
-    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens)
-    pairs = (
-        x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
-        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
-    )  # fmt: skip
-    said = (stored, queue, told, heard, finished, written, tile_count, tile_group, tokens)
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
-                (consumer, (0, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
-                (consumer, (1, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, GATHERERS)),
-            ],
-            [WARPS, 1, GATHERERS],
-            [SECOND_REGISTERS, REGISTERS, REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (consumer, (0, CONSUMERS, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, GATHERERS)),
-                (teller, (said, HIDDEN, INTER, ROWS, GROUPS, RUN)),
-            ],
-            [1, GATHERERS, 1],
-            [REGISTERS, REGISTERS, REGISTERS],
-        )
 
 
-def weight_boxes(w: Slot, rows: int, columns: int, tile: StreamTile) -> Descriptor:
-    return descriptor(w, (rows, columns), (tile.rows, BLOCK), WEIGHT_LAYOUT, tile.promotion)
+def boxes_of(w1: Slot, w2: Slot, tile: StreamTile, round: Round) -> tuple[Descriptor, ...]:
+    """What TMA loads: w1, w2."""
+    g, box = round.geometry, (tile.rows, BLOCK)
+    first = (g.num_local_experts * 2 * g.intermediate_size, g.hidden_size), (g.num_local_experts * g.hidden_size, g.intermediate_size)
+    return tuple(descriptor(w, shape, box, WEIGHT_LAYOUT, tile.promotion) for w, shape in zip((w1, w2), first, strict=True))
+
+
+def constants_of(tile: StreamTile, round: Round) -> tuple:
+    """The kernel's but the last three."""
+    g = round.geometry
+    assert g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows) == 0, "a unit's columns of the output"
+    assert not tile.dense or g.intermediate_size % (2 * BLOCK) == 0, "a stage is two K blocks of GEMM2"
+    assert g.hidden_size % (tile.burst * BLOCK) == 0 == g.intermediate_size % (tile.burst * BLOCK), "K blocks that are asked for together"
+    groups = tile.groups if g.hidden_size // (2 * tile.rows) % tile.groups == 0 else 1
+    constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, tile.dense, groups, RUN)
+    return (*constants, tile.flight or tile.stages, tile.burst)
 
 
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
-    g, tile, b = round.geometry, round.plan.gate_up, round.memory
-    assert g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows) == 0, "a unit's columns of the output"
-    assert not tile.dense or g.intermediate_size % (2 * BLOCK) == 0, "a stage is two K blocks of GEMM2"
-    assert g.hidden_size % (tile.burst * BLOCK) == 0 == g.intermediate_size % (tile.burst * BLOCK), "K blocks that are asked for together"
-    first = weight_boxes(w1, g.num_local_experts * 2 * g.intermediate_size, g.hidden_size, tile)
-    second = weight_boxes(w2, g.num_local_experts * g.hidden_size, g.intermediate_size, tile)
-    lists = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
-    lists = tuple(b[n] for n in (*lists, "ticket", "finished", "written"))
-    rows = out if tile.dense else b["rows"]
-    arguments = (first, second, x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], rows, out, *lists, round.sizes.tokens)
-    groups = tile.groups if g.hidden_size // (2 * tile.rows) % tile.groups == 0 else 1
-    constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, tile.dense, groups, RUN)
-    constants += (tile.flight or tile.stages, tile.burst, REGISTERS, tile.num_warps, round.plan.pdl)
+    tile, b = round.plan.gate_up, round.memory
+    lists = tuple(b[n] for n in (*LISTS, "ticket", "finished", "written"))
+    inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], out if tile.dense else b["rows"], out)
+    arguments = (*boxes_of(w1, w2, tile, round), *inputs, *lists, round.sizes.tokens)
+    constants = (*constants_of(tile, round), REGISTERS, tile.num_warps, round.plan.pdl)
     return [round.launch(stream_kernel, round.sm_count, arguments, constants, tile.num_warps)]

@@ -1,0 +1,63 @@
+"""One kernel with both ways through the layer after routing: the roles of `stream`, or those of `prefill` where few experts take much.
+
+Which is faster, the sizes alone don't tell: stream reads an expert's weights once for each of its tiles of 64 pairs. Routing does, which
+counts them (`place_kernel`); a launch of each, one of them with nothing to do, took 5 to 7 us more.
+"""
+
+from __future__ import annotations
+
+import torch
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
+
+from blockmoe.operator.launch import Launch, Slot
+from blockmoe.operator.prefill import layer as by_prefill
+from blockmoe.operator.prefill.layer import prefill
+from blockmoe.operator.stream import layer as by_stream
+from blockmoe.operator.stream.layer import stream
+from blockmoe.operator.workspace import Round
+
+GATHERERS = gl.constexpr(4)  # of stream: the kernel's first warps, which are four as prefill's first consumer
+LOADERS = 40  # registers of a thread of stream's single warps
+
+
+@gluon.jit(do_not_specialize=["tokens", "pitch"])
+def either_kernel(
+    w1, w2, p_w1, p_middle, p_middle_boxes, p_w2, p_runs,
+    x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, words,
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, before, skewed,
+    ticket, finished, written, added, ready, mail, tokens, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, LOADERS: gl.constexpr,
+    WARPS: gl.constexpr, P_HIDDEN: gl.constexpr, P_INTER: gl.constexpr, P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr,
+    P_FLIGHT: gl.constexpr, P_CONSUMERS: gl.constexpr, P_LOADERS: gl.constexpr, P_CARRIERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """The layer after routing: `prefill_kernel`'s where `skewed`, else `stream_kernel`'s. `out` and, in 64-bit words, `words` are the same."""
+    if PDL:
+        gdc_wait()
+    if gl.load(skewed) == 0:
+        lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs)
+        stream(
+            w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
+            HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST, LOADERS, WARPS, GATHERERS, False,
+        )  # fmt: skip
+    else:
+        boxes = (p_w1, p_middle, p_middle_boxes, p_w2, p_runs)
+        tiles = (tile_count, tile_expert, tile_group, tile_begin, tile_end)
+        prefill(
+            boxes, x, x_scale, w1_scale, w2_scale, words, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready, ticket,
+            mail, finished, tiles, tokens, pitch, P_HIDDEN, P_INTER, P_STAGES, P_CLUSTER, P_FLIGHT, P_CONSUMERS, P_LOADERS, P_CARRIERS, False,
+        )  # fmt: skip
+
+
+def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
+    """Both GEMMs, SwiGLU and the output's last sum."""
+    tile, b, (streaming, filling) = round.plan.gate_up, round.memory, round.ways
+    inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], b["rows"], out, Slot(out.tensor, torch.int64))
+    lists = (*by_stream.LISTS, "before", "skewed", "ticket", "finished", "written", "added", "ready", "mail")
+    boxes = (*by_stream.boxes_of(w1, w2, tile.stream, streaming), *by_prefill.boxes_of(w1, w2, out, tile.prefill, filling))
+    arguments = (*boxes, *inputs, *(b[n] for n in lists), round.sizes.tokens, filling.sizes.rows)
+    constants = (*by_stream.constants_of(tile.stream, streaming), LOADERS, tile.stream.num_warps)
+    constants += (*by_prefill.constants_of(tile.prefill, filling), round.plan.pdl)
+    return [round.launch(either_kernel, round.sm_count, arguments, constants, GATHERERS.value)]
