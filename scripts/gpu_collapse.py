@@ -32,7 +32,9 @@ STAGES = ("routing", "permute", "GEMM1", "activation", "GEMM2", "both GEMMs", "c
 CALLS = 5
 SPIN_CYCLES = 8_000_000  # 4 ms: a profiled launch takes the host up to 0.1 ms, and a call has 32 at most
 MARK = "nextafter"  # the kernel that brackets a call: no solution launches it
-PRODUCT = re.compile(r"cutlass|group_gemm_starts|grouped_gemm_kernel|fp8_gemm|gate_up|(^|_)down_|down_kernel|stream_kernel|prefill_kernel|either_kernel")
+PRODUCT = re.compile(
+    r"cutlass|group_gemm_starts|grouped_gemm_kernel|fp8_gemm|gate_up|(^|_)down_|down_kernel|stream_kernel|prefill_kernel|either_kernel"
+)
 FIRST_ONLY, SECOND_ONLY = re.compile(r"gate_up"), re.compile(r"(^|_)down_|down_kernel")
 BOTH = re.compile(r"stream_kernel|prefill_kernel|either_kernel")
 PERMUTE = re.compile(r"compute_problem_sizes|compute_expert|compute_arg_sorts|shuffle_row|gather|align|sort|place")

@@ -10,8 +10,8 @@ by the bench's timer (CUPTI where it is installed), with the graph replay and th
     all local     every choice of every token is local, over all local experts alike
 
 At every T the plans of T/2, T - 1, T + 1 and 2T, and each way of a plan of which routing chooses one, run interleaved with the chosen
-one where their paths or tiles differ (routing stays); where one seems faster by more than 3 %, both are measured again. Exit code 1 where that holds, where time per pair is
-more than 5 % above that of a smaller T of the family, or where a point failed or was cut off.
+one where their paths or tiles differ (routing stays); where one seems faster by more than 3 %, both are measured again. Exit code 1
+where that holds, where time per pair is more than 5 % above that of a smaller T of the family, or where a point failed or was cut off.
 
     python scripts/gpu_curve.py --plot RESULT.jsonl --to results/h100/curve/curve.svg      # on any machine; prints the table too
 """
@@ -109,8 +109,8 @@ class Curve:
         return self.checks.plan_of(self.g, tokens, self.device)
 
     def neighbours(self, tokens: int) -> dict[str, object]:
-        """Other plans than the chosen one that might serve `tokens` tokens, with its routing: a routing tile may bound T. And its ways, where
-        routing chooses of several."""
+        """Other plans than the chosen one that might serve `tokens` tokens, with its routing: a routing tile may bound T. And its ways,
+        where routing chooses of several."""
         chosen = self.plan(tokens)
         found = {way.path: way for way in chosen.ways if way != chosen}
         for other in (tokens // 2, tokens - 1, tokens + 1, 2 * tokens):

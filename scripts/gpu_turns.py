@@ -4,7 +4,8 @@
     python scripts/gpu_turns.py old=old new=. new2=. variant=.,NAME=VALUE
 
 Each tree's operator (465d850 or newer) runs in a process of its own, with the environment NAME=VALUE, on the same inputs. The processes
-take turns, every other round in reverse. Processes of one tree differ too: give it twice. Cold L2 before each call. Printed last, as
+take turns, every other round in reverse. Processes of one tree differ too: give it twice. Cold L2 before each call; cold code, too, if
+calls of other numbers of tokens come `--between`. Printed last, as
 medians over the rounds of medians of six calls: the whole call in us, the clock of the multiprocessors during it, their cycles, the
 stages by themselves. Before that a sum over the output's bits by place, by which trees agree or not.
 """
@@ -47,8 +48,8 @@ class Tree:
             raise SystemExit(f"gpu_turns: expected LABEL=TREE[,NAME=VALUE]..., with {needed[0]} and {needed[1]}, got {given!r}")
         self.environment = {**os.environ, **dict(setting.split("=", 1) for setting in settings)}
 
-    def start(self) -> None:
-        command = [sys.executable, __file__, "--serve", self.path]
+    def start(self, between: str) -> None:
+        command = [sys.executable, __file__, "--serve", self.path, between]
         self.process = subprocess.Popen(command, env=self.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, question: str) -> None:
@@ -63,8 +64,9 @@ class Tree:
         return found
 
 
-def serve(tree: str) -> None:
-    """Answers "make T" with the output's sums and "time T" with us, MHz, thousands of cycles, and us of each stage."""
+def serve(tree: str, between: str) -> None:
+    """Answers "make T" with the output's sums and "time T" with us, MHz, thousands of cycles, and us of each stage. Calls of `between`
+    tokens, made before, run before each."""
     sys.path[:0] = [f"{tree}/scripts", f"{tree}/src"]
     import gpu_operator as operator
 
@@ -95,12 +97,16 @@ def serve(tree: str) -> None:
 
     def measure(tokens: int) -> str:
         _, addresses, ready = made[tokens]
+        others = [made[int(t)] for t in between.split(",") if t]
         stamps = torch.zeros(CALLS, 2, count, 2, dtype=torch.int64, device="cuda")
         whole, parts = [], []
         timer.release_l2()
         torch.cuda._sleep(4_000_000)  # the host runs ahead
         for call in range(CALLS):
             for apart in (False, True):
+                for _, there, kernels in others:
+                    for stage in kernels:
+                        stage.run(there)
                 timer.flush()
                 if not apart:
                     clocks[(count,)](stamps[call, 0])
@@ -132,22 +138,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="14107,11948,4096,2048", help="comma-separated")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--between", default="", help="as 8,4096: calls of so many tokens run before each measured one")
     parser.add_argument("trees", nargs="+", metavar="LABEL=TREE")
     arguments = parser.parse_args()
     try:
         tokens = [int(t) for t in arguments.tokens.split(",")]
+        between = [int(t) for t in arguments.between.split(",") if t]
     except ValueError:
-        parser.error(f"--tokens: expected numbers and commas, got {arguments.tokens!r}")
-    if min(tokens) < 1 or arguments.rounds < 1:
+        parser.error(f"--tokens, --between: expected numbers and commas, got {arguments.tokens!r} and {arguments.between!r}")
+    if min(tokens + between) < 1 or arguments.rounds < 1:
         parser.error(f"--tokens, --rounds: expected at least 1, got {arguments.tokens} and {arguments.rounds}")
     trees = [Tree(given) for given in arguments.trees]
     if len({tree.label for tree in trees}) < len(trees):
         parser.error(f"expected a label of its own for each tree, got {' '.join(tree.label for tree in trees)}")
     for tree in trees:
-        tree.start()
+        tree.start(arguments.between)
     for tree in trees:
         print(tree.label, tree.answer(), flush=True)
-    for t in tokens:
+    for t in dict.fromkeys(tokens + between):
         for tree in trees:
             tree.ask(f"make {t}")
         for tree in trees:
@@ -166,4 +174,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[2]) if sys.argv[1:2] == ["--serve"] else main()
+    serve(*sys.argv[2:]) if sys.argv[1:2] == ["--serve"] else main()

@@ -74,14 +74,24 @@ def test_stream(tile, tmp_path):
     assert usage.shared <= SHARED_LIMIT and usage.stack <= 8
     assert not uncovered(usage.ptx) and len(uncovered(re.sub(r"bar\.(warp\.)?sync", "nothing", usage.ptx))) > 4
     assert not warnings(usage.ptx, tmp_path) and not re.search(r"\b[HI]G?MMA", usage.sass)
-    # GEMM1: two accumulators by four steps of 32; GEMM2: a group scaled at a time, or all four products of a dense stage
-    second = ["Q" * 8] if tile.dense or tile.rows == 128 else ["Q" * 4] * 2
-    assert products(usage.sass) == ["Q" * 8, *second] * (2 if tile.dense else 1)  # consumers
+    # GEMM1: two accumulators by four steps of 32; GEMM2 likewise, or all four products of a dense stage
+    # twice: of two consumers, or for tiles of few pairs and of more
+    assert products(usage.sass) == ["Q" * 8] * (4 if tile.dense or tile.block_n == 64 else 2)
     assert all(meta["block_size"] == [tile.rows, 128] and meta["elem_size"] == 1 for meta in usage.tensordesc)
     assert len(usage.tensordesc) == 2
     # what a kernel has the L2 keep outlasts it: it lets that go again; where all is summed in the accumulator nothing is kept
     kept = 0 if tile.dense else HEADLINE.top_k + 1  # a line of each of a token's rows; the intermediate
     assert ("evict_last" in usage.ptx) == (not tile.dense) and usage.ptx.count("applypriority.global.L2::evict_normal") == kept
+
+
+def test_either(tmp_path):
+    """Both ways in the shared memory of the larger, and each with its products unbroken."""
+    (launch,) = pipeline.stages(HEADLINE, 8, choose_plan(HEADLINE, 901, H200), 0, 1.0)["layer"]
+    usage = aot.compiled(launch, 90)
+    assert usage.shared <= SHARED_LIMIT and usage.stack <= 64
+    assert not uncovered(usage.ptx) and not warnings(usage.ptx, tmp_path) and not re.search(r"\b[HI]G?MMA", usage.sass)
+    found = products(usage.sass)
+    assert sorted(found) == ["Q" * 4] * 8 + ["Q" * 8] * 4, found
 
 
 @pytest.mark.parametrize(("cluster", "flight"), [(1, 2), (1, 3), (2, 2), (2, 3)])

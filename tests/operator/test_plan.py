@@ -114,12 +114,12 @@ def test_a_kernel_refuses_sizes_that_it_cannot_serve():
 
 def test_tiles_of_persistent_kernels_divide_the_sizes():
     for g, machine in product((*GEOMETRIES.values(), *UNUSUAL), (H100, H200)):
-        for plan in (way for plan in plans(g, machine) for way in plan.ways):
-            tile = plan.gate_up
-            if plan.path == "stream":
+        for way in (way for plan in plans(g, machine) for way in plan.ways):
+            tile = way.gate_up
+            if way.path == "stream":
                 assert g.intermediate_size % tile.rows == 0 == g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows)
                 assert not (tile.dense or tile.burst == 2) or g.intermediate_size % 256 == 0
-            elif plan.path == "prefill":  # a cluster's programs may have neighbouring columns
+            elif way.path == "prefill":  # a cluster's programs may have neighbouring columns
                 assert g.intermediate_size >= 128 * tile.stages
                 assert g.intermediate_size // 128 % tile.cluster == 0 == g.hidden_size % (256 * tile.cluster)
 

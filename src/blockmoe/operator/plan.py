@@ -245,7 +245,8 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     if rows >= PREFILL_ROWS and geometry.intermediate_size >= PREFILL_STAGES * BLOCK and persistent and not route.one_launch:
         flight = 3 if rows < MEMORY_BOUND_ROWS else 2
         if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
-            return Plan("either", route, EitherTile(_stream(geometry, tokens, rows, machine), PrefillTile(PREFILL_STAGES, 1, flight)), pdl=pdl)
+            tiles = EitherTile(_stream(geometry, tokens, rows, machine), PrefillTile(PREFILL_STAGES, 1, flight))
+            return Plan("either", route, tiles, pdl=pdl)
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
         cluster = 2 if clusters and even and rows >= CLUSTER_ROWS else 1

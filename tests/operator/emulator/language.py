@@ -250,6 +250,14 @@ def initialise(bar: Any, count: int) -> None:
     bar.program.barriers[bar.begin] = Barrier(int(count), Machine.current)
 
 
+def invalidate(bar: Any) -> None:
+    if bar.begin not in bar.program.barriers:
+        raise Fault(f"{Machine.current.name}: no mbarrier has been initialised at byte {bar.begin}")
+    del bar.program.barriers[bar.begin]
+    if not bar.program.barriers:  # Triton finds that no more of it is used, and gives it out again
+        bar.program.allocated = 0
+
+
 def wait_for_phase(bar: Any, phase: Any) -> None:
     role, barrier = Machine.current, shared.barrier_of(bar)
     role.wait(lambda: barrier.phase & 1 != int(phase), f"the mbarrier at byte {bar.begin}, in phase {barrier.phase}, to end {int(phase)}")
@@ -302,7 +310,7 @@ def warp_specialize(partitions: list, warps: list, registers: list) -> None:
 # --- as modules -----------------------------------------------------------------------------------------------------
 
 mbarrier = SimpleNamespace(
-    MBarrierLayout=lambda *given: None, init=initialise, wait=wait_for_phase, arrive=arrive, expect=expect
+    MBarrierLayout=lambda *given: None, init=initialise, invalidate=invalidate, wait=wait_for_phase, arrive=arrive, expect=expect
 )  # fmt: skip
 tma = SimpleNamespace(
     async_copy_global_to_shared=load_by_tma,

@@ -9,7 +9,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
-from blockmoe.operator.persistent import unit_queue
+from blockmoe.operator.persistent import barrier, unit_queue
 from blockmoe.operator.plan import StreamTile
 from blockmoe.operator.stream.compute import STORED, consumer, teller
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
@@ -56,25 +56,49 @@ def place_of_sums(ROWS: gl.constexpr, N: gl.constexpr, DENSE: gl.constexpr):
 
 
 @gluon.jit
-def stream(
-    w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, counters, tokens,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
-    REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    """The layer after routing, by all roles: `stream_kernel`. GATHERERS: warps that gather pairs; four are the program's first ones."""
-    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs = lists
-    ticket, finished, written = counters
-    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stage_buffers(ROWS, N, STAGES, DENSE, GATHERERS)
+def shared_memory(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr, GATHERERS: gl.constexpr):
+    """What a program's roles share, with barriers that are initialised: stages, a second consumer's sums, units, what is stored."""
+    stages = stage_buffers(ROWS, N, STAGES, DENSE, GATHERERS)
     exchange = place_of_sums(ROWS, N, DENSE)
-    queue, told, heard = unit_queue(3)  # all roles but the one that draws: consumer and gatherers, with a second consumer or the teller
+    units = unit_queue(3)  # for all roles but the one that draws: consumer and gatherers, with a second consumer or the teller
     stored = gl.allocate_shared_memory(gl.int64, [STORED, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STORED):
         mbarrier.init(stored.index(i), count=1)
-    if PDL:
-        gdc_wait()
+    return stages, exchange, units, stored
+
+
+@gluon.jit
+def invalidate(barriers):
+    COUNT: gl.constexpr = barriers.shape[0]
+    for i in gl.static_range(COUNT):
+        mbarrier.invalidate(barriers.index(i))
+
+
+@gluon.jit
+def give_up(shared):
+    """No barrier is one any more: the memory is free for anything else."""
+    stages, exchange, units, stored = shared
+    barriers = (stages[4], stages[5], stages[6], exchange[1], exchange[2], units[1], units[2], stored)
+    for kind in gl.static_range(len(barriers)):
+        invalidate(barriers[kind])
+    barrier()
+
+
+@gluon.jit
+def stream(
+    shared, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, counters, tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
+    REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
+):  # fmt: skip
+    """The layer after routing, by all roles: `stream_kernel`. GATHERERS: warps that gather pairs; four are the program's first ones."""
+    stages, exchange, units, stored = shared
+    queue, told, heard = units
+    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stages
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs = lists
+    ticket, finished, written = counters
     multiplied = (
-        exchange, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
+        exchange, stages, queue, told, heard, middle, middle_scale, rows, out,
         finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens, stored,
     )  # fmt: skip
     weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens)
@@ -135,10 +159,13 @@ def stream_kernel(
     written [GROUPS] begin at 0.
     """
     GATHERERS: gl.constexpr = 1 if DENSE else 2  # warps: of 64 pairs one would hold more addresses than registers
+    shared = shared_memory(ROWS, N, STAGES, DENSE, GATHERERS)
+    if PDL:
+        gdc_wait()
     lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs)
     stream(
-        w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
-        HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS, PDL,
+        shared, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
+        HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
     )  # fmt: skip
 
 
