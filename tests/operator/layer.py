@@ -8,7 +8,7 @@ from blockmoe.geometry import BLOCK, TINY, MoEGeometry
 from blockmoe.operator.api import fused_moe
 from blockmoe.operator.plan import DownTile, EitherTile, GateUpTile, Plan, PrefillTile, RouteTile, StreamTile
 from blockmoe.operator.workspace import layout
-from blockmoe.reference import moe_oracle, moe_reference, tensor_core_product
+from blockmoe.reference import moe_oracle, moe_reference, route, tensor_core_product
 
 UNGROUPED = MoEGeometry(24, 8, 3, 256, 256)
 RENORMALIZE = MoEGeometry(24, 24, 3, 256, 128, "renormalize")
@@ -75,8 +75,15 @@ def call(inputs, g: MoEGeometry, offset: int = 0, factor: float = 2.5, plan: Pla
     )  # fmt: skip
 
 
+def pairs_of(inputs, g: MoEGeometry, offset: int) -> list[int]:
+    """Each local expert's."""
+    chosen = route(inputs[0], inputs[1], g, 1.0)[0].flatten() - offset
+    return torch.bincount(chosen[(chosen >= 0) & (chosen < g.num_local_experts)], minlength=g.num_local_experts).tolist()
+
+
 def oracle(inputs, g: MoEGeometry, offset: int, factor: float, plan: Plan) -> torch.Tensor:
     """The layer with the rounding of `plan`: only sums of a different order remain. On a GPU its tensor cores sum the products."""
+    plan = plan.way(pairs_of(inputs, g, offset))
     rows = "float32" if plan.dense else "running bf16" if plan.path == "prefill" else "bf16"
     product = tensor_core_product if inputs[2].is_cuda else None
     return moe_oracle(*inputs, offset, factor, geometry=g, group=plan.gate_up.block_i, rows=rows, product=product)

@@ -17,6 +17,7 @@ in results/h100/operator, what was learnt in docs/kernel-log.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,11 +36,12 @@ WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorte
 # choose the same eight experts, T = 128, 256: 129, 182; by tiles of 32 206, 373. One expert, T = 128: 74; 59. (results/h200:
 # operator/prefill-flight.txt; curve/fourth.jsonl, third.jsonl)
 PREFILL_ROWS = 4
-# The same where memory is HBM3e: between the two stream has tiles of 64 pairs. Uniform routing, T = 130, 160, 191: 311, 324, 324 us,
-# prefill 330, 342, 341; 255: 323, 341, 323 in three calls, prefill's plan of 256 -, 353, 349 (operator/teller.txt, curve/sixth*.jsonl). It
-# stays ahead up to some 900 tokens, but an expert's tiles read its weights again and again. All choices local, T = 128, 256: on the same
-# eight experts 154, 265 us, prefill 135, 173; over all of them 339, 411, prefill 361, 378 (curve/sixth-local.jsonl).
+# Where memory is HBM3e, up to these mean rows a kernel has both ways: stream by tiles of 64 pairs, T = 256, 500, 901: 332, 336, 359 us,
+# prefill 345, 353, 364; 1,331: 365, 359 (operator/either.txt). But an expert's tiles read its weights again and again: where all choose the
+# same eight experts, T = 128, 256, 512: 154, 271, 516, prefill 124, 181, 300; where all choices are local, 331, 411, 608, prefill 360, 381,
+# 472 (curve/seventh-first.jsonl).
 EITHER_ROWS = 33
+MOST_TILES = 1.25  # of 64 pairs, of an expert that has any, on average: with more it is prefill
 # Mean rows from which its programs are clusters. On an H200, uniform routing, T = 128, 200, 300, 500, 901, 2048, 3072, 4096: 326, 346,
 # 348, 354, 365, 380, 424, 469 us, without 323, 344, 346, 351, 364, 379, 427, 491. Where all choose the same eight experts, whose tiles
 # then share weights, T = 256: 178.5, 181.8; without 190.2, 187.3 (curve/fourth-first.jsonl, fourth.jsonl).
@@ -218,6 +220,14 @@ class Plan:
             return (self,)
         tiles = self.gate_up
         return replace(self, path="stream", gate_up=tiles.stream), replace(self, path="prefill", gate_up=tiles.prefill)
+
+    def way(self, pairs: Sequence[int]) -> Plan:
+        """Which of the ways routing takes that gives each local expert so many pairs: `place_kernel` finds the same."""
+        if len(self.ways) == 1:
+            return self
+        stream, prefill = self.ways
+        tiles = sum(-(-n // stream.gate_up.block_n) for n in pairs)
+        return prefill if tiles > MOST_TILES * sum(n > 0 for n in pairs) else stream
 
     def __str__(self) -> str:
         g, d = self.gate_up, self.down

@@ -27,11 +27,12 @@ from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.kernel_parts import before_next_kernel
 from blockmoe.operator.largest import LARGEST_EACH, NONE, choose_largest
 from blockmoe.operator.launch import Launch, Slot
-from blockmoe.operator.plan import TILES, Plan, power_of_two_at_least
+from blockmoe.operator.plan import MOST_TILES, TILES, Plan, power_of_two_at_least
 from blockmoe.operator.workspace import Round
 
 LOWEST = tl.constexpr(NONE)  # below the key of every float
 TAKEN = tl.constexpr(NONE + 1)  # also below
+MOST = tl.constexpr(MOST_TILES)
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
@@ -293,7 +294,7 @@ def place_kernel(
     block_n = BLOCK_N
     if FEW_N > 0:
         tiles = tl.sum((total + FEW_N - 1) // FEW_N, 0)
-        prefill = 4 * tiles > 5 * tl.sum((total > 0).to(tl.int32), 0)
+        prefill = tiles > MOST * tl.sum((total > 0).to(tl.float32), 0)
         block_n = tl.where(prefill, BLOCK_N, FEW_N)
         tl.store(skewed, prefill.to(tl.int32))
     base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)

@@ -28,12 +28,16 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
     bound = sizes(g, tokens, plan)
     count = lists["tile_count"][0]
     assert count <= bound.tiles
+    chosen = plan.way(layer.pairs_of(inputs, g, offset))
+    if len(plan.ways) > 1:
+        assert lists["skewed"] == [chosen.path == "prefill"]
+    every, plan = plan, chosen
     pairs, row_of = {}, {}
     tiles = list(zip(lists["tile_expert"], lists["tile_begin"], lists["tile_end"], strict=True))[:count]
     assert [t[0] for t in tiles] == sorted(t[0] for t in tiles)
     own = {expert: [t for t, tile in enumerate(tiles) if tile[0] == expert] for expert, _, _ in tiles}
     assert lists["tile_group"][:count] == [4096 * own[expert][0] + len(own[expert]) for expert, _, _ in tiles]
-    assert all(not any(lists[name]) for name in counters(bound, plan))
+    assert all(not any(lists[name]) for name in counters(bound, every))
     if plan.path == "prefill":
         assert [begin for _, begin, _ in tiles] == [128 * t for t in range(count)]
     for expert, begin, end in tiles:
@@ -86,6 +90,17 @@ def test_prefill(tokens, once):
     plan = Plan("prefill", RouteTile(16, 16, 16, False, once), PrefillTile(4))
     g = replace(TINY, hidden_size=256, intermediate_size=512)
     agree(layer.make(g, tokens, seed=tokens), g, 8, plan)
+
+
+@pytest.mark.parametrize(("tokens", "favour", "path"), [(60, 0, "stream"), (300, 0, "stream"), (300, 9, "prefill"), (700, 0, "prefill")])
+def test_of_both_ways_one_is_chosen(tokens, favour, path):
+    g = replace(TINY, hidden_size=256, intermediate_size=512)
+    inputs, plan = layer.make(g, tokens, seed=tokens), layer.PERSISTENT["either"]
+    inputs[0][:, 9:11] += favour
+    assert plan.way(layer.pairs_of(inputs, g, 8)).path == path
+    agree(inputs, g, 8, plan)
+    assert plan.way([0] * 8).path == plan.way([64] * 4 + [65] + [0] * 3).path == "stream"
+    assert plan.way([64] * 2 + [65]).path == plan.way([1, 129]).path == "prefill"
 
 
 @pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])
