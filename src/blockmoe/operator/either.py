@@ -13,9 +13,11 @@ from triton.language.extra.cuda import gdc_wait
 
 from blockmoe.operator.launch import Launch, Slot
 from blockmoe.operator.prefill import layer as by_prefill
+from blockmoe.operator.prefill.layer import meeting_places as prefill_places
 from blockmoe.operator.prefill.layer import prefill
 from blockmoe.operator.stream import layer as by_stream
-from blockmoe.operator.stream.layer import give_up, shared_memory, stream
+from blockmoe.operator.stream.layer import give_up, stream
+from blockmoe.operator.stream.layer import meeting_places as stream_places
 from blockmoe.operator.workspace import Round
 
 GATHERERS = gl.constexpr(4)  # of stream: the kernel's first warps, which are four as prefill's first consumer
@@ -35,24 +37,25 @@ def either_kernel(
 ):  # fmt: skip
     """The layer after routing: `prefill_kernel`'s where `skewed`, else `stream_kernel`'s. `out` and, in 64-bit words, `words` are the
     same."""
-    shared = shared_memory(ROWS, N, STAGES, DENSE, GATHERERS)  # while routing goes on
+    places = stream_places(ROWS, N, STAGES, DENSE, GATHERERS)  # while routing goes on
+    p_places = prefill_places(P_STAGES, P_CLUSTER)
     if PDL:
         gdc_wait()
     if gl.load(skewed) == 0:
         lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs)
         stream(
-            shared, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
+            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
             HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST, LOADERS, WARPS, GATHERERS,
         )  # fmt: skip
     else:
-        give_up(shared)
         boxes = (p_w1, p_middle, p_middle_boxes, p_w2, p_runs)
         tiles = (tile_count, tile_expert, tile_group, tile_begin, tile_end)
         prefill(
-            boxes, x, x_scale, w1_scale, w2_scale, words, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready, ticket,
-            mail, finished, tiles, tokens, pitch, P_HIDDEN, P_INTER, P_STAGES, P_CLUSTER, P_FLIGHT, P_CONSUMERS, P_LOADERS, P_CARRIERS,
-            False,
+            p_places, boxes, x, x_scale, w1_scale, w2_scale, words, middle_scale, token_pairs, pair_token, pair_weight, before, added,
+            ready, ticket, mail, finished, tiles, tokens, pitch, P_HIDDEN, P_INTER, P_STAGES, P_CLUSTER, P_FLIGHT, P_CONSUMERS,
+            P_LOADERS, P_CARRIERS,
         )  # fmt: skip
+        give_up(places)
 
 
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:

@@ -254,8 +254,6 @@ def invalidate(bar: Any) -> None:
     if bar.begin not in bar.program.barriers:
         raise Fault(f"{Machine.current.name}: no mbarrier has been initialised at byte {bar.begin}")
     del bar.program.barriers[bar.begin]
-    if not bar.program.barriers:  # Triton finds that no more of it is used, and gives it out again
-        bar.program.allocated = 0
 
 
 def wait_for_phase(bar: Any, phase: Any) -> None:

@@ -114,36 +114,47 @@ def serve(
 
 
 @gluon.jit
-def prefill(
-    boxes, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready, ticket, mail,
-    finished, tiles, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr,
-    CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr, PDL: gl.constexpr,
-):  # fmt: skip
-    """The layer after routing, by all roles: `prefill_kernel`."""
-    w1, middle, middle_boxes, w2, runs = boxes
-    tile_count, tile_expert, tile_group, tile_begin, tile_end = tiles
-    x_buffers, w_buffers, s_buffers, w_s_buffers = stage_buffers(STAGES)
-    codes = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
-    rows_0, rows_1, rows_2, rows_3 = finished_rows(x_buffers, w_buffers, codes, STAGES)
-    full_1, empty_1 = stage_barriers(STAGES, CLUSTER)
-    full_2, empty_2 = stage_barriers(STAGES - 1, CLUSTER)
+def meeting_places(STAGES: gl.constexpr, CLUSTER: gl.constexpr):
+    """Where a program's roles meet: barriers of both GEMMs' stages, of codes, of finished rows and of loads that have begun, units, and
+    whose rows are there."""
+    first = stage_barriers(STAGES, CLUSTER)
+    second = stage_barriers(STAGES - 1, CLUSTER)
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     coded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     sent = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     begun = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
-    queue, told, heard = unit_queue(6, WORDS)
+    units = unit_queue(6, WORDS)
     there = rows_there()
-    page = gl.allocate_shared_memory(gl.bfloat16, runs.block_type.shape, PAGE)
     mbarrier.init(begun.index(0), count=1)
     for i in gl.static_range(2):
         mbarrier.init(coded.index(i), count=1)
         mbarrier.init(sent.index(i), count=1)
         mbarrier.init(done.index(i), count=1)
         mbarrier.init(taken.index(i), count=1)
-    if PDL:
-        gdc_wait()
+    return first, second, (coded, sent), (done, taken), begun, units, there
+
+
+@gluon.jit
+def prefill(
+    places, boxes, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready, ticket,
+    mail, finished, tiles, tokens, pitch,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr,
+    CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr,
+):  # fmt: skip
+    """The layer after routing, by all roles: `prefill_kernel`."""
+    w1, middle, middle_boxes, w2, runs = boxes
+    tile_count, tile_expert, tile_group, tile_begin, tile_end = tiles
+    first, second, codes_there, rows_done, begun, units, there = places
+    full_1, empty_1 = first
+    full_2, empty_2 = second
+    coded, sent = codes_there
+    done, taken = rows_done
+    queue, told, heard = units
+    x_buffers, w_buffers, s_buffers, w_s_buffers = stage_buffers(STAGES)
+    codes = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
+    rows_0, rows_1, rows_2, rows_3 = finished_rows(x_buffers, w_buffers, codes, STAGES)
+    page = gl.allocate_shared_memory(gl.bfloat16, runs.block_type.shape, PAGE)
     meet(ready, CLUSTER)
     gl.warp_specialize(
         [
@@ -196,11 +207,14 @@ def prefill_kernel(
     tiles can have. before [pitch]: the tile of the pair of the same token before, or -1. added [tiles, H / 256], ready [programs], ticket,
     mail [clusters, MAIL] and finished [tiles] begin at 0.
     """
+    places = meeting_places(STAGES, CLUSTER)
+    if PDL:
+        gdc_wait()
     boxes = (w1, middle, middle_boxes, w2, runs)
     tiles = (tile_count, tile_expert, tile_group, tile_begin, tile_end)
     prefill(
-        boxes, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready, ticket, mail,
-        finished, tiles, tokens, pitch, HIDDEN, INTER, STAGES, CLUSTER, FLIGHT, CONSUMERS, LOADERS, CARRIERS, PDL,
+        places, boxes, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready,
+        ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, STAGES, CLUSTER, FLIGHT, CONSUMERS, LOADERS, CARRIERS,
     )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
-from blockmoe.operator.persistent import barrier, unit_queue
+from blockmoe.operator.persistent import unit_queue
 from blockmoe.operator.plan import StreamTile
 from blockmoe.operator.stream.compute import STORED, consumer, teller
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
@@ -24,8 +24,8 @@ WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8,
 
 
 @gluon.jit
-def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr, GATHERERS: gl.constexpr):
-    """Buffers of weights, pairs and both kinds of scales; barriers of full and of empty stages."""
+def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr):
+    """Buffers of weights, pairs and both kinds of scales."""
     CODES: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     VECTOR: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     X_BUFS: gl.constexpr = 2 if DENSE else 1
@@ -33,6 +33,12 @@ def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DEN
     x_bufs = gl.allocate_shared_memory(gl.float8e4nv, [X_BUFS * STAGES, N, 128], CODES)
     s_bufs = gl.allocate_shared_memory(gl.float32, [X_BUFS * (128 // ROWS) * STAGES, N], VECTOR)
     w_s_bufs = gl.allocate_shared_memory(gl.float32, [2 * STAGES, 1], VECTOR)
+    return w_bufs, x_bufs, s_bufs, w_s_bufs
+
+
+@gluon.jit
+def stage_barriers(STAGES: gl.constexpr, GATHERERS: gl.constexpr):
+    """Barriers of stages whose weights and whose pairs are there, and of empty ones."""
     asked = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -40,7 +46,7 @@ def stage_buffers(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DEN
         mbarrier.init(asked.index(i), count=1)
         mbarrier.init(full.index(i), count=32 * GATHERERS)
         mbarrier.init(empty.index(i), count=1)
-    return w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty
+    return asked, full, empty
 
 
 @gluon.jit
@@ -56,9 +62,9 @@ def place_of_sums(ROWS: gl.constexpr, N: gl.constexpr, DENSE: gl.constexpr):
 
 
 @gluon.jit
-def shared_memory(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr, GATHERERS: gl.constexpr):
-    """What a program's roles share, with barriers that are initialised: stages, a second consumer's sums, units, what is stored."""
-    stages = stage_buffers(ROWS, N, STAGES, DENSE, GATHERERS)
+def meeting_places(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr, GATHERERS: gl.constexpr):
+    """Where a program's roles meet: barriers of stages, a second consumer's sums, units, what is stored."""
+    stages = stage_barriers(STAGES, GATHERERS)
     exchange = place_of_sums(ROWS, N, DENSE)
     units = unit_queue(3)  # for all roles but the one that draws: consumer and gatherers, with a second consumer or the teller
     stored = gl.allocate_shared_memory(gl.int64, [STORED, 1], mbarrier.MBarrierLayout())
@@ -75,30 +81,30 @@ def invalidate(barriers):
 
 
 @gluon.jit
-def give_up(shared):
-    """No barrier is one any more: the memory is free for anything else."""
-    stages, exchange, units, stored = shared
-    barriers = (stages[4], stages[5], stages[6], exchange[1], exchange[2], units[1], units[2], stored)
+def give_up(places):
+    """Nobody has met there. Up to here the compiler leaves the memory to these barriers."""
+    stages, exchange, units, stored = places
+    barriers = (stages[0], stages[1], stages[2], exchange[1], exchange[2], units[1], units[2], stored)
     for kind in gl.static_range(len(barriers)):
         invalidate(barriers[kind])
-    barrier()
 
 
 @gluon.jit
 def stream(
-    shared, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, counters, tokens,
+    places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, counters, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
     REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing, by all roles: `stream_kernel`. GATHERERS: warps that gather pairs; four are the program's first ones."""
-    stages, exchange, units, stored = shared
+    stages, exchange, units, stored = places
+    asked, full, empty = stages
     queue, told, heard = units
-    w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stages
+    w_bufs, x_bufs, s_bufs, w_s_bufs = stage_buffers(ROWS, N, STAGES, DENSE)
     tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs = lists
     ticket, finished, written = counters
     multiplied = (
-        exchange, stages, queue, told, heard, middle, middle_scale, rows, out,
+        exchange, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
         finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens, stored,
     )  # fmt: skip
     weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens)
@@ -159,12 +165,12 @@ def stream_kernel(
     written [GROUPS] begin at 0.
     """
     GATHERERS: gl.constexpr = 1 if DENSE else 2  # warps: of 64 pairs one would hold more addresses than registers
-    shared = shared_memory(ROWS, N, STAGES, DENSE, GATHERERS)
+    places = meeting_places(ROWS, N, STAGES, DENSE, GATHERERS)
     if PDL:
         gdc_wait()
     lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs)
     stream(
-        shared, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
+        places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
         HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
     )  # fmt: skip
 
