@@ -271,11 +271,13 @@ def consumer(
     Where DENSE there are two, and each multiplies every other stage: one alone takes some 580 cycles for a stage of GEMM2, longer than the
     memory where few programs have units left. What the second has summed it hands to the first, which does all else.
 
+    `between`: where consumers meet, or barriers that say, in turn, to the teller that a unit is stored.
+
     Of tiles with more than 32 pairs the products of the first 32 are a code of their own, for those that have no others.
     """
     (
-        exchange, stages, queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens, stored,
+        between, stages, queue, told, heard, middle, middle_scale, rows, out,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
     ) = parameters
     FEW: gl.constexpr = min(N, 32)
     IN: gl.constexpr = INTER // ROWS
@@ -289,12 +291,12 @@ def consumer(
         begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
         if N > FEW and end - begin <= FEW:
             it = gate_up_unit(
-                it, n, begin, end, block, stages, exchange, pair_weight, middle, middle_scale,
+                it, n, begin, end, block, stages, between, pair_weight, middle, middle_scale,
                 GROUP, HIDDEN, INTER, ROWS, FEW, STAGES, DENSE, WARPS,
             )  # fmt: skip
         else:
             it = gate_up_unit(
-                it, n, begin, end, block, stages, exchange, pair_weight, middle, middle_scale,
+                it, n, begin, end, block, stages, between, pair_weight, middle, middle_scale,
                 GROUP, HIDDEN, INTER, ROWS, N, STAGES, DENSE, WARPS,
             )  # fmt: skip
         if GROUP == 0:
@@ -302,7 +304,7 @@ def consumer(
             if DENSE:
                 gl.atomic_add(finished + tile, 1, sem="release")
             else:
-                mbarrier.arrive(stored.index(n % STORED), count=1)
+                mbarrier.arrive(between.index(n % STORED), count=1)
         n += 1
         unit = hear(queue, told, heard, n, WARPS)
     while unit < units:
@@ -310,15 +312,15 @@ def consumer(
             M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
             sum, it = one_sum(it, tiles * (INTER // 256), stages, GROUP, N, ROWS, STAGES, M)
             if GROUP == 1:
-                hand_over((sum,), exchange, n)
+                hand_over((sum,), between, n)
             else:
-                sum = join((sum,), exchange, n, M)[0]
+                sum = join((sum,), between, n, M)[0]
                 store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS, False)
         else:
             group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
             if is_sum:
                 once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
-                mbarrier.arrive(stored.index(n % STORED), count=1)
+                mbarrier.arrive(between.index(n % STORED), count=1)
                 wait_until(written + group + once, once + tiles * OUT, once + 50, GENERIC)
                 barrier()
                 combine(rows, out, token_pair, token_pairs, tokens, group, number, sums, HIDDEN, HIDDEN // GROUPS, TOP_K, RUN, WARPS)
@@ -333,6 +335,6 @@ def consumer(
                 else:
                     it = down_unit(it, begin, end, column, stages, rows, HIDDEN, INTER, ROWS, N, STAGES, WARPS)
                 barrier()
-                mbarrier.arrive(stored.index(n % STORED), count=1)
+                mbarrier.arrive(between.index(n % STORED), count=1)
         n += 1
         unit = hear(queue, told, heard, n, WARPS)

@@ -50,10 +50,10 @@ def stage_barriers(STAGES: gl.constexpr, GATHERERS: gl.constexpr):
 
 
 @gluon.jit
-def place_of_sums(ROWS: gl.constexpr, N: gl.constexpr, DENSE: gl.constexpr):
+def place_of_sums(ROWS: gl.constexpr, N: gl.constexpr):
     """Where a second consumer leaves a unit's sums for the first, and barriers that say that they are there, and that they were read."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    other = gl.allocate_shared_memory(gl.float32, [2, ROWS if DENSE else 1, N], LAYOUT)
+    other = gl.allocate_shared_memory(gl.float32, [2, ROWS, N], LAYOUT)
     given = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     taken = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     mbarrier.init(given.index(0), count=1)
@@ -63,14 +63,19 @@ def place_of_sums(ROWS: gl.constexpr, N: gl.constexpr, DENSE: gl.constexpr):
 
 @gluon.jit
 def meeting_places(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr, GATHERERS: gl.constexpr):
-    """Where a program's roles meet: barriers of stages, a second consumer's sums, units, what is stored."""
+    """Where a program's roles meet: barriers of stages, units, and a second consumer's sums (DENSE) or what is stored.
+
+    None that nobody uses: the compiler would give its memory to a buffer too, which the barrier, never invalidated, then spoils.
+    """
     stages = stage_barriers(STAGES, GATHERERS)
-    exchange = place_of_sums(ROWS, N, DENSE)
     units = unit_queue(3)  # for all roles but the one that draws: consumer and gatherers, with a second consumer or the teller
-    stored = gl.allocate_shared_memory(gl.int64, [STORED, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STORED):
-        mbarrier.init(stored.index(i), count=1)
-    return stages, exchange, units, stored
+    if DENSE:
+        return stages, units, place_of_sums(ROWS, N)
+    else:
+        stored = gl.allocate_shared_memory(gl.int64, [STORED, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(STORED):
+            mbarrier.init(stored.index(i), count=1)
+        return stages, units, stored
 
 
 @gluon.jit
@@ -82,9 +87,9 @@ def invalidate(barriers):
 
 @gluon.jit
 def give_up(places):
-    """Nobody has met there. Up to here the compiler leaves the memory to these barriers."""
-    stages, exchange, units, stored = places
-    barriers = (stages[0], stages[1], stages[2], exchange[1], exchange[2], units[1], units[2], stored)
+    """Nobody has met there (not DENSE). Up to here the compiler leaves the memory to these barriers."""
+    stages, units, stored = places
+    barriers = (stages[0], stages[1], stages[2], units[1], units[2], stored)
     for kind in gl.static_range(len(barriers)):
         invalidate(barriers[kind])
 
@@ -97,22 +102,22 @@ def stream(
     REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing, by all roles: `stream_kernel`. GATHERERS: warps that gather pairs; four are the program's first ones."""
-    stages, exchange, units, stored = places
+    stages, units, between = places  # `between`: consumers, or the consumer and the teller
     asked, full, empty = stages
     queue, told, heard = units
     w_bufs, x_bufs, s_bufs, w_s_bufs = stage_buffers(ROWS, N, STAGES, DENSE)
     tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs = lists
     ticket, finished, written = counters
     multiplied = (
-        exchange, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens, stored,
+        between, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
     )  # fmt: skip
     weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens)
     pairs = (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
         tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
     )  # fmt: skip
-    said = (stored, queue, told, heard, finished, written, tile_count, tile_group, tokens)
+    said = (between, queue, told, heard, finished, written, tile_count, tile_group, tokens)
     if DENSE:
         gl.warp_specialize(
             [
