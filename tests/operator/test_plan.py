@@ -1,5 +1,6 @@
 """The plan: legal and bounded for every T, and the workspace it needs."""
 
+import random
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -131,6 +132,17 @@ def test_row_bounds_hold_for_the_worst_routing():
         assert bound.rows >= tokens * HEADLINE.top_k and bound.chunks * bound.chunk_tokens >= tokens
         even = -(-tokens * HEADLINE.top_k // HEADLINE.num_local_experts // plan.gate_up.block_n)
         assert bound.tiles >= even * HEADLINE.num_local_experts
+
+
+def test_stream_has_room_for_what_routing_gives_it():
+    """Of both ways: rows of GEMM2 are fewer than the worst routing's, which takes prefill."""
+    plan, draw = choose_plan(HEADLINE, 901, H200), random.Random(0)
+    rows = layout(HEADLINE, 901, plan)[0]["rows"][1] // HEADLINE.hidden_size
+    drawn = [[draw.randint(0, draw.randint(1, 140)) for _ in range(32)] for _ in range(300)]
+    lists = [[64] * 24 + [128] * 8, [80] + [0] * 31, [64] * 32, *drawn]
+    found = [(plan.way(pairs).path, sum(pairs)) for pairs in lists]
+    assert {path for path, _ in found} == {"stream", "prefill"} and found[0] == ("stream", rows)
+    assert all(count <= rows for path, count in found if path == "stream")
 
 
 def test_workspace():

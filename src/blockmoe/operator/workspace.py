@@ -15,7 +15,7 @@ import torch
 from blockmoe.geometry import BLOCK, MoEGeometry
 from blockmoe.operator.launch import ALIGNMENT, WORKSPACE, Descriptor, Launch, Slot
 from blockmoe.operator.machine import Machine
-from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan
+from blockmoe.operator.plan import MOST_TILES, TOKEN_CHUNK, Plan, choose_plan
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[i
         for way in plan.ways:
             for name, (count, dtype) in _fields(geometry, tokens, way).items():
                 found[name] = (max(count, found[name][0] if name in found else 0), dtype)
-        return found
+        most = int(MOST_TILES * geometry.num_local_experts) * plan.ways[0].gate_up.block_n  # pairs: with more it is the other way
+        return found | {"rows": (min(found["rows"][0], most * geometry.hidden_size), torch.bfloat16)}
     bound = sizes(geometry, tokens, plan)
     local, block_i, prefill = geometry.num_local_experts, plan.gate_up.block_i, plan.path == "prefill"
     fields: dict[str, tuple[int, torch.dtype]] = {
