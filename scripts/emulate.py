@@ -2,8 +2,8 @@
 
 Under TRITON_INTERPRET=1, which the script sets: Triton's interpreter routes, tests/operator/emulator runs the kernel of the plan that an
 H100 would get (--machine h200: an H200), by so many programs, in so many orders. A race, a deadlock, an access out of bounds, other bits in
-another order, or a result further than 2e-3 from the oracle ends it with exit code 1. The headline geometry takes 3 GiB and, at T = 1,030,
-four minutes.
+another order, or a result further than 2e-3 from the oracle ends it with exit code 1. With --favour 8 all tokens choose the first eight
+local experts. The headline geometry takes 3 GiB and, at T = 1,030, four minutes.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=7)
     parser.add_argument("--programs", type=int, default=8, help="even where the plan has clusters")
     parser.add_argument("--orders", type=int, default=2)
+    parser.add_argument("--favour", type=int, default=0, help="local experts that all tokens choose: default 0")
     asked = parser.parse_args()
     if asked.tokens < 1 or asked.programs < 1 or asked.orders < 1:
         parser.error("--tokens, --programs, --orders: expected at least 1")
@@ -56,6 +57,10 @@ def main() -> int:
     torch.set_num_threads(1)
     print(f"T = {asked.tokens}: {plan}; {asked.programs} programs", flush=True)
     inputs, offset, found = layer.make(geometry, asked.tokens), (geometry.num_experts - geometry.num_local_experts) // 2, []
+    inputs[0][:, offset : offset + min(asked.favour, geometry.num_local_experts)] += 9.0
+    way = plan.way(layer.pairs_of(inputs, geometry, offset))
+    if way != plan:
+        print(f"routing takes {way}", flush=True)
     oracle = layer.oracle(inputs, geometry, offset, 2.5, plan)
     for how["seed"] in range(asked.orders):
         begun = time.monotonic()

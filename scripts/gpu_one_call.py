@@ -2,8 +2,8 @@
 
     ncu --clock-control none --section SourceCounters --section SpeedOfLight -k regex:prefill -s 1 -c 1 -o of \\
         python scripts/gpu_one_call.py 14107                  # then scripts/ncu_cycles.py
-    ncu --clock-control none --cache-control none --section PmSampling --pm-sampling-interval 1000 -k regex:'prefill|stream' -s 1 -c 1 \\
-        -o of python scripts/gpu_one_call.py 300              # then scripts/ncu_over_time.py
+    ncu --clock-control none --cache-control none --section PmSampling --pm-sampling-interval 1000 -k regex:'prefill|stream|either' \\
+        -s 1 -c 1 -o of python scripts/gpu_one_call.py 300              # then scripts/ncu_over_time.py
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def candidates(tokens: int) -> dict[str, Plan]:
         found[str(tile)] = Plan("stream", base.route, tile)
 
     for way in base.ways:
-        found.setdefault(way.path, way)  # left out below where it is the default
+        found.setdefault(way.path, way)
     tile = base.ways[0].gate_up
     if base.ways[0].path == "stream":
         for flight in (2, 3, 4, None):
@@ -231,7 +231,8 @@ def candidates(tokens: int) -> dict[str, Plan]:
         for stages, cluster, flight in ((4, 1, 2), (4, 1, 3), (4, 2, 2), (4, 2, 3), (3, 2, 2)):
             plan = Plan("prefill", base.route, PrefillTile(stages, cluster, flight))
             found[f"prefill {plan.gate_up}"] = plan
-    return {label: plan for i, (label, plan) in enumerate(found.items()) if i == 0 or plan != base}
+    labels = {plan: label for label, plan in reversed(found.items())}  # each plan once, by its first label
+    return {label: plan for label, plan in found.items() if labels[plan] == label}
 
 
 def measure(timer: Timer, w: tuple, tokens: int, floor_data: torch.Tensor, rows: list) -> None:

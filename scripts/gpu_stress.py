@@ -271,7 +271,7 @@ def sanitizer(session: gpu_session.Session, device: torch.device) -> None:
     session.section("sanitizer")
     machine = checks.machine(device)
     cases = [(fitting(plan), plan) for plan in plans(HEADLINE, machine)]
-    cases += [(200, choose_plan(HEADLINE, t, machine)) for t in (901, 14107)]  # tiles that are full
+    cases += [(200, choose_plan(HEADLINE, t, machine)) for t in (128, 901, 14107)]  # tiles that are full; of both ways prefill's
     cases += [(200, replace(choose_plan(HEADLINE, t, machine, tma=False), row_buffer=1)) for t in (901, 14107)]  # columns in blocks
     cases += [(t, None) for t in (1, 0, 33, 900)]  # 900: the large-T path as the call chooses it
     for tokens, plan in cases:

@@ -1,7 +1,7 @@
 """A kernel's memory and multiprocessors over time, from counters of Nsight Compute: python scripts/ncu_over_time.py RAW.csv [--until 231]
 
-    ncu --clock-control none --cache-control none --section PmSampling --pm-sampling-interval 1000 -k regex:'prefill|stream' -s 1 -c 1 \\
-        -o of python scripts/gpu_one_call.py 901
+    ncu --clock-control none --cache-control none --section PmSampling --pm-sampling-interval 1000 -k regex:'prefill|stream|either' \\
+        -s 1 -c 1 -o of python scripts/gpu_one_call.py 901
     ncu -i of.ncu-rep --page raw --print-metric-instances values --csv >RAW.csv     # RAW.csv.xz will do
 
 A line a sample: us since the kernel's programs were launched; DRAM's reads and writes, instructions, and products, each in % of its peak;

@@ -34,7 +34,7 @@ PERSISTENT = {  # for the emulator
     "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3, groups=2)),
     "stream 256x32 by twos": Plan("stream", IN_TWO, StreamTile(128, 32, 6, promotion=128, groups=2, burst=2)),
     "stream 256x64 by twos": Plan("stream", IN_TWO, StreamTile(128, 64, 5, promotion=128, groups=2, burst=2)),
-    "either": Plan("either", IN_TWO, EITHER),
+    "either": Plan("either", IN_TWO, EITHER),  # stream's way; with more tokens (EMULATED_TOKENS) prefill's
     "either, skewed": Plan("either", IN_TWO, EITHER),
 }
 EMULATED_TOKENS = {
@@ -76,8 +76,9 @@ def call(inputs, g: MoEGeometry, offset: int = 0, factor: float = 2.5, plan: Pla
 
 
 def pairs_of(inputs, g: MoEGeometry, offset: int) -> list[int]:
-    """Each local expert's."""
-    chosen = route(inputs[0], inputs[1], g, 1.0)[0].flatten() - offset
+    """Each local expert's, but those of weight 0."""
+    experts, weights = route(inputs[0], inputs[1], g, 1.0)
+    chosen = experts[weights != 0] - offset
     return torch.bincount(chosen[(chosen >= 0) & (chosen < g.num_local_experts)], minlength=g.num_local_experts).tolist()
 
 

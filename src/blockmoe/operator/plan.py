@@ -1,6 +1,6 @@
 """Which kernels and tiles serve a call: a pure function from sizes to a frozen value.
 
-Five paths, by how many rows an expert meets:
+Six paths, by how many rows an expert meets:
 
 - dense:  few tokens. Every active expert's tile holds all tokens, those that did not choose it as zeros. In return there
   is no sort, and GEMM2 sums over the experts in its accumulator and writes the output itself.
@@ -8,6 +8,7 @@ Five paths, by how many rows an expert meets:
 - stream: dense or sorted in one persistent, warp-specialised kernel whose weights come by TMA: compute capability 9.0 only.
 - wide:   pairs sorted by expert, 128 pairs on the M side.
 - prefill: the same by the persistent, warp-specialised kernel of `blockmoe.operator.prefill`: compute capability 9.0 only.
+- either: stream or prefill, as routing decides by its tiles, in one kernel (`ways`): where memory is HBM3e.
 
 A plan depends on T only through powers of two and thresholds: the compiled variants are few (`plans`).
 
@@ -222,7 +223,7 @@ class Plan:
         return replace(self, path="stream", gate_up=tiles.stream), replace(self, path="prefill", gate_up=tiles.prefill)
 
     def way(self, pairs: Sequence[int]) -> Plan:
-        """Which of the ways routing takes that gives each local expert so many pairs: `place_kernel` finds the same."""
+        """Which of the ways routing takes that gives each local expert so many pairs (of weight 0 none counts), as `place_kernel` finds."""
         if len(self.ways) == 1:
             return self
         stream, prefill = self.ways

@@ -20,7 +20,7 @@ from blockmoe.operator.plan import MOST_TILES, TOKEN_CHUNK, Plan, choose_plan
 
 @dataclass(frozen=True)
 class Sizes:
-    """Upper bounds that hold for any routing of `tokens` tokens."""
+    """Upper bounds that hold for any routing of `tokens` tokens (of both ways, for any that one of them is taken for: `_fields`)."""
 
     tokens: int
     rows: int  # of the intermediate

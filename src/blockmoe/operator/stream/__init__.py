@@ -1,10 +1,10 @@
 """The layer after routing as one persistent, warp-specialised Gluon kernel, where reading the weights is the bound (sm_90).
 
-  load.py      its producers: weights by TMA, one warp; pairs by cp.async, one or two
+  load.py      its producers: weights by TMA, one warp; pairs by cp.async, one, two or four
   compute.py   its consumers, two where few tokens make one of them the bound: wgmma, promotion, epilogues, the output's last sum; a warp
                that tells what is stored
   stay.py      what the L2 kept may leave it
-  layer.py     the kernel
+  layer.py     the kernel, and what `blockmoe.operator.either` needs of it
 
 One program a multiprocessor. Units are drawn from a ticket, those of GEMM1 first, and told to the program's other roles, so that no
 multiprocessor idles between the GEMMs: the weights of GEMM2 come in while the last tiles of GEMM1 are multiplied. Few tokens (`dense`):
