@@ -32,11 +32,11 @@ def either_kernel(
     ticket, finished, written, added, ready, mail, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, LOADERS: gl.constexpr,
-    WARPS: gl.constexpr, P_HIDDEN: gl.constexpr, P_INTER: gl.constexpr, P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr,
-    P_FLIGHT: gl.constexpr, P_CONSUMERS: gl.constexpr, P_LOADERS: gl.constexpr, P_CARRIERS: gl.constexpr, PDL: gl.constexpr,
+    WARPS: gl.constexpr, P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr, P_FLIGHT: gl.constexpr, P_CONSUMERS: gl.constexpr,
+    P_LOADERS: gl.constexpr, P_CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The layer after routing: `prefill_kernel`'s where `skewed`, else `stream_kernel`'s. `out` and, in 64-bit words, `words` are the
-    same."""
+    """The layer after routing: `prefill_kernel`'s where `skewed`, else `stream_kernel`'s; what begins with P is the former's. `out` and,
+    in 64-bit words, `words` are the same."""
     places = stream_places(ROWS, N, STAGES, DENSE, GATHERERS)  # while routing goes on
     p_places = prefill_places(P_STAGES, P_CLUSTER)
     if PDL:
@@ -52,7 +52,7 @@ def either_kernel(
         tiles = (tile_count, tile_expert, tile_group, tile_begin, tile_end)
         prefill(
             p_places, boxes, x, x_scale, w1_scale, w2_scale, words, middle_scale, token_pairs, pair_token, pair_weight, before, added,
-            ready, ticket, mail, finished, tiles, tokens, pitch, P_HIDDEN, P_INTER, P_STAGES, P_CLUSTER, P_FLIGHT, P_CONSUMERS,
+            ready, ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, P_STAGES, P_CLUSTER, P_FLIGHT, P_CONSUMERS,
             P_LOADERS, P_CARRIERS,
         )  # fmt: skip
         give_up(places)
@@ -66,5 +66,6 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     boxes = (*by_stream.boxes_of(w1, w2, tile.stream, streaming), *by_prefill.boxes_of(w1, w2, out, tile.prefill, filling))
     arguments = (*boxes, *inputs, *(b[n] for n in lists), round.sizes.tokens, filling.sizes.rows)
     constants = (*by_stream.constants_of(tile.stream, streaming), LOADERS, tile.stream.num_warps)
-    constants += (*by_prefill.constants_of(tile.prefill, filling), round.plan.pdl)
+    _, _, *others = by_prefill.constants_of(tile.prefill, filling)  # the sizes again
+    constants += (*others, round.plan.pdl)
     return [round.launch(either_kernel, round.sm_count, arguments, constants, GATHERERS.value)]
