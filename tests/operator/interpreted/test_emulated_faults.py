@@ -40,7 +40,7 @@ FAULTS = [
     ("prefill", "load_down", "wait_for_rows(there, units)", "pass", "not known to be done"),
     ("prefill", "draw", "wait_until_finished(finished, tile, INTER)", "pass", "not known to be done"),
     ("prefill", "finished_rows", "x.index(STAGES - 1)", "x.index(STAGES - 2)", "consume (0): a store writes"),
-    ("prefill", "acquire", "full.index(stage), 2 * K * K)", "full.index(stage), K * K)", "shared memory, byte 65536"),
+    ("prefill", "acquire", "full.index(stage), 2 * K * K)", "full.index(stage), K * K)", "shared memory, byte 66560"),
     ("prefill", "multiply", "phase = (step // STAGES) & 1", "phase = 0 * step", "not known to be done"),
     ("prefill", "multiply", "phase ^= wraps", "pass", "not known to be done"),
     ("prefill", "give_turn", "_say(", "(", "deadlock"),
