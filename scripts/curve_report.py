@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 RISE, SLOWER = 1.05, 1.03  # time per pair over the least of any smaller T; span over that of a neighbouring plan
-COLOURS = {"uniform": "#0072B2", "zipf": "#D55E00", "one expert": "#009E73", "same experts": "#CC79A7"}
+COLOURS = {"uniform": "#0072B2", "zipf": "#D55E00", "one expert": "#009E73", "same experts": "#CC79A7", "all local": "#4D4D4D"}
 MARKERS = {"uniform": "o", "zipf": "s", "one expert": "^", "same experts": "D"}
 
 
