@@ -45,6 +45,8 @@ def main() -> int:
     asked = parser.parse_args()
     if asked.tokens < 1 or asked.programs < 1 or asked.orders < 1:
         parser.error("--tokens, --programs, --orders: expected at least 1")
+    if not 0 <= asked.favour <= GEOMETRIES[asked.definition].num_local_experts:
+        parser.error(f"--favour: expected 0 to {GEOMETRIES[asked.definition].num_local_experts} local experts, got {asked.favour}")
     if asked.programs > MOST_PROGRAMS:
         parser.error(f"--programs: expected at most {MOST_PROGRAMS}, got {asked.programs}")
     geometry, how = GEOMETRIES[asked.definition], {"programs": asked.programs}
@@ -57,7 +59,7 @@ def main() -> int:
     torch.set_num_threads(1)
     print(f"T = {asked.tokens}: {plan}; {asked.programs} programs", flush=True)
     inputs, offset, found = layer.make(geometry, asked.tokens), (geometry.num_experts - geometry.num_local_experts) // 2, []
-    inputs[0][:, offset : offset + min(asked.favour, geometry.num_local_experts)] += 9.0
+    inputs[0][:, offset : offset + asked.favour] += 9.0
     way = plan.way(layer.pairs_of(inputs, geometry, offset))
     if way != plan:
         print(f"routing takes {way}", flush=True)

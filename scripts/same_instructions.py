@@ -12,10 +12,10 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+from commit_tree import ROOT, tree_of
+
 COMPILED = """\
 import json, sys
 sys.path[:0] = ["src", "tests/operator"]
@@ -46,7 +46,7 @@ def kernels(tree: Path, machine: str, tokens: list[int]) -> dict[tuple[int, str]
     command = [sys.executable, "-c", COMPILED, machine.upper(), *map(str, tokens)]
     said = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     if said.returncode:
-        raise SystemExit(f"same_instructions: {tree} compiled nothing: {said.stderr.strip().splitlines()[-1]}")
+        raise SystemExit(f"same_instructions: {tree} does not compile: {said.stderr.strip().splitlines()[-1]}")
     return {(t, name): instructions(sass) for t, name, sass in map(json.loads, said.stdout.splitlines())}
 
 
@@ -59,12 +59,11 @@ def main() -> int:
     tokens = [int(t) for t in asked.tokens.split(",") if t.isdecimal()]
     if not tokens or ",".join(map(str, tokens)) != asked.tokens or min(tokens) < 1:
         parser.error(f"--tokens: expected numbers and commas, got {asked.tokens!r}")
-    archive = subprocess.run(["git", "-C", ROOT, "archive", asked.commit], capture_output=True)
-    if archive.returncode:
-        parser.error(f"commit: {archive.stderr.decode().strip()}")
-    with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["tar", "x", "-C", folder], input=archive.stdout, check=True)
-        then = kernels(Path(folder), asked.machine, tokens)
+    try:
+        with tree_of(asked.commit) as tree:
+            then = kernels(tree, asked.machine, tokens)
+    except ValueError as error:
+        parser.error(f"commit: {error}")
     now, failed = kernels(ROOT, asked.machine, tokens), 0
     print("T | kernel | instructions | differ | but for constants")
     for t, name in sorted(now.keys() | then.keys()):

@@ -1,13 +1,11 @@
 """scripts/same_instructions.py: what counts as a difference between two kernels."""
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import same_instructions as script
 
-SCRIPT = Path(__file__).parents[2] / "scripts/same_instructions.py"
 SASS = """
         /*0000*/                   LDC R1, c[0x0][0x28] ;
         /*0010*/                   FADD R2, R1, R1 ;
@@ -16,15 +14,7 @@ SASS = """
 """
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("same_instructions", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_differences(script):
+def test_differences():
     kernel = script.instructions(SASS)
     assert kernel == ["LDC R1, c[0x0][0x28] ;", "FADD R2, R1, R1 ;", "EXIT ;"]
     assert script.differences(kernel, kernel) == (0, 0)
@@ -35,5 +25,5 @@ def test_differences(script):
 
 @pytest.mark.parametrize("arguments", [("HEAD", "--tokens", "1,x"), ("HEAD", "--tokens", ""), ("nowhere",)])
 def test_wrong_arguments(arguments):
-    said = subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True)
+    said = subprocess.run([sys.executable, script.__file__, *arguments], capture_output=True, text=True)
     assert said.returncode == 2 and ("--tokens: expected" in said.stderr or "commit: " in said.stderr)

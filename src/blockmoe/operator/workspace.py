@@ -20,7 +20,7 @@ from blockmoe.operator.plan import MOST_TILES, TOKEN_CHUNK, Plan, choose_plan
 
 @dataclass(frozen=True)
 class Sizes:
-    """Upper bounds that hold for any routing of `tokens` tokens (of both ways, for any that one of them is taken for: `_fields`)."""
+    """Upper bounds that hold for any routing of `tokens` tokens."""
 
     tokens: int
     rows: int  # of the intermediate
@@ -61,7 +61,7 @@ MAIL_SLOTS = 8  # of units that a cluster's first program of the prefill kernel 
 
 def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
     """What the programs of a persistent kernel count in, one after the other in memory; routing sets them to zero."""
-    if plan.path == "either":
+    if len(plan.ways) > 1:
         streaming, filling = (counters(bound, way) for way in plan.ways)
         return {name: max(streaming.get(name, 0), filling.get(name, 0)) for name in streaming | filling}
     if plan.path == "stream":
@@ -73,13 +73,13 @@ def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
 
 
 def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[int, torch.dtype]]:
-    """Element count and type of every buffer, by name."""
+    """Element count and type of every buffer, by name; of several ways the larger, and rows for any routing that takes stream's."""
     if len(plan.ways) > 1:
         found: dict[str, tuple[int, torch.dtype]] = {"skewed": (1, torch.int32)}
         for way in plan.ways:
             for name, (count, dtype) in _fields(geometry, tokens, way).items():
                 found[name] = (max(count, found[name][0] if name in found else 0), dtype)
-        most = int(MOST_TILES * geometry.num_local_experts) * plan.ways[0].gate_up.block_n  # pairs: with more it is the other way
+        most = int(MOST_TILES * geometry.num_local_experts) * plan.ways[0].gate_up.block_n  # pairs
         return found | {"rows": (min(found["rows"][0], most * geometry.hidden_size), torch.bfloat16)}
     bound = sizes(geometry, tokens, plan)
     local, block_i, prefill = geometry.num_local_experts, plan.gate_up.block_i, plan.path == "prefill"
