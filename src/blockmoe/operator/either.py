@@ -28,7 +28,7 @@ LOADERS = 40  # registers of a thread of stream's single warps
 def either_kernel(
     w1, w2, p_w1, p_middle, p_middle_boxes, p_w2, p_runs,
     x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, words,
-    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, before, skewed,
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, token_order, order_count, before, skewed,
     ticket, finished, written, added, ready, mail, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, LOADERS: gl.constexpr,
@@ -42,7 +42,7 @@ def either_kernel(
     if PDL:
         gdc_wait()
     if gl.load(skewed) == 0:
-        lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs)
+        lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, token_order, order_count)
         stream(
             places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
             HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST, LOADERS, WARPS, GATHERERS,

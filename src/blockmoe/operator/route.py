@@ -207,6 +207,23 @@ def list_rows(
 
 
 @triton.jit
+def list_order(weight, token, there, tokens, token_order, order_count, ALONE: tl.constexpr):
+    """Stores tokens of `weight` [tokens, experts] that have pairs from the front of `token_order` [T] on, those that have none from its end.
+
+    Programs take what comes next, in any order, or one has all (ALONE).
+    """
+    some = (tl.sum((weight != 0.0).to(tl.int32), 1) > 0).to(tl.int32)
+    ones = tl.where(there, tl.where(some > 0, 65536, 1), 0)  # in the upper half those with pairs
+    before = tl.cumsum(ones, 0) - ones
+    if ALONE:
+        tl.store(order_count, tl.sum(ones, 0))
+    else:
+        before += tl.atomic_add(order_count, tl.sum(ones, 0), sem="relaxed")
+    slot = tl.where(some > 0, before >> 16, tokens - 1 - (before & 65535))
+    tl.store(token_order + slot, token, mask=there)
+
+
+@triton.jit
 def zero_counters(counters, program, programs, count):
     """A program's share of what the next kernel counts in."""
     for first in range(program * 128, count, programs * 128):
@@ -216,8 +233,8 @@ def zero_counters(counters, program, programs, count):
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "counter_count"])
 def route_kernel(
-    logits, bias, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, counters,
-    tokens, offset, factor, rounds, counter_count,
+    logits, bias, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, token_order,
+    order_count, counters, tokens, offset, factor, rounds, counter_count,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, DENSE: tl.constexpr, PDL: tl.constexpr,
@@ -240,11 +257,12 @@ def route_kernel(
         total = tl.sum((weight != 0.0).to(tl.int32), 0)
         start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, False)
         list_rows(weight, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, None, False, TOP_K, BLOCK_N)
+        list_order(weight, token, token < tokens, tokens, token_order, order_count, True)
 
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
 def choose_kernel(
-    logits, bias, token_weight, chunk_count, tokens, offset, factor, rounds, chunk_tokens,
+    logits, bias, token_weight, chunk_count, order_count, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
@@ -252,6 +270,7 @@ def choose_kernel(
     """token_weight [T, LOCAL] (0: not chosen) and each local expert's pairs in this program's chunk: chunk_count [chunks, LOCAL]."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
+    tl.store(order_count, 0)
     cell = tl.arange(0, CELLS)
     count = tl.zeros((BLOCK_T, CELLS), tl.int32)
     for t in range(chunk * chunk_tokens, (chunk + 1) * chunk_tokens, BLOCK_T):
@@ -269,7 +288,7 @@ def choose_kernel(
 @triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count"])
 def place_kernel(
     token_weight, chunk_count, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, counters, before, skewed, chunks, tokens, chunk_tokens, counter_count,
+    token_pairs, token_order, order_count, counters, before, skewed, chunks, tokens, chunk_tokens, counter_count,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, FEW_N: tl.constexpr, BLOCK_N: tl.constexpr,
     COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -302,11 +321,15 @@ def place_kernel(
         list_rows(
             weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, prefill, TOP_K, BLOCK_N
         )  # fmt: skip
+        if not PREFILL:
+            list_order(weight, token, token < past, tokens, token_order, order_count, False)
     else:
         for _ in range(0, chunk_tokens, BLOCK_T):
             list_rows(
                 weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, prefill, TOP_K, BLOCK_N
             )  # fmt: skip
+            if not PREFILL:
+                list_order(weight, token, token < past, tokens, token_order, order_count, False)
             base += tl.sum((weight != 0.0).to(tl.int32), 0)
             token += BLOCK_T
             weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
@@ -339,20 +362,22 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     experts, lanes, by_warp = _tile(g, plan, logits, bias if deepseek else logits)
     choosing = (g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, deepseek, by_warp, tile.block_t)
     lists = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
-    lists = tuple(b[n] for n in (*lists, "counters"))
+    lists = tuple(b[n] for n in (*lists, "token_order"))
     counter_count = b["counters"].count
     if tile.one_launch:
         assert sizes.tokens <= tile.block_t, f"one launch routes {tile.block_t} tokens, not {sizes.tokens}"
-        arguments = (logits, bias, *lists, sizes.tokens, offset, factor, g.top_k, counter_count)
+        arguments = (logits, bias, *lists, b["order_count"], b["counters"], sizes.tokens, offset, factor, g.top_k, counter_count)
         constants = (*choosing, g.top_k, block_n, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"])
-    arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
+    arguments = (logits, bias, *weights, b["order_count"], sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     constants = (*choosing, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
     skewed = b.get("skewed", b["tile_count"])
-    arguments = (*weights, *lists, b["before"], skewed, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count)
+    arguments = (
+        *weights, *lists, b["order_count"], b["counters"], b["before"], skewed, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
+    )  # fmt: skip
     counts = max(1, min(128, 4096 // cells))
     constants = (local, cells, g.top_k, tile.place_t, few, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)

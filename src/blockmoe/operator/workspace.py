@@ -95,6 +95,8 @@ def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[i
         "pair_weight": (bound.rows, torch.float32),
         "token_pair": (0 if prefill else tokens * geometry.top_k, torch.int32),
         "token_pairs": (tokens, torch.int32),
+        "token_order": (0 if prefill else tokens, torch.int32),
+        "order_count": (1, torch.int32),
         "before": (bound.rows if prefill else 0, torch.int32),
         "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
         "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),

@@ -151,9 +151,23 @@ def store_rows(
 
 
 @gluon.jit
-def rows_of(token, tokens, token_pair, token_pairs, TOP_K: gl.constexpr):
-    """Of each `token`: how many pairs it has, and TOP_K numbers of which the first so many are their rows."""
-    there = token < tokens
+def write_zeros(out, token_order, some, tokens, HIDDEN: gl.constexpr, WARPS: gl.constexpr):
+    """Zeros for this program's of the tokens without pairs, a warp a token: those behind the first `some` of `token_order`."""
+    C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
+    zeros = gl.zeros([WARPS, 256], gl.bfloat16, C)
+    column = gl.expand_dims(gl.arange(0, 256, layout=gl.SliceLayout(0, C)), 0)
+    for first in range(some + gl.program_id(0) * WARPS, tokens, gl.num_programs(0) * WARPS):
+        slot = first + gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
+        token = gl.load(token_order + slot, mask=slot < tokens, other=0)
+        to = out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + column
+        for run in range(0, HIDDEN, 256):
+            gl.store(to + run, zeros, mask=gl.expand_dims(slot < tokens, 1))
+
+
+@gluon.jit
+def rows_of(token, token_pair, token_pairs, TOP_K: gl.constexpr):
+    """Of each `token`, not negative: how many pairs it has, and TOP_K numbers of which the first so many are their rows."""
+    there = token >= 0
     count = gl.load(token_pairs + token, mask=there, other=0)
     pairs = ()
     for n in gl.static_range(TOP_K):
@@ -163,28 +177,37 @@ def rows_of(token, tokens, token_pair, token_pairs, TOP_K: gl.constexpr):
 
 @gluon.jit
 def combine(
-    rows, out, token_pair, token_pairs, tokens, group, number, numbers,
+    rows, out, token_pair, token_pairs, token_order, some, written, least, group, number, numbers,
     HIDDEN: gl.constexpr, COLUMNS: gl.constexpr, TOP_K: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """out[t] = the sum over a token's rows, in the order of their experts, in float32: a column group's, share `number` of `numbers`.
+    """out[t] = the sum over a token's rows, in the order of their experts, in float32: a column group's, share `number` of `numbers`, once
+    `written` is at least `least`.
 
-    A warp a token, RUN columns at a time. Where the next token's rows are is read meanwhile, and what has been read may leave the L2 (in a
-    workspace that begins inside a line a row's last line may stay).
+    A warp a token that has rows, of which there are `some`, RUN columns at a time. Where the next token's rows are is read meanwhile, and what has been
+    read may leave the L2 (in a workspace that begins inside a line a row's last line may stay).
     """
     C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])  # of 64 columns
     RUNS: gl.constexpr = (COLUMNS + RUN - 1) // RUN
-    parts = (tokens + WARPS - 1) // WARPS * RUNS
+    parts = (some + WARPS - 1) // WARPS * RUNS
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
     line = gl.arange(0, 32, layout=gl.SliceLayout(0, LINES))
-    count, pairs = rows_of(number // RUNS * WARPS + warp, tokens, token_pair, token_pairs, TOP_K)
+    slot = number // RUNS * WARPS + warp
+    token = gl.load(token_order + slot, mask=slot < some, other=-1)
+    slot = (number + numbers) // RUNS * WARPS + warp
+    next_token = gl.load(token_order + slot, mask=slot < some, other=-1)
+    count, pairs = rows_of(token, token_pair, token_pairs, TOP_K)
+    once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    wait_until(written + once, once + least, once + 50, GENERIC)
+    barrier()
     for part in range(number, parts, numbers):
-        token = part // RUNS * WARPS + warp
         first = part % RUNS * RUN
         inside = first + gl.arange(0, RUN, layout=gl.SliceLayout(0, C))
-        there = gl.expand_dims(token < tokens, 1) & gl.expand_dims(inside < COLUMNS, 0)
+        there = gl.expand_dims(token >= 0, 1) & gl.expand_dims(inside < COLUMNS, 0)
         column = gl.expand_dims(group * COLUMNS + inside, 0)
-        next_count, next_pairs = rows_of((part + numbers) // RUNS * WARPS + warp, tokens, token_pair, token_pairs, TOP_K)
+        next_count, next_pairs = rows_of(next_token, token_pair, token_pairs, TOP_K)
+        slot = (part + 2 * numbers) // RUNS * WARPS + warp
+        third_token = gl.load(token_order + slot, mask=slot < some, other=-1)
         sum = gl.zeros([WARPS, RUN], gl.float32, C)
         for n in gl.static_range(TOP_K):
             at = rows + gl.expand_dims(pairs[n].to(gl.int64) * HIDDEN, 1) + column
@@ -196,6 +219,8 @@ def combine(
             pair = gl.convert_layout(gl.where(n < count, pairs[n], -1), gl.SliceLayout(1, LINES))
             at = rows + gl.expand_dims(pair.to(gl.int64) * HIDDEN, 1) + gl.expand_dims(group * COLUMNS + first + 64 * line, 0)
             may_leave(at, lines & gl.expand_dims(pair >= 0, 1))
+        token = next_token
+        next_token = third_token
         count = next_count
         pairs = next_pairs
 
@@ -206,10 +231,10 @@ def teller(
 ):  # fmt: skip
     """One warp: tells other programs of each unit that it is stored, when the consumer has said so, which waiting for its stores to come to
     the L2 would keep from its next unit. (H200, T = 130, 500, 901: 4.5, 4.6, 4.0 us of 316, 341, 364; results/h200/operator/teller.txt)"""
-    stored, queue, told, heard, finished, written, tile_count, tile_group, tokens = parameters
+    stored, queue, told, heard, finished, written, tile_count, tile_group, order_count = parameters
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // (2 * ROWS) // GROUPS
-    tiles, units_1, sums, units = unit_counts(tile_count, tokens, HIDDEN, INTER, ROWS, False, GROUPS, RUN)
+    tiles, units_1, sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, False, GROUPS, RUN)
     n = 0
     unit = hear(queue, told, heard, n, 1)
     while unit < units_1:
@@ -277,12 +302,17 @@ def consumer(
     """
     (
         between, stages, queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, token_order,
+        order_count, tokens,
     ) = parameters
     FEW: gl.constexpr = min(N, 32)
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS
-    tiles, units_1, sums, units = unit_counts(tile_count, tokens, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
+    tiles, units_1, sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
+    some = 0
+    if DENSE == 0:
+        some = gl.load(order_count) >> 16
+        write_zeros(out, token_order, some, tokens, HIDDEN, WARPS)  # while the first weights are on their way
     it = 0
     n = 0
     unit = hear(queue, told, heard, n, WARPS)
@@ -319,11 +349,11 @@ def consumer(
         else:
             group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
             if is_sum:
-                once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
                 mbarrier.arrive(between.index(n % STORED), count=1)
-                wait_until(written + group + once, once + tiles * OUT, once + 50, GENERIC)
-                barrier()
-                combine(rows, out, token_pair, token_pairs, tokens, group, number, sums, HIDDEN, HIDDEN // GROUPS, TOP_K, RUN, WARPS)
+                combine(
+                    rows, out, token_pair, token_pairs, token_order, some, written + group, tiles * OUT, group, number, sums,
+                    HIDDEN, HIDDEN // GROUPS, TOP_K, RUN, WARPS,
+                )  # fmt: skip
                 if group == GROUPS - 1:  # nothing is stored there any more
                     let_go(middle, gl.load(tile_end + tiles - 1, mask=tiles > 0, other=0) * INTER, number, sums, WARPS)
             else:

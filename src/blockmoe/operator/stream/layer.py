@@ -16,7 +16,7 @@ from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.workspace import Round
 
 REGISTERS = 56  # a thread of the producers
-LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
+LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs", "token_order", "order_count")
 RUN = 512  # columns of a token that the last sum adds at a time
 SECOND_REGISTERS = gl.constexpr(168)  # a thread of the second consumer, where there is one
 CONSUMER_REGISTERS = gl.constexpr(208)  # of the consumer, where it is not the program's first warps
@@ -106,18 +106,19 @@ def stream(
     asked, full, empty = stages
     queue, told, heard = units
     w_bufs, x_bufs, s_bufs, w_s_bufs = stage_buffers(ROWS, N, STAGES, DENSE)
-    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs = lists
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, token_order, order_count = lists
     ticket, finished, written = counters
     multiplied = (
         between, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, tokens,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, token_order,
+        order_count, tokens,
     )  # fmt: skip
-    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens)
+    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, order_count)
     pairs = (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
-        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
+        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, order_count, tokens,
     )  # fmt: skip
-    said = (between, queue, told, heard, finished, written, tile_count, tile_group, tokens)
+    said = (between, queue, told, heard, finished, written, tile_count, tile_group, order_count)
     if DENSE:
         gl.warp_specialize(
             [
@@ -156,7 +157,7 @@ def stream(
 @gluon.jit(do_not_specialize=["tokens"])
 def stream_kernel(
     w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, tile_count, tile_expert, tile_group, tile_begin, tile_end,
-    pair_token, pair_weight, token_pair, token_pairs, ticket, finished, written, tokens,
+    pair_token, pair_weight, token_pair, token_pairs, token_order, order_count, ticket, finished, written, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
     REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
@@ -173,7 +174,7 @@ def stream_kernel(
     places = meeting_places(ROWS, N, STAGES, DENSE, GATHERERS)
     if PDL:
         gdc_wait()
-    lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs)
+    lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, token_order, order_count)
     stream(
         places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
         HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,

@@ -44,11 +44,11 @@ def second_unit(unit, size, sums, GROUPS: gl.constexpr):
 
 @gluon.jit
 def unit_counts(
-    tile_count, tokens,
+    tile_count, order_count,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
     """How many tiles there are, units of GEMM1, shares of a column group's last sum (one for each of ROWS / 16 warps' tokens and RUN
-    columns at most), and units in all."""
+    columns at most, tokens without pairs aside), and units in all."""
     COLUMNS: gl.constexpr = HIDDEN // GROUPS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else COLUMNS // (2 * ROWS)
     WARPS: gl.constexpr = ROWS // 16
@@ -57,7 +57,8 @@ def unit_counts(
     if DENSE:
         return tiles, units_1, 0, units_1 + OUT
     else:
-        sums = gl.minimum((tokens + WARPS - 1) // WARPS * ((COLUMNS + RUN - 1) // RUN), gl.num_programs(0))
+        some = gl.load(order_count) >> 16
+        sums = gl.minimum((some + WARPS - 1) // WARPS * ((COLUMNS + RUN - 1) // RUN), gl.num_programs(0))
         return tiles, units_1, sums, units_1 + GROUPS * (tiles * OUT + sums)
 
 
@@ -151,7 +152,7 @@ def weights_producer(
     GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
 ):  # fmt: skip
     """One warp: draws units and tells the other roles, loads the weights. Units of GEMM1 come before those of GEMM2."""
-    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, tokens = parameters
+    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, order_count = parameters
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS  # units of GEMM2, a tile and column group
     touch(tile_expert)
@@ -159,7 +160,7 @@ def weights_producer(
     if DENSE:
         let_others_draw(ticket, tile_count, INTER // ROWS)
     unit = gl.atomic_add(ticket, 1, sem="relaxed")
-    tiles, units_1, sums, units = unit_counts(tile_count, tokens, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
+    tiles, units_1, sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     it = 0
     n = 0
     tell(queue, told, heard, n, (unit,))
@@ -239,7 +240,7 @@ def pairs_producer(
     """By cp.async the pairs' codes, gathered by token in GEMM1, and all scales."""
     (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
-        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
+        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, order_count, tokens,
     ) = parameters
     X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     V: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
@@ -253,7 +254,7 @@ def pairs_producer(
     S_BUFS: gl.constexpr = HALVES * PARTS
     zeros = gl.zeros([32 * WARPS], gl.int32, V)
     k = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, X)), 0)
-    tiles, units_1, sums, units = unit_counts(tile_count, tokens, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
+    tiles, units_1, sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     it = 0
     n = 0
     known = gl.to_tensor(0)
