@@ -302,6 +302,8 @@ def place_kernel(
     past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
     token = chunk * chunk_tokens + tl.arange(0, BLOCK_T)
     weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
+    if ONCE and not PREFILL:  # before what others counted is there
+        list_order(weight, token, token < past, tokens, token_order, order_count, False)
     sums = tl.zeros((CELLS,), tl.int32)
     for c in range(0, chunks, COUNTS):
         other = (c + tl.arange(0, COUNTS))[:, None]
@@ -321,8 +323,6 @@ def place_kernel(
         list_rows(
             weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, prefill, TOP_K, BLOCK_N
         )  # fmt: skip
-        if not PREFILL:
-            list_order(weight, token, token < past, tokens, token_order, order_count, False)
     else:
         for _ in range(0, chunk_tokens, BLOCK_T):
             list_rows(

@@ -234,7 +234,7 @@ def teller(
     stored, queue, told, heard, finished, written, tile_count, tile_group, order_count = parameters
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // (2 * ROWS) // GROUPS
-    tiles, units_1, sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, False, GROUPS, RUN)
+    tiles, units_1, sums, last_sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, False, GROUPS, RUN)
     n = 0
     unit = hear(queue, told, heard, n, 1)
     while unit < units_1:
@@ -308,7 +308,7 @@ def consumer(
     FEW: gl.constexpr = min(N, 32)
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS
-    tiles, units_1, sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
+    tiles, units_1, sums, last_sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     some = 0
     if DENSE == 0:
         some = gl.load(order_count) >> 16
@@ -350,12 +350,13 @@ def consumer(
             group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
             if is_sum:
                 mbarrier.arrive(between.index(n % STORED), count=1)
+                shares = gl.where(group == GROUPS - 1, last_sums, sums)
                 combine(
-                    rows, out, token_pair, token_pairs, token_order, some, written + group, tiles * OUT, group, number, sums,
+                    rows, out, token_pair, token_pairs, token_order, some, written + group, tiles * OUT, group, number, shares,
                     HIDDEN, HIDDEN // GROUPS, TOP_K, RUN, WARPS,
                 )  # fmt: skip
                 if group == GROUPS - 1:  # nothing is stored there any more
-                    let_go(middle, gl.load(tile_end + tiles - 1, mask=tiles > 0, other=0) * INTER, number, sums, WARPS)
+                    let_go(middle, gl.load(tile_end + tiles - 1, mask=tiles > 0, other=0) * INTER, number, last_sums, WARPS)
             else:
                 tile, block = unit_at(number, tile_group, OUT, False)
                 begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)

@@ -13,6 +13,10 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from blockmoe.operator.persistent import GENERIC, barrier, hear, tell, wait_until
 
 
+# Shares of a column group's last sum a program. Who has no units left takes some of a first group's until others are done with theirs.
+SHARES, LAST_SHARES = gl.constexpr(3), gl.constexpr(1)
+
+
 @gluon.jit
 def unit_at(unit, tile_group, BLOCKS: gl.constexpr, DENSE: gl.constexpr):
     """Tile and row block of a unit: an expert's units side by side, of those the tiles that share weights. Where DENSE it has one tile."""
@@ -30,12 +34,13 @@ def unit_at(unit, tile_group, BLOCKS: gl.constexpr, DENSE: gl.constexpr):
 def second_unit(unit, size, sums, GROUPS: gl.constexpr):
     """Column group, number in it, and whether it is a sum: of the units after GEMM1's.
 
-    `size` units of GEMM2 a group and `sums` of its last sum: a group's sum follows the next group's units, which hide it.
+    `size` units of GEMM2 a group and `sums` of its last sum, other numbers of the last group's: a group's sum follows the next group's
+    units, which hide it.
     """
     past = unit - size
-    turn = past // (size + sums)
-    inside = past % (size + sums)
-    last = turn >= GROUPS - 1
+    turn = gl.minimum(past // (size + sums), GROUPS - 1)
+    inside = past - turn * (size + sums)
+    last = turn == GROUPS - 1
     is_sum = (unit >= size) & (last | (inside >= size))
     group = gl.where(unit < size, 0, gl.where(is_sum, turn, turn + 1))
     number = gl.where(unit < size, unit, gl.where(is_sum & (last == 0), inside - size, inside))
@@ -48,18 +53,20 @@ def unit_counts(
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr,
 ):  # fmt: skip
     """How many tiles there are, units of GEMM1, shares of a column group's last sum (one for each of ROWS / 16 warps' tokens and RUN
-    columns at most, tokens without pairs aside), and units in all."""
+    columns at most, tokens without pairs aside), the same of the last group's, and units in all."""
     COLUMNS: gl.constexpr = HIDDEN // GROUPS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else COLUMNS // (2 * ROWS)
     WARPS: gl.constexpr = ROWS // 16
     tiles = gl.load(tile_count)
     units_1 = tiles * (INTER // ROWS)
     if DENSE:
-        return tiles, units_1, 0, units_1 + OUT
+        return tiles, units_1, 0, 0, units_1 + OUT
     else:
         some = gl.load(order_count) >> 16
-        sums = gl.minimum((some + WARPS - 1) // WARPS * ((COLUMNS + RUN - 1) // RUN), gl.num_programs(0))
-        return tiles, units_1, sums, units_1 + GROUPS * (tiles * OUT + sums)
+        most = (some + WARPS - 1) // WARPS * ((COLUMNS + RUN - 1) // RUN)
+        sums = gl.minimum(most, SHARES * gl.num_programs(0))
+        last_sums = gl.minimum(most, LAST_SHARES * gl.num_programs(0))
+        return tiles, units_1, sums, last_sums, units_1 + GROUPS * tiles * OUT + (GROUPS - 1) * sums + last_sums
 
 
 @gluon.jit
@@ -160,7 +167,7 @@ def weights_producer(
     if DENSE:
         let_others_draw(ticket, tile_count, INTER // ROWS)
     unit = gl.atomic_add(ticket, 1, sem="relaxed")
-    tiles, units_1, sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
+    tiles, units_1, sums, last_sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     it = 0
     n = 0
     tell(queue, told, heard, n, (unit,))
@@ -254,7 +261,7 @@ def pairs_producer(
     S_BUFS: gl.constexpr = HALVES * PARTS
     zeros = gl.zeros([32 * WARPS], gl.int32, V)
     k = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, X)), 0)
-    tiles, units_1, sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
+    tiles, units_1, sums, last_sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
     it = 0
     n = 0
     known = gl.to_tensor(0)
