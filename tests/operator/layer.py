@@ -25,15 +25,15 @@ PLANS = {
 SHARED_LIMIT = 232_448  # bytes of shared memory that a program may have on sm_90
 
 IN_TWO = RouteTile(16, 4, 16, False)
-EITHER = EitherTile(StreamTile(128, 64, 5, promotion=128, groups=2, burst=2), PrefillTile(4, 1, flight=3))
+EITHER = EitherTile(StreamTile(128, 64, 5, promotion=128, burst=2), PrefillTile(4, 1, flight=3))
 PERSISTENT = {  # for the emulator
     "prefill": Plan("prefill", IN_TWO, PrefillTile(4, 1, flight=3)),
     "cluster": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3)),
     "cluster 2 in flight": Plan("prefill", IN_TWO, PrefillTile(4, 2)),
     "dense": Plan("stream", RouteTile(16, 16, 16, True), StreamTile(64, 16, 10, dense=True, flight=3)),
-    "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3, groups=2)),
-    "stream 256x32 by twos": Plan("stream", IN_TWO, StreamTile(128, 32, 6, promotion=128, groups=2, burst=2)),
-    "stream 256x64 by twos": Plan("stream", IN_TWO, StreamTile(128, 64, 5, promotion=128, groups=2, burst=2)),
+    "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3)),
+    "stream 256x32 by twos": Plan("stream", IN_TWO, StreamTile(128, 32, 6, promotion=128, burst=2)),
+    "stream 256x64 by twos": Plan("stream", IN_TWO, StreamTile(128, 64, 5, promotion=128, burst=2)),
     "either": Plan("either", IN_TWO, EITHER),  # stream's way; with more tokens (EMULATED_TOKENS) prefill's
     "either, skewed": Plan("either", IN_TWO, EITHER),
 }

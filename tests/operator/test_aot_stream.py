@@ -19,7 +19,7 @@ from blockmoe.operator.plan import PrefillTile, StreamTile, choose_plan, plans  
 
 CHOSEN = [plan.gate_up for machine in (H100, H200) for plan in plans(HEADLINE, machine) if plan.path == "stream"]
 # candidates of scripts/gpu_operator.py
-TILES = dict.fromkeys((*CHOSEN, StreamTile(64, 16, 10, dense=True), StreamTile(128, 16, 6, groups=4)))
+TILES = dict.fromkeys((*CHOSEN, StreamTile(64, 16, 10, dense=True), StreamTile(128, 16, 6)))
 
 
 def warnings(ptx: str, folder) -> str:

@@ -58,7 +58,7 @@ def test_how_weights_are_asked_for():
     assert asked[H100] == [(256, 1, 3)] * 4 and asked[H200] == [(128, 1, 4)] * 2 + [(128, 2, None)] * 2
     as_others = dict(promotion=256, burst=1, flight=3)
     assert [replace(tile, **as_others) for tile in tiles[H200]] == tiles[H100]
-    assert str(tiles[H200][3]) == "256x32 6s by twos 2 groups"
+    assert str(tiles[H200][3]) == "256x32 6s by twos"
     odd = replace(HEADLINE, intermediate_size=640)  # K blocks of GEMM2
     assert choose_plan(odd, 128, H200) == choose_plan(odd, 128, H100)
     assert {(plan.gate_up.promotion, plan.gate_up.burst) for plan in plans(odd, H200) if plan.path == "stream"} == {(128, 1)}
@@ -66,7 +66,7 @@ def test_how_weights_are_asked_for():
         assert choose_plan(HEADLINE, t, H100) == choose_plan(HEADLINE, t, H200)
     either = choose_plan(HEADLINE, 128, H200)
     assert {choose_plan(HEADLINE, t, H200).gate_up for t in (128, 901, 1055)} == {either.gate_up}
-    assert str(either.gate_up) == "256x64 5s by twos 2 groups or 128x256 4s 3 in flight"
+    assert str(either.gate_up) == "256x64 5s by twos or 128x256 4s 3 in flight"
     assert [way.path for way in either.ways] == ["stream", "prefill"] and either.ways[1] == choose_plan(HEADLINE, 128, H100)
     for t in (1, 80, 4096):
         assert choose_plan(HEADLINE, t, Machine(capability=100)) == choose_plan(HEADLINE, t, Machine(capability=100, hbm3e=True))

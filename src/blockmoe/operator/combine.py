@@ -1,6 +1,6 @@
 """The output's last sum, in a fixed order: over a token's pairs, or over the partial sums of a split dense GEMM2.
 
-out[t, h] = sum over n < token_pairs[t] of rows[token_pair[t, n], h]      (routing weights are already in the rows)
+out[slot_token[s], h] = sum over n < token_pairs[s] of rows[token_pair[s, n], h]      (routing weights are already in the rows)
 """
 
 from __future__ import annotations
@@ -18,19 +18,20 @@ BLOCK_H = 1024  # columns a program: 8 bf16 a thread of 4 warps, a 16-byte load
 
 @triton.jit(do_not_specialize=["tokens", "first_block", "blocks"])
 def combine_kernel(
-    rows, token_pair, token_pairs, out, tokens, first_block, blocks,
+    rows, token_pair, token_pairs, slot_token, out, tokens, first_block, blocks,
     HIDDEN: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     after_previous_kernel(PDL)
     columns = blocks * 128
     parts = tl.cdiv(columns, BLOCK_H)
-    token = (tl.program_id(0) // parts) * BLOCK_T + tl.arange(0, BLOCK_T)
+    slot = (tl.program_id(0) // parts) * BLOCK_T + tl.arange(0, BLOCK_T)
     h = (tl.program_id(0) % parts) * BLOCK_H + tl.arange(0, BLOCK_H)
-    there = (token < tokens)[:, None] & (h < columns)[None, :]
-    count = tl.load(token_pairs + token, mask=token < tokens, other=0)
+    there = (slot < tokens)[:, None] & (h < columns)[None, :]
+    token = tl.load(slot_token + slot, mask=slot < tokens, other=0)
+    count = tl.load(token_pairs + slot, mask=slot < tokens, other=0)
     sums = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
     for n in tl.static_range(TOP_K):
-        pair = tl.load(token_pair + token * TOP_K + n, mask=n < count, other=0).to(tl.int64)
+        pair = tl.load(token_pair + slot * TOP_K + n, mask=n < count, other=0).to(tl.int64)
         sums += tl.load(rows + pair[:, None] * columns + h[None, :], mask=there & (n < count)[:, None], other=0.0).to(tl.float32)
     at = out + token.to(tl.int64)[:, None] * HIDDEN + first_block * 128 + h[None, :]
     tl.store(at, sums.to(out.dtype.element_ty), mask=there)
@@ -55,7 +56,7 @@ def combine(out: Slot, first_block: int, round: Round) -> list[Launch]:
         # T = 14107: a token and at most 1024 of a round's 512 columns a program took 331 us, 2.3 times its bytes' time
         block_t, block_h = (4, 512) if plan.path == "wide" else (1 if plan.gate_up.block_n == 16 else 2, BLOCK_H)
         programs = -(-sizes.tokens // block_t) * -(-sizes.blocks * BLOCK // block_h)
-        arguments = (b["rows"], b["token_pair"], b["token_pairs"], out, sizes.tokens, first_block, sizes.blocks)
+        arguments = (b["rows"], b["token_pair"], b["token_pairs"], b["slot_token"], out, sizes.tokens, first_block, sizes.blocks)
         return [round.launch(combine_kernel, programs, arguments, (g.hidden_size, g.top_k, block_t, block_h, plan.pdl), 4)]
     if plan.down.split == 1:
         return []

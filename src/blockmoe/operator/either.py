@@ -28,10 +28,10 @@ LOADERS = 40  # registers of a thread of stream's single warps
 def either_kernel(
     w1, w2, p_w1, p_middle, p_middle_boxes, p_w2, p_runs,
     x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, words,
-    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, token_order, order_count, before, skewed,
-    ticket, finished, written, added, ready, mail, tokens, pitch,
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count, before, skewed,
+    ticket, part, finished, written, added, ready, mail, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, LOADERS: gl.constexpr,
+    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, LOADERS: gl.constexpr,
     WARPS: gl.constexpr, P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr, P_FLIGHT: gl.constexpr, P_CONSUMERS: gl.constexpr,
     P_LOADERS: gl.constexpr, P_CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -42,10 +42,10 @@ def either_kernel(
     if PDL:
         gdc_wait()
     if gl.load(skewed) == 0:
-        lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, token_order, order_count)
+        lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count)
         stream(
-            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
-            HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST, LOADERS, WARPS, GATHERERS,
+            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, part, finished, written), tokens,
+            HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, FLIGHT, BURST, LOADERS, WARPS, GATHERERS,
         )  # fmt: skip
     else:
         boxes = (p_w1, p_middle, p_middle_boxes, p_w2, p_runs)
@@ -62,7 +62,7 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     """Both GEMMs, SwiGLU and the output's last sum."""
     tile, b, (streaming, filling) = round.plan.gate_up, round.memory, round.ways
     inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], b["rows"], out, Slot(out.tensor, torch.int64))
-    lists = (*by_stream.LISTS, "before", "skewed", "ticket", "finished", "written", "added", "ready", "mail")
+    lists = (*by_stream.LISTS, "before", "skewed", "ticket", "part", "finished", "written", "added", "ready", "mail")
     boxes = (*by_stream.boxes_of(w1, w2, tile.stream, streaming), *by_prefill.boxes_of(w1, w2, out, tile.prefill, filling))
     arguments = (*boxes, *inputs, *(b[n] for n in lists), round.sizes.tokens, filling.sizes.rows)
     constants = (*by_stream.constants_of(tile.stream, streaming), LOADERS, tile.stream.num_warps)

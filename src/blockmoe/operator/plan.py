@@ -53,6 +53,7 @@ CLUSTER_ROWS = 8
 MEMORY_BOUND_ROWS = 192
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
+FOLD = 1  # chunks that a program sorts: on multiprocessors without one the next kernel's programs are there when that is done
 FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
 
@@ -65,7 +66,8 @@ def power_of_two_at_least(n: int) -> int:
 class RouteTile:
     """`block_t` tokens at a time are chosen for, a warp each where num_warps allows; `place_t` at a time are sorted.
 
-    One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`. At most `chunks` chunks.
+    One launch takes at most `block_t` tokens. With two there are at most `chunks` chunks, and a program sorts `fold` of them; `once`: those
+    have no more than `place_t` tokens.
     """
 
     block_t: int
@@ -74,6 +76,7 @@ class RouteTile:
     one_launch: bool
     once: bool = False
     chunks: int = FEW_CHUNKS
+    fold: int = 1
 
 
 @dataclass(frozen=True)
@@ -112,8 +115,7 @@ class StreamTile:
     """Twice `rows` weight rows by `block_n` pairs; `stages` K blocks of 128 in shared memory, of which `flight` (None: all) may be on their
     way at once, or more where `dense` and few programs have units left.
 
-    GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns of a tile's pairs, the output's last sum
-    in `groups` column groups, each while the next one's weights come in (1 where they don't divide the columns); where `dense`, a tile
+    GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns of a tile's pairs; where `dense`, a tile
     lists all tokens, and `rows` columns are summed over all experts (10 stages at most: a second consumer's sums lie beside them).
     `promotion`: bytes that the L2 reads at once (128 or 256). `burst`: K blocks of weights asked for together, 1 or 2.
     """
@@ -123,7 +125,6 @@ class StreamTile:
     stages: int
     promotion: int = 256
     dense: bool = False
-    groups: int = 1
     flight: int | None = None
     burst: int = 1
 
@@ -133,14 +134,12 @@ class StreamTile:
         assert self.flight is None or 0 < self.flight <= self.stages
         assert self.burst in (1, 2) and self.burst <= (self.flight or self.stages)
         assert not self.dense or self.burst == 1, "a stage of dense GEMM2 is two K blocks already"
-        assert not self.dense or self.groups == 1, "dense GEMM2 writes the output itself"
         assert not self.dense or self.block_n == 16, "sums of both consumers lie beside the stages"
 
     def __str__(self) -> str:
         more = f" promoted {self.promotion}" if self.promotion != 128 else ""
         more += " by twos" if self.burst == 2 else ""
         more += f" {self.flight} in flight" if self.flight else ""
-        more += f" {self.groups} groups" if self.groups > 1 else ""
         return f"{2 * self.rows}x{self.block_n} {self.stages}s{more}{' dense' if self.dense else ''}"
 
     @property
@@ -284,7 +283,7 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
             return RouteTile(block_t, block_t, block_t, True)
     for block_t in (4, 16):  # few warps a multiprocessor: its four schedulers take a token each
         if tokens <= block_t * FEW_CHUNKS:
-            return RouteTile(block_t, block_t, block_t, False, True)
+            return RouteTile(block_t, FOLD * block_t, block_t, False, True, fold=FOLD)
     # two programs a multiprocessor. T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1
     place_t = min(64, 4096 // local)
     return RouteTile(16, place_t, 16, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK, MOST_CHUNKS)
@@ -309,8 +308,8 @@ def _stream(geometry: MoEGeometry, tokens: int, rows: float, machine: Machine) -
         if even:
             # T = 80, 120 by tiles of 64 and of 32 pairs: 323, 319; 312, 309
             n, stages = (64, 5) if rows >= PREFILL_ROWS else (32, 6)
-            return StreamTile(128, n, stages, promotion=128, groups=2, burst=2)
-        return StreamTile(128, 32, 6, promotion=128, groups=2, flight=3)
+            return StreamTile(128, n, stages, promotion=128, burst=2)
+        return StreamTile(128, 32, 6, promotion=128, flight=3)
     if tokens <= STREAM_DENSE_TOKENS and even:
         # T = 1, 7, 14, 15: 54.6, 98.5, 169.5, 87.6 us; all stages in flight 57.7, 103.8, 174.8, 87.9. On an H200: 45.0, 76.8, 126.7, 69.7;
         # with two consumers, more stages for last units, and idle programs that let others draw 42.3 (by these alone), 72.4, 124.2, 63.4
@@ -319,7 +318,7 @@ def _stream(geometry: MoEGeometry, tokens: int, rows: float, machine: Machine) -
     # experts: 201.7, 413.6
     # With 6 stages, 3 of them in flight, and two groups T = 16, 32, 80: 185.9, 298.9, 472.0; with 5, all in flight, and one: 188.6,
     # 302.6, 473.9
-    return StreamTile(128, 32, 6, flight=3, groups=2)
+    return StreamTile(128, 32, 6, flight=3)
 
 
 def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, machine: Machine, pdl: bool) -> Plan:

@@ -8,7 +8,7 @@ the lowest there is.
 Two steps. A token's experts are chosen, mostly by one warp (`choose_experts`); then the tile list (tile_count, tile_expert,
 tile_begin, tile_end) is made, the pairs are sorted by expert, then token (pair_token, pair_weight), and how many each token
 has is noted (token_pairs), with its rows for the combine (token_pair) or, for prefill, the tile of each pair's predecessor in
-its token (before). `route_kernel` does both in one program and holds all tokens' weights in registers. `choose_kernel` and
+its token (before). For the combine a token has a slot (slot_token): those with pairs (slot_count) come first. `route_kernel` does both in one program and holds all tokens' weights in registers. `choose_kernel` and
 `place_kernel` take a program a run ("chunk") of tokens, with each token's weight for every local expert and each chunk's
 pairs an expert in memory between them.
 
@@ -183,13 +183,13 @@ def list_tiles(
 
 @triton.jit
 def list_rows(
-    weight, token, there, base, pair_token, pair_weight, token_pair, token_pairs, before, prefill, TOP_K: tl.constexpr,
+    weight, token, slot, there, base, pair_token, pair_weight, token_pair, token_pairs, slot_token, before, prefill, TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Stores the pairs of `weight` [tokens, experts], each expert's from row `base` on, and how many each token has.
+    """Stores the pairs of `weight` [tokens, experts], each expert's from row `base` on, and each token's rows in its `slot`.
 
-    For `prefill` also the tile, of BLOCK_N pairs, of the token's pair of the expert before, or -1: rows increase with experts, so it is
-    that of the second largest row up to here. Else each token's rows.
+    For `prefill` instead of a token's rows the tile, of BLOCK_N pairs, of its pair of the expert before, or -1, and how many pairs it has:
+    rows increase with experts, so it is that of the second largest row up to here.
     """
     expert = tl.arange(0, weight.shape[1])
     mine = (weight != 0.0).to(tl.int32)
@@ -202,25 +202,22 @@ def list_rows(
         tl.store(token_pairs + token, tl.sum(mine, 1), mask=there)
     else:
         past = tl.cumsum(mine, 1)
-        tl.store(token_pair + (token[:, None] * TOP_K + past - 1), row, mask=mine > 0)
-        tl.store(token_pairs + (token[:, None] + 0 * row), past, mask=there[:, None] & (expert == weight.shape[1] - 1)[None, :])
+        tl.store(slot_token + slot, token, mask=there)
+        tl.store(token_pair + (slot[:, None] * TOP_K + past - 1), row, mask=mine > 0)
+        tl.store(token_pairs + (slot[:, None] + 0 * row), past, mask=there[:, None] & (expert == weight.shape[1] - 1)[None, :])
 
 
 @triton.jit
-def list_order(weight, token, there, tokens, token_order, order_count, ALONE: tl.constexpr):
-    """Stores tokens of `weight` [tokens, experts] that have pairs from the front of `token_order` [T] on, those that have none from its end.
+def with_pairs(weight):
+    """Which tokens of `weight` [tokens, experts] have pairs: 1, others 0."""
+    return tl.max((weight != 0.0).to(tl.int32), 1)
 
-    Programs take what comes next, in any order, or one has all (ALONE).
-    """
-    some = (tl.sum((weight != 0.0).to(tl.int32), 1) > 0).to(tl.int32)
-    ones = tl.where(there, tl.where(some > 0, 65536, 1), 0)  # in the upper half those with pairs
-    before = tl.cumsum(ones, 0) - ones
-    if ALONE:
-        tl.store(order_count, tl.sum(ones, 0))
-    else:
-        before += tl.atomic_add(order_count, tl.sum(ones, 0), sem="relaxed")
-    slot = tl.where(some > 0, before >> 16, tokens - 1 - (before & 65535))
-    tl.store(token_order + slot, token, mask=there)
+
+@triton.jit
+def slots_of(some, token, earlier, total):
+    """Slots of tokens, of which `some` have pairs: those come first, `total` in all, `earlier` of tokens before these; then the others."""
+    first = earlier + tl.cumsum(some, 0) - some
+    return tl.where(some > 0, first, total + token - first)
 
 
 @triton.jit
@@ -233,8 +230,8 @@ def zero_counters(counters, program, programs, count):
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "counter_count"])
 def route_kernel(
-    logits, bias, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, token_order,
-    order_count, counters, tokens, offset, factor, rounds, counter_count,
+    logits, bias, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token,
+    slot_count, counters, tokens, offset, factor, rounds, counter_count,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
     TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, DENSE: tl.constexpr, PDL: tl.constexpr,
@@ -256,23 +253,29 @@ def route_kernel(
     else:
         total = tl.sum((weight != 0.0).to(tl.int32), 0)
         start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, False)
-        list_rows(weight, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, None, False, TOP_K, BLOCK_N)
-        list_order(weight, token, token < tokens, tokens, token_order, order_count, True)
+        some = with_pairs(weight)
+        all = tl.sum(some, 0)
+        tl.store(slot_count, all)
+        list_rows(
+            weight, token, slots_of(some, token, 0, all), token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, slot_token,
+            None, False, TOP_K, BLOCK_N,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
 def choose_kernel(
-    logits, bias, token_weight, chunk_count, order_count, tokens, offset, factor, rounds, chunk_tokens,
+    logits, bias, token_weight, chunk_count, chunk_some, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """token_weight [T, LOCAL] (0: not chosen) and each local expert's pairs in this program's chunk: chunk_count [chunks, LOCAL]."""
+    """token_weight [T, LOCAL] (0: not chosen), and of this program's chunk each local expert's pairs, chunk_count [chunks, LOCAL], and how
+    many tokens have some, chunk_some [chunks]."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
-    tl.store(order_count, 0)
     cell = tl.arange(0, CELLS)
     count = tl.zeros((BLOCK_T, CELLS), tl.int32)
+    some = tl.zeros((BLOCK_T,), tl.int32)
     for t in range(chunk * chunk_tokens, (chunk + 1) * chunk_tokens, BLOCK_T):
         token = t + tl.arange(0, BLOCK_T)
         weight = choose_experts(
@@ -282,35 +285,43 @@ def choose_kernel(
         at = token_weight + token[:, None] * LOCAL + cell[None, :]
         tl.store(at, weight, mask=(token < tokens)[:, None] & (cell < LOCAL)[None, :])
         count += (weight != 0.0).to(tl.int32)
+        some += with_pairs(weight)
+    tl.store(chunk_some + chunk, tl.sum(some, 0))
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
 @triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count"])
 def place_kernel(
-    token_weight, chunk_count, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, token_order, order_count, counters, before, skewed, chunks, tokens, chunk_tokens, counter_count,
-    LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, FEW_N: tl.constexpr, BLOCK_N: tl.constexpr,
-    COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
+    token_weight, chunk_count, chunk_some, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
+    token_pairs, slot_token, slot_count, counters, before, skewed, chunks, tokens, chunk_tokens, counter_count,
+    LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, FOLD: tl.constexpr, FEW_N: tl.constexpr,
+    BLOCK_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, and are for prefill where
+    """Rows and tiles of FOLD chunks; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, and are for prefill where
     PREFILL. Where FEW_N they have FEW_N pairs and are not, but where that makes many tiles of few experts, which is noted (`skewed`)."""
     before_next_kernel(PDL)
-    chunk = tl.program_id(0)
-    zero_counters(counters, chunk, chunks, counter_count)
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    zero_counters(counters, program, programs, counter_count)
     expert = tl.arange(0, CELLS)
     real = (expert < LOCAL)[None, :]
-    past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
-    token = chunk * chunk_tokens + tl.arange(0, BLOCK_T)
+    own_tokens = FOLD * chunk_tokens
+    past = tl.minimum((program + 1) * own_tokens, tokens)
+    token = program * own_tokens + tl.arange(0, BLOCK_T)
     weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
-    if ONCE and not PREFILL:  # before what others counted is there
-        list_order(weight, token, token < past, tokens, token_order, order_count, False)
     sums = tl.zeros((CELLS,), tl.int32)
+    some_sums = tl.zeros((COUNTS,), tl.int32)
     for c in range(0, chunks, COUNTS):
-        other = (c + tl.arange(0, COUNTS))[:, None]
-        count = tl.load(chunk_count + other * LOCAL + expert[None, :], mask=(other < chunks) & real, other=0)
-        sums += tl.sum(tl.where(other < chunk, count * 65537, count), 0)  # of the chunks before in the upper half
+        other = c + tl.arange(0, COUNTS)
+        factor = tl.where(other < program * FOLD, 65537, 1)  # of the chunks before in the upper half too
+        count = tl.load(chunk_count + other[:, None] * LOCAL + expert[None, :], mask=(other < chunks)[:, None] & real, other=0)
+        sums += tl.sum(count * factor[:, None], 0)
+        some_sums += tl.load(chunk_some + other, mask=other < chunks, other=0) * factor
     base = sums >> 16
     total = sums & 65535
+    some_sum = tl.sum(some_sums, 0)
+    earlier = some_sum >> 16
+    all = some_sum & 65535
+    tl.store(slot_count, all)
     prefill = PREFILL
     block_n = BLOCK_N
     if FEW_N > 0:
@@ -318,19 +329,16 @@ def place_kernel(
         prefill = tiles > MOST * tl.sum((total > 0).to(tl.float32), 0)
         block_n = tl.where(prefill, BLOCK_N, FEW_N)
         tl.store(skewed, prefill.to(tl.int32))
-    base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
-    if ONCE:
+    base += list_tiles(total, program, programs, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
+    for _ in range(0, 1 if ONCE else own_tokens, BLOCK_T):
+        some = with_pairs(weight)
         list_rows(
-            weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, prefill, TOP_K, BLOCK_N
+            weight, token, slots_of(some, token, earlier, all), token < past, base, pair_token, pair_weight, token_pair, token_pairs,
+            slot_token, before, prefill, TOP_K, BLOCK_N,
         )  # fmt: skip
-    else:
-        for _ in range(0, chunk_tokens, BLOCK_T):
-            list_rows(
-                weight, token, token < past, base, pair_token, pair_weight, token_pair, token_pairs, before, prefill, TOP_K, BLOCK_N
-            )  # fmt: skip
-            if not PREFILL:
-                list_order(weight, token, token < past, tokens, token_order, order_count, False)
+        if not ONCE:
             base += tl.sum((weight != 0.0).to(tl.int32), 0)
+            earlier += tl.sum(some, 0)
             token += BLOCK_T
             weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
 
@@ -362,23 +370,25 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     experts, lanes, by_warp = _tile(g, plan, logits, bias if deepseek else logits)
     choosing = (g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, deepseek, by_warp, tile.block_t)
     lists = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
-    lists = tuple(b[n] for n in (*lists, "token_order"))
+    lists = tuple(b[n] for n in (*lists, "slot_token", "slot_count"))
     counter_count = b["counters"].count
     if tile.one_launch:
         assert sizes.tokens <= tile.block_t, f"one launch routes {tile.block_t} tokens, not {sizes.tokens}"
-        arguments = (logits, bias, *lists, b["order_count"], b["counters"], sizes.tokens, offset, factor, g.top_k, counter_count)
+        arguments = (logits, bias, *lists, b["counters"], sizes.tokens, offset, factor, g.top_k, counter_count)
         constants = (*choosing, g.top_k, block_n, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
-    assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
-    weights = (b["token_weight"], b["chunk_count"])
-    arguments = (logits, bias, *weights, b["order_count"], sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
+    placed = tile.fold * sizes.chunk_tokens
+    assert not tile.once or placed <= tile.place_t, f"{placed} tokens a program, {tile.place_t} placed at once"
+    weights = (b["token_weight"], b["chunk_count"], b["chunk_some"])
+    arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     constants = (*choosing, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
     skewed = b.get("skewed", b["tile_count"])
     arguments = (
-        *weights, *lists, b["order_count"], b["counters"], b["before"], skewed, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
+        *weights, *lists, b["counters"], b["before"], skewed, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
     )  # fmt: skip
     counts = max(1, min(128, 4096 // cells))
-    constants = (local, cells, g.top_k, tile.place_t, few, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
-    place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
+    constants = (local, cells, g.top_k, tile.place_t, tile.fold, few, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
+    warps = 4 if tile.place_t * cells <= 1024 else 8
+    place = round.launch(place_kernel, -(-sizes.chunks // tile.fold), arguments, constants, warps)
     return [choose, place]

@@ -65,7 +65,7 @@ def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
         streaming, filling = (counters(bound, way) for way in plan.ways)
         return {name: max(streaming.get(name, 0), filling.get(name, 0)) for name in streaming | filling}
     if plan.path == "stream":
-        return {"ticket": 1, "written": plan.gate_up.groups, "finished": bound.tiles}
+        return {"ticket": 1, "part": 1, "written": 2, "finished": bound.tiles}
     if plan.path == "prefill":
         mail, added = MOST_PROGRAMS // 2 * MAIL_SLOTS, bound.tiles * bound.blocks // 2
         return {"ticket": 1, "mail": mail, "ready": MOST_PROGRAMS, "finished": bound.tiles, "added": added}
@@ -86,6 +86,7 @@ def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[i
     fields: dict[str, tuple[int, torch.dtype]] = {
         "token_weight": (tokens * local, torch.float32),
         "chunk_count": (bound.chunks * local, torch.int32),
+        "chunk_some": (bound.chunks, torch.int32),
         "tile_count": (1, torch.int32),
         "tile_expert": (bound.tiles, torch.int32),
         "tile_group": (bound.tiles, torch.int32),
@@ -95,8 +96,8 @@ def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[i
         "pair_weight": (bound.rows, torch.float32),
         "token_pair": (0 if prefill else tokens * geometry.top_k, torch.int32),
         "token_pairs": (tokens, torch.int32),
-        "token_order": (0 if prefill else tokens, torch.int32),
-        "order_count": (1, torch.int32),
+        "slot_token": (0 if prefill else tokens, torch.int32),
+        "slot_count": (1, torch.int32),
         "before": (bound.rows if prefill else 0, torch.int32),
         "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
         "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),

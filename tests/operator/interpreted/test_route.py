@@ -55,7 +55,10 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
         assert {row: lists["before"][row] for row in row_of} == earlier
         assert lists["token_pairs"] == [sum(t == token for t in row_of.values()) for token in range(tokens)]
     elif not plan.dense:
-        rows = [(lists["token_pair"][token * g.top_k + n], token) for token in range(tokens) for n in range(lists["token_pairs"][token])]
+        listed = list(zip(lists["slot_token"], lists["token_pairs"], strict=True))
+        assert sorted(token for token, _ in listed) == list(range(tokens))
+        assert [n > 0 for _, n in listed] == [slot < lists["slot_count"][0] for slot in range(tokens)]
+        rows = [(lists["token_pair"][slot * g.top_k + n], token) for slot, (token, count) in enumerate(listed) for n in range(count)]
         assert dict(rows) == row_of and len(rows) == len(row_of)
     return pairs
 

@@ -1,4 +1,4 @@
-"""The consumers of the streaming kernel: products, promotion by scales that lie in shared memory, epilogues, the output's last sum.
+"""The consumers of the streaming kernel: products, promotion by scales that lie in shared memory, epilogues.
 
 Weights stand on wgmma's M side, pairs on the N side. A stage's two boxes have a sum each (`two_sums`), so that SwiGLU moves nothing; or,
 where they are two K blocks, one together (`one_sum`).
@@ -10,14 +10,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from blockmoe.operator.persistent import GENERIC, QUEUE, barrier, hear, wait_until
+from blockmoe.operator.persistent import barrier, hear
 from blockmoe.operator.stream.load import pairs_at, second_unit, unit_at, unit_counts
-from blockmoe.operator.stream.stay import let_go, may_leave
-
-# Barriers by which a program's consumer says, in turn, that a unit is stored: it hears of no unit before the teller has heard of the one
-# QUEUE before it, and so has waited for all that came before that.
-STORED = gl.constexpr(QUEUE.value + 1)
-
+from blockmoe.operator.stream.sums import STORED, last_sum, write_zeros
 
 @gluon.jit
 def two_sums(
@@ -151,108 +146,6 @@ def store_rows(
 
 
 @gluon.jit
-def write_zeros(out, token_order, some, tokens, HIDDEN: gl.constexpr, WARPS: gl.constexpr):
-    """Zeros for this program's of the tokens without pairs, a warp a token: those behind the first `some` of `token_order`."""
-    C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
-    zeros = gl.zeros([WARPS, 256], gl.bfloat16, C)
-    column = gl.expand_dims(gl.arange(0, 256, layout=gl.SliceLayout(0, C)), 0)
-    for first in range(some + gl.program_id(0) * WARPS, tokens, gl.num_programs(0) * WARPS):
-        slot = first + gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
-        token = gl.load(token_order + slot, mask=slot < tokens, other=0)
-        to = out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + column
-        for run in range(0, HIDDEN, 256):
-            gl.store(to + run, zeros, mask=gl.expand_dims(slot < tokens, 1))
-
-
-@gluon.jit
-def rows_of(token, token_pair, token_pairs, TOP_K: gl.constexpr):
-    """Of each `token`, not negative: how many pairs it has, and TOP_K numbers of which the first so many are their rows."""
-    there = token >= 0
-    count = gl.load(token_pairs + token, mask=there, other=0)
-    pairs = ()
-    for n in gl.static_range(TOP_K):
-        pairs = pairs + (gl.load(token_pair + token * TOP_K + n, mask=there, other=0),)
-    return count, pairs
-
-
-@gluon.jit
-def combine(
-    rows, out, token_pair, token_pairs, token_order, some, written, least, group, number, numbers,
-    HIDDEN: gl.constexpr, COLUMNS: gl.constexpr, TOP_K: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
-):  # fmt: skip
-    """out[t] = the sum over a token's rows, in the order of their experts, in float32: a column group's, share `number` of `numbers`, once
-    `written` is at least `least`.
-
-    A warp a token that has rows, of which there are `some`, RUN columns at a time. Where the next token's rows are is read meanwhile, and what has been
-    read may leave the L2 (in a workspace that begins inside a line a row's last line may stay).
-    """
-    C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
-    LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])  # of 64 columns
-    RUNS: gl.constexpr = (COLUMNS + RUN - 1) // RUN
-    parts = (some + WARPS - 1) // WARPS * RUNS
-    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
-    line = gl.arange(0, 32, layout=gl.SliceLayout(0, LINES))
-    slot = number // RUNS * WARPS + warp
-    token = gl.load(token_order + slot, mask=slot < some, other=-1)
-    slot = (number + numbers) // RUNS * WARPS + warp
-    next_token = gl.load(token_order + slot, mask=slot < some, other=-1)
-    count, pairs = rows_of(token, token_pair, token_pairs, TOP_K)
-    once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
-    wait_until(written + once, once + least, once + 50, GENERIC)
-    barrier()
-    for part in range(number, parts, numbers):
-        first = part % RUNS * RUN
-        inside = first + gl.arange(0, RUN, layout=gl.SliceLayout(0, C))
-        there = gl.expand_dims(token >= 0, 1) & gl.expand_dims(inside < COLUMNS, 0)
-        column = gl.expand_dims(group * COLUMNS + inside, 0)
-        next_count, next_pairs = rows_of(next_token, token_pair, token_pairs, TOP_K)
-        slot = (part + 2 * numbers) // RUNS * WARPS + warp
-        third_token = gl.load(token_order + slot, mask=slot < some, other=-1)
-        sum = gl.zeros([WARPS, RUN], gl.float32, C)
-        for n in gl.static_range(TOP_K):
-            at = rows + gl.expand_dims(pairs[n].to(gl.int64) * HIDDEN, 1) + column
-            mask = there & gl.expand_dims(n < count, 1)
-            sum += gl.load(at, mask=mask, other=0.0, cache_modifier=".cg").to(gl.float32)
-        gl.store(out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + column, sum.to(gl.bfloat16), mask=there)
-        lines = gl.expand_dims((line < RUN // 64) & (first + 64 * line < COLUMNS), 0)
-        for n in gl.static_range(TOP_K):
-            pair = gl.convert_layout(gl.where(n < count, pairs[n], -1), gl.SliceLayout(1, LINES))
-            at = rows + gl.expand_dims(pair.to(gl.int64) * HIDDEN, 1) + gl.expand_dims(group * COLUMNS + first + 64 * line, 0)
-            may_leave(at, lines & gl.expand_dims(pair >= 0, 1))
-        token = next_token
-        next_token = third_token
-        count = next_count
-        pairs = next_pairs
-
-
-@gluon.jit
-def teller(
-    parameters, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr
-):  # fmt: skip
-    """One warp: tells other programs of each unit that it is stored, when the consumer has said so, which waiting for its stores to come to
-    the L2 would keep from its next unit. (H200, T = 130, 500, 901: 4.5, 4.6, 4.0 us of 316, 341, 364; results/h200/operator/teller.txt)"""
-    stored, queue, told, heard, finished, written, tile_count, tile_group, order_count = parameters
-    IN: gl.constexpr = INTER // ROWS
-    OUT: gl.constexpr = HIDDEN // (2 * ROWS) // GROUPS
-    tiles, units_1, sums, last_sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, False, GROUPS, RUN)
-    n = 0
-    unit = hear(queue, told, heard, n, 1)
-    while unit < units_1:
-        tile, _ = unit_at(unit, tile_group, IN, False)
-        mbarrier.wait(stored.index(n % STORED), (n // STORED) & 1)
-        gl.atomic_add(finished + tile, 1, sem="release")
-        n += 1
-        unit = hear(queue, told, heard, n, 1)
-    while unit < units:
-        group, _, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
-        mbarrier.wait(stored.index(n % STORED), (n // STORED) & 1)
-        if is_sum == 0:
-            gl.atomic_add(written + group, 1, sem="release")
-        n += 1
-        unit = hear(queue, told, heard, n, 1)
-
-
-@gluon.jit
 def gate_up_unit(
     it, n, begin, end, block, stages, exchange, pair_weight, middle, middle_scale,
     GROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
@@ -289,7 +182,7 @@ def down_unit(
 def consumer(
     GROUP: gl.constexpr, parameters,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
+    DENSE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` a column group's of GEMM2.
 
@@ -302,17 +195,15 @@ def consumer(
     """
     (
         between, stages, queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, token_order,
-        order_count, tokens,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, slot_token,
+        slot_count, tokens,
     ) = parameters
     FEW: gl.constexpr = min(N, 32)
     IN: gl.constexpr = INTER // ROWS
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS
-    tiles, units_1, sums, last_sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
-    some = 0
-    if DENSE == 0:
-        some = gl.load(order_count) >> 16
-        write_zeros(out, token_order, some, tokens, HIDDEN, WARPS)  # while the first weights are on their way
+    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
+    tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, DENSE)
+    if DENSE == 0:  # while the first weights are on their way
+        write_zeros(out, slot_token, gl.load(slot_count), tokens, HIDDEN, WARPS)
     it = 0
     n = 0
     unit = hear(queue, told, heard, n, WARPS)
@@ -347,25 +238,19 @@ def consumer(
                 sum = join((sum,), between, n, M)[0]
                 store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS, False)
         else:
-            group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
-            if is_sum:
-                mbarrier.arrive(between.index(n % STORED), count=1)
-                shares = gl.where(group == GROUPS - 1, last_sums, sums)
-                combine(
-                    rows, out, token_pair, token_pairs, token_order, some, written + group, tiles * OUT, group, number, shares,
-                    HIDDEN, HIDDEN // GROUPS, TOP_K, RUN, WARPS,
-                )  # fmt: skip
-                if group == GROUPS - 1:  # nothing is stored there any more
-                    let_go(middle, gl.load(tile_end + tiles - 1, mask=tiles > 0, other=0) * INTER, number, last_sums, WARPS)
+            tile, block, _ = second_unit(unit - units_1, tiles, tile_group, OUT)
+            begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
+            column = block * (2 * ROWS)
+            if N > FEW and end - begin <= FEW:
+                it = down_unit(it, begin, end, column, stages, rows, HIDDEN, INTER, ROWS, FEW, STAGES, WARPS)
             else:
-                tile, block = unit_at(number, tile_group, OUT, False)
-                begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
-                column = (group * OUT + block) * (2 * ROWS)
-                if N > FEW and end - begin <= FEW:
-                    it = down_unit(it, begin, end, column, stages, rows, HIDDEN, INTER, ROWS, FEW, STAGES, WARPS)
-                else:
-                    it = down_unit(it, begin, end, column, stages, rows, HIDDEN, INTER, ROWS, N, STAGES, WARPS)
-                barrier()
-                mbarrier.arrive(between.index(n % STORED), count=1)
+                it = down_unit(it, begin, end, column, stages, rows, HIDDEN, INTER, ROWS, N, STAGES, WARPS)
+            barrier()
+            mbarrier.arrive(between.index(n % STORED), count=1)
         n += 1
         unit = hear(queue, told, heard, n, WARPS)
+    if DENSE == 0:
+        last_sum(
+            n, unit, units, queue, told, heard, rows, out, middle, slot_token, token_pair, token_pairs, slot_count, written, tile_end, tiles,
+            HIDDEN, INTER, TOP_K, ROWS, WARPS,
+        )  # fmt: skip

@@ -11,13 +11,13 @@ from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
 from blockmoe.operator.persistent import unit_queue
 from blockmoe.operator.plan import StreamTile
-from blockmoe.operator.stream.compute import STORED, consumer, teller
+from blockmoe.operator.stream.compute import consumer
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
+from blockmoe.operator.stream.sums import STORED, teller
 from blockmoe.operator.workspace import Round
 
 REGISTERS = 56  # a thread of the producers
-LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs", "token_order", "order_count")
-RUN = 512  # columns of a token that the last sum adds at a time
+LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs", "slot_token", "slot_count")
 SECOND_REGISTERS = gl.constexpr(168)  # a thread of the second consumer, where there is one
 CONSUMER_REGISTERS = gl.constexpr(208)  # of the consumer, where it is not the program's first warps
 WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
@@ -98,7 +98,7 @@ def give_up(places):
 def stream(
     places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, counters, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
+    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
     REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing, by all roles: `stream_kernel`. GATHERERS: warps that gather pairs; four are the program's first ones."""
@@ -106,26 +106,26 @@ def stream(
     asked, full, empty = stages
     queue, told, heard = units
     w_bufs, x_bufs, s_bufs, w_s_bufs = stage_buffers(ROWS, N, STAGES, DENSE)
-    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, token_order, order_count = lists
-    ticket, finished, written = counters
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count = lists
+    ticket, part_ticket, finished, written = counters
     multiplied = (
         between, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, token_order,
-        order_count, tokens,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, slot_token,
+        slot_count, tokens,
     )  # fmt: skip
-    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, order_count)
+    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part_ticket, tile_count, tile_expert, tile_group, slot_count)
     pairs = (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
-        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, order_count, tokens,
+        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
     )  # fmt: skip
-    said = (between, queue, told, heard, finished, written, tile_count, tile_group, order_count)
+    said = (between, queue, told, heard, finished, written, tile_count, tile_group)
     if DENSE:
         gl.warp_specialize(
             [
-                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
-                (consumer, (1, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, GATHERERS)),
+                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
+                (consumer, (1, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, FLIGHT, BURST)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
             ],
             [WARPS, 1, GATHERERS],
             [SECOND_REGISTERS, REGISTERS, REGISTERS],
@@ -133,10 +133,10 @@ def stream(
     elif GATHERERS == 4:
         gl.warp_specialize(
             [
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, GATHERERS)),
-                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
-                (teller, (said, HIDDEN, INTER, ROWS, GROUPS, RUN)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
+                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, FLIGHT, BURST)),
+                (teller, (said, HIDDEN, INTER, ROWS)),
             ],
             [WARPS, 1, 1],
             [CONSUMER_REGISTERS, REGISTERS, REGISTERS],
@@ -144,10 +144,10 @@ def stream(
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST)),
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GROUPS, RUN, GATHERERS)),
-                (teller, (said, HIDDEN, INTER, ROWS, GROUPS, RUN)),
+                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, FLIGHT, BURST)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
+                (teller, (said, HIDDEN, INTER, ROWS)),
             ],
             [1, GATHERERS, 1],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -157,9 +157,9 @@ def stream(
 @gluon.jit(do_not_specialize=["tokens"])
 def stream_kernel(
     w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, tile_count, tile_expert, tile_group, tile_begin, tile_end,
-    pair_token, pair_weight, token_pair, token_pairs, token_order, order_count, ticket, finished, written, tokens,
+    pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count, ticket, part, finished, written, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
+    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
     REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
@@ -167,17 +167,17 @@ def stream_kernel(
     GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[p, i / ROWS] its scale times the pair's routing weight. GEMM2: out[t, h]
     in bfloat16; the sum over a token's pairs in float32, of products where DENSE, else of `rows` [pairs, H] in bfloat16.
 
-    Descriptors: w1 [L * 2 I, H], w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]. ticket, finished [tiles] and
-    written [GROUPS] begin at 0.
+    Descriptors: w1 [L * 2 I, H], w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]. ticket, part, finished [tiles] and
+    written [2] begin at 0.
     """
     GATHERERS: gl.constexpr = 1 if DENSE else 2  # warps: of 64 pairs one would hold more addresses than registers
     places = meeting_places(ROWS, N, STAGES, DENSE, GATHERERS)
     if PDL:
         gdc_wait()
-    lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, token_order, order_count)
+    lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count)
     stream(
-        places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, finished, written), tokens,
-        HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, GROUPS, RUN, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
+        places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, part, finished, written), tokens,
+        HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
     )  # fmt: skip
 
 
@@ -194,15 +194,14 @@ def constants_of(tile: StreamTile, round: Round) -> tuple:
     assert g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows) == 0, "a unit's columns of the output"
     assert not tile.dense or g.intermediate_size % (2 * BLOCK) == 0, "a stage is two K blocks of GEMM2"
     assert g.hidden_size % (tile.burst * BLOCK) == 0 == g.intermediate_size % (tile.burst * BLOCK), "K blocks that are asked for together"
-    groups = tile.groups if g.hidden_size // (2 * tile.rows) % tile.groups == 0 else 1
-    constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, tile.dense, groups, RUN)
+    constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, tile.dense)
     return (*constants, tile.flight or tile.stages, tile.burst)
 
 
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
     tile, b = round.plan.gate_up, round.memory
-    lists = tuple(b[n] for n in (*LISTS, "ticket", "finished", "written"))
+    lists = tuple(b[n] for n in (*LISTS, "ticket", "part", "finished", "written"))
     inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], out if tile.dense else b["rows"], out)
     arguments = (*boxes_of(w1, w2, tile, round), *inputs, *lists, round.sizes.tokens)
     constants = (*constants_of(tile, round), REGISTERS, tile.num_warps, round.plan.pdl)

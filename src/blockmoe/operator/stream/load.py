@@ -13,12 +13,12 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 from blockmoe.operator.persistent import GENERIC, barrier, hear, tell, wait_until
 
 
-# Shares of a column group's last sum a program. Who has no units left takes some of a first group's until others are done with theirs.
-SHARES, LAST_SHARES = gl.constexpr(3), gl.constexpr(1)
+RUN = gl.constexpr(512)  # columns of a token that the last sum adds at a time
+END = gl.constexpr(1 << 30)  # told instead of a unit: there is none any more
 
 
 @gluon.jit
-def unit_at(unit, tile_group, BLOCKS: gl.constexpr, DENSE: gl.constexpr):
+def unit_at(unit, tile_group, BLOCKS, DENSE: gl.constexpr):
     """Tile and row block of a unit: an expert's units side by side, of those the tiles that share weights. Where DENSE it has one tile."""
     if DENSE:
         return unit // BLOCKS, unit % BLOCKS
@@ -30,43 +30,37 @@ def unit_at(unit, tile_group, BLOCKS: gl.constexpr, DENSE: gl.constexpr):
         return first + inside % tiles, inside // tiles
 
 
-@gluon.jit
-def second_unit(unit, size, sums, GROUPS: gl.constexpr):
-    """Column group, number in it, and whether it is a sum: of the units after GEMM1's.
-
-    `size` units of GEMM2 a group and `sums` of its last sum, other numbers of the last group's: a group's sum follows the next group's
-    units, which hide it.
-    """
-    past = unit - size
-    turn = gl.minimum(past // (size + sums), GROUPS - 1)
-    inside = past - turn * (size + sums)
-    last = turn == GROUPS - 1
-    is_sum = (unit >= size) & (last | (inside >= size))
-    group = gl.where(unit < size, 0, gl.where(is_sum, turn, turn + 1))
-    number = gl.where(unit < size, unit, gl.where(is_sum & (last == 0), inside - size, inside))
-    return group, number, is_sum
+@gluon.constexpr_function
+def blocks_before(blocks):
+    """Of so many blocks of columns those of the first of two column groups: the last group's sum is what nothing hides, but programs that
+    have no units left should find the first group's rows stored."""
+    return blocks - max(1, blocks // 8 * 2)
 
 
 @gluon.jit
-def unit_counts(
-    tile_count, order_count,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, DENSE: gl.constexpr, GROUPS: gl.constexpr, RUN: gl.constexpr,
-):  # fmt: skip
-    """How many tiles there are, units of GEMM1, shares of a column group's last sum (one for each of ROWS / 16 warps' tokens and RUN
-    columns at most, tokens without pairs aside), the same of the last group's, and units in all."""
-    COLUMNS: gl.constexpr = HIDDEN // GROUPS
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else COLUMNS // (2 * ROWS)
+def second_unit(unit, tiles, tile_group, BLOCKS: gl.constexpr):
+    """Tile, column block and column group of a unit of GEMM2, the first 0."""
+    FIRST: gl.constexpr = blocks_before(BLOCKS)
+    group = gl.where(unit >= tiles * FIRST, 1, 0)
+    tile, block = unit_at(unit - group * tiles * FIRST, tile_group, gl.where(group == 0, max(FIRST, 1), BLOCKS - FIRST), False)
+    return tile, block + group * FIRST, group
+
+
+@gluon.jit
+def first_parts(slot_count, BLOCKS: gl.constexpr, ROWS: gl.constexpr):
+    """Parts of the first column group's sum: ROWS / 16 tokens with pairs, a warp each, by RUN columns."""
     WARPS: gl.constexpr = ROWS // 16
+    RUNS: gl.constexpr = (blocks_before(BLOCKS) * 2 * ROWS + RUN - 1) // RUN
+    return (gl.load(slot_count) + WARPS - 1) // WARPS * RUNS
+
+
+@gluon.jit
+def unit_counts(tile_count, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, DENSE: gl.constexpr):
+    """How many tiles there are, units of GEMM1, and units of both GEMMs."""
+    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
     tiles = gl.load(tile_count)
     units_1 = tiles * (INTER // ROWS)
-    if DENSE:
-        return tiles, units_1, 0, 0, units_1 + OUT
-    else:
-        some = gl.load(order_count) >> 16
-        most = (some + WARPS - 1) // WARPS * ((COLUMNS + RUN - 1) // RUN)
-        sums = gl.minimum(most, SHARES * gl.num_programs(0))
-        last_sums = gl.minimum(most, LAST_SHARES * gl.num_programs(0))
-        return tiles, units_1, sums, last_sums, units_1 + GROUPS * tiles * OUT + (GROUPS - 1) * sums + last_sums
+    return tiles, units_1, units_1 + (OUT if DENSE else tiles * OUT)
 
 
 @gluon.jit
@@ -156,22 +150,23 @@ def let_others_draw(ticket, tile_count, IN: gl.constexpr):
 def weights_producer(
     parameters,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    GROUPS: gl.constexpr, RUN: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
+    FLIGHT: gl.constexpr, BURST: gl.constexpr,
 ):  # fmt: skip
     """One warp: draws units and tells the other roles, loads the weights. Units of GEMM1 come before those of GEMM2."""
-    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, tile_count, tile_expert, tile_group, order_count = parameters
+    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part_ticket, tile_count, tile_expert, tile_group, slot_count = parameters
     IN: gl.constexpr = INTER // ROWS
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS  # units of GEMM2, a tile and column group
+    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)  # units of GEMM2, a tile and column group
     touch(tile_expert)
     touch(tile_group)
     if DENSE:
         let_others_draw(ticket, tile_count, INTER // ROWS)
     unit = gl.atomic_add(ticket, 1, sem="relaxed")
-    tiles, units_1, sums, last_sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
+    tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, DENSE)
     it = 0
     n = 0
-    tell(queue, told, heard, n, (unit,))
     while unit < units_1:
+        tell(queue, told, heard, n, (unit,))
+        n += 1
         tile, block = unit_at(unit, tile_group, IN, DENSE)
         row = gl.load(tile_expert + tile) * (2 * INTER) + block * ROWS
         flight = share_of_flight(unit, units_1, FLIGHT, STAGES) if DENSE else FLIGHT
@@ -179,9 +174,9 @@ def weights_producer(
             w1, w_bufs, asked, empty, ticket, it, row, flight, INTER, 0, HIDDEN // 128, ROWS, STAGES, BURST, not DENSE
         )
         unit = gl.atomic_add(ticket, 1, sem="relaxed") if DENSE else drawn
-        n += 1
-        tell(queue, told, heard, n, (unit,))
     while unit < units:
+        tell(queue, told, heard, n, (unit,))
+        n += 1
         if DENSE:
             flight = share_of_flight(unit, units, FLIGHT, STAGES)
             for tile in range(tiles):
@@ -191,17 +186,28 @@ def weights_producer(
                 )  # fmt: skip
             unit = gl.atomic_add(ticket, 1, sem="relaxed")
         else:
-            group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
-            if is_sum:
-                unit = gl.atomic_add(ticket, 1, sem="relaxed")
-            else:
-                tile, block = unit_at(number, tile_group, OUT, False)
-                row = gl.load(tile_expert + tile) * HIDDEN + (group * OUT + block) * (2 * ROWS)
-                it, unit = load_weights(
-                    w2, w_bufs, asked, empty, ticket, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES, BURST, True
-                )  # fmt: skip
+            tile, block, _ = second_unit(unit - units_1, tiles, tile_group, OUT)
+            row = gl.load(tile_expert + tile) * HIDDEN + block * (2 * ROWS)
+            it, unit = load_weights(
+                w2, w_bufs, asked, empty, ticket, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES, BURST, True
+            )  # fmt: skip
+    if DENSE == 0:
+        draw_parts(queue, told, heard, n, units, it, empty, part_ticket, first_parts(slot_count, OUT, ROWS), STAGES)
+    else:
+        tell(queue, told, heard, n, (END,))
+
+
+@gluon.jit
+def draw_parts(queue, told, heard, n, units, it, empty, part_ticket, parts, STAGES: gl.constexpr):
+    """Draws parts of the first column group's sum, when the program's own products are done: who is late is to find none left."""
+    if it > 0:
+        mbarrier.wait(empty.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
+    part = gl.atomic_add(part_ticket, 1, sem="relaxed")
+    while part < parts:
+        tell(queue, told, heard, n, (units + part,))
         n += 1
-        tell(queue, told, heard, n, (unit,))
+        part = gl.atomic_add(part_ticket, 1, sem="relaxed")
+    tell(queue, told, heard, n, (END,))
 
 
 @gluon.jit
@@ -242,17 +248,17 @@ def tiles_finished(finished, tile, tiles, known, enough):
 def pairs_producer(
     parameters,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    GROUPS: gl.constexpr, RUN: gl.constexpr, WARPS: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     """By cp.async the pairs' codes, gathered by token in GEMM1, and all scales."""
     (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
-        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, order_count, tokens,
+        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
     ) = parameters
     X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     V: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     IN: gl.constexpr = INTER // ROWS
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS) // GROUPS
+    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
     H_BLOCKS: gl.constexpr = HIDDEN // 128
     I_BLOCKS: gl.constexpr = INTER // 128
     PARTS: gl.constexpr = 128 // ROWS
@@ -261,7 +267,7 @@ def pairs_producer(
     S_BUFS: gl.constexpr = HALVES * PARTS
     zeros = gl.zeros([32 * WARPS], gl.int32, V)
     k = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, X)), 0)
-    tiles, units_1, sums, last_sums, units = unit_counts(tile_count, order_count, HIDDEN, INTER, ROWS, DENSE, GROUPS, RUN)
+    tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, DENSE)
     it = 0
     n = 0
     known = gl.to_tensor(0)
@@ -294,14 +300,8 @@ def pairs_producer(
             past = tiles
             block = unit - units_1
         else:
-            group, number, is_sum = second_unit(unit - units_1, tiles * OUT, sums, GROUPS)
-            first = 0
-            past = 0
-            block = 0
-            if is_sum == 0:
-                first, block = unit_at(number, tile_group, OUT, False)
-                past = first + 1
-                block += group * OUT
+            first, block, _ = second_unit(unit - units_1, tiles, tile_group, OUT)
+            past = first + 1
         for tile in range(first, past):
             begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
             line = begin + gl.arange(0, N, layout=gl.SliceLayout(1, X))
@@ -317,5 +317,8 @@ def pairs_producer(
                 x_bufs, s_bufs, w_s_bufs, full, empty, it, middle + gl.expand_dims(line * INTER, 1) + k, gl.expand_dims(line < end, 1),
                 middle_scale + s_line * IN, s_line < end, 1, w_s_at, w_s_other, I_BLOCKS // HALVES, HALVES, PARTS, X_BUFS, S_BUFS, STAGES,
             )  # fmt: skip
+        n += 1
+        unit = hear(queue, told, heard, n, WARPS)
+    while unit < END:
         n += 1
         unit = hear(queue, told, heard, n, WARPS)

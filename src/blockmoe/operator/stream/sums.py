@@ -1,0 +1,145 @@
+"""Of sorted pairs: the output's last sum, and the warp that tells other programs what is stored for it.
+
+GEMM2's columns come in two groups. Programs that have no units left add the first group's rows while others are still at the second's, by
+parts that they draw; the second's parts, which begin when all is stored, go round them.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from blockmoe.operator.persistent import GENERIC, QUEUE, barrier, hear, wait_until
+from blockmoe.operator.stream.load import END, RUN, blocks_before, first_parts, second_unit, unit_at, unit_counts
+from blockmoe.operator.stream.stay import let_go, may_leave
+
+# Barriers by which a program's consumer says, in turn, that a unit is stored: it hears of no unit before the teller has heard of the one
+# QUEUE before it, and so has waited for all that came before that.
+STORED = gl.constexpr(QUEUE.value + 1)
+
+
+@gluon.jit
+def teller(parameters, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr):
+    """One warp: tells other programs of each unit that it is stored, when the consumer has said so, which waiting for its stores to come to
+    the L2 would keep from its next unit. (H200, T = 130, 500, 901: 4.5, 4.6, 4.0 us of 316, 341, 364; results/h200/operator/teller.txt)"""
+    stored, queue, told, heard, finished, written, tile_count, tile_group = parameters
+    tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, False)
+    n = 0
+    unit = hear(queue, told, heard, n, 1)
+    while unit < units_1:
+        tile, _ = unit_at(unit, tile_group, INTER // ROWS, False)
+        mbarrier.wait(stored.index(n % STORED), (n // STORED) & 1)
+        gl.atomic_add(finished + tile, 1, sem="release")
+        n += 1
+        unit = hear(queue, told, heard, n, 1)
+    while unit < units:
+        _, _, group = second_unit(unit - units_1, tiles, tile_group, HIDDEN // (2 * ROWS))
+        mbarrier.wait(stored.index(n % STORED), (n // STORED) & 1)
+        gl.atomic_add(written + group, 1, sem="release")
+        n += 1
+        unit = hear(queue, told, heard, n, 1)
+    while unit < END:
+        n += 1
+        unit = hear(queue, told, heard, n, 1)
+
+
+@gluon.jit
+def write_zeros(out, slot_token, some, tokens, HIDDEN: gl.constexpr, WARPS: gl.constexpr):
+    """Zeros for this program's of the tokens without pairs, a warp a token: those of slots from `some` on."""
+    C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
+    zeros = gl.zeros([WARPS, 256], gl.bfloat16, C)
+    column = gl.expand_dims(gl.arange(0, 256, layout=gl.SliceLayout(0, C)), 0)
+    for first in range(some + gl.program_id(0) * WARPS, tokens, gl.num_programs(0) * WARPS):
+        slot = first + gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
+        token = gl.load(slot_token + slot, mask=slot < tokens, other=0)
+        to = out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + column
+        for run in range(0, HIDDEN, 256):
+            gl.store(to + run, zeros, mask=gl.expand_dims(slot < tokens, 1))
+
+
+@gluon.jit
+def rows_of(slot, some, slot_token, token_pair, token_pairs, TOP_K: gl.constexpr):
+    """Of each `slot` its token, how many pairs that has, and TOP_K numbers of which the first so many are their rows; none from `some` on."""
+    there = slot < some
+    token = gl.load(slot_token + slot, mask=there, other=0)
+    count = gl.load(token_pairs + slot, mask=there, other=0)
+    pairs = ()
+    for n in gl.static_range(TOP_K):
+        pairs = pairs + (gl.load(token_pair + slot * TOP_K + n, mask=there, other=0),)
+    return token, count, pairs
+
+
+@gluon.jit
+def part_at(part, before, FIRST_RUNS: gl.constexpr, LAST_RUNS: gl.constexpr):
+    """Column group of a part, which of its slots, WARPS at a time, and run of columns."""
+    group = gl.where(part >= before, 1, 0)
+    inside = part - group * before
+    runs = gl.where(group == 0, FIRST_RUNS, LAST_RUNS)
+    return group, inside // runs, inside % runs
+
+
+@gluon.jit
+def last_sum(
+    n, unit, units, queue, told, heard, rows, out, middle, slot_token, token_pair, token_pairs, slot_count, written, tile_end, tiles,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """out[t] = the sum over a token's rows, in the order of their experts, in float32.
+
+    A part is WARPS slots, a warp each, by RUN columns of a group. Where the next part's rows are is read meanwhile, and what has been
+    read may leave the L2 (in a workspace that begins inside a line a row's last line may stay), and the intermediate in the end.
+    """
+    C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
+    LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])  # of 64 columns
+    BLOCKS: gl.constexpr = HIDDEN // (2 * ROWS)
+    FIRST: gl.constexpr = blocks_before(BLOCKS)
+    FIRST_RUNS: gl.constexpr = max(1, (FIRST * 2 * ROWS + RUN - 1) // RUN)
+    LAST_RUNS: gl.constexpr = ((BLOCKS - FIRST) * 2 * ROWS + RUN - 1) // RUN
+    before = first_parts(slot_count, BLOCKS, ROWS)
+    some = gl.load(slot_count)
+    parts = before + (some + WARPS - 1) // WARPS * LAST_RUNS
+    warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
+    line = gl.arange(0, 32, layout=gl.SliceLayout(0, LINES))
+    once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    known = 0  # column groups that are written
+    part = gl.where(unit < END, unit - units, before + gl.program_id(0))
+    group, step, run = part_at(part, before, FIRST_RUNS, LAST_RUNS)
+    token, count, pairs = rows_of(step * WARPS + warp, some, slot_token, token_pair, token_pairs, TOP_K)
+    while part < parts:
+        if known <= group:
+            wait_until(written + group + once, once + tiles * gl.where(group == 0, FIRST, BLOCKS - FIRST), once + 50, GENERIC)
+            barrier()
+            known = group + 1
+        begin = group * (FIRST * 2 * ROWS) + run * RUN
+        end = gl.where(group == 0, FIRST * 2 * ROWS, HIDDEN)
+        column = begin + gl.expand_dims(gl.arange(0, RUN, layout=gl.SliceLayout(0, C)), 0)
+        inside = column < end
+        values = ()
+        for k in gl.static_range(TOP_K):
+            at = rows + gl.expand_dims(pairs[k].to(gl.int64) * HIDDEN, 1) + column
+            values = values + (gl.load(at, mask=inside & gl.expand_dims(k < count, 1), other=0.0, cache_modifier=".cg"),)
+        if part < before:
+            n += 1
+            unit = hear(queue, told, heard, n, WARPS)
+            part = gl.where(unit < END, unit - units, before + gl.program_id(0))
+        else:
+            part += gl.num_programs(0)
+        group, step, run = part_at(part, before, FIRST_RUNS, LAST_RUNS)
+        next_token, next_count, next_pairs = rows_of(step * WARPS + warp, some, slot_token, token_pair, token_pairs, TOP_K)
+        sum = gl.zeros([WARPS, RUN], gl.float32, C)
+        for k in gl.static_range(TOP_K):
+            sum += values[k].to(gl.float32)
+        to = out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + column
+        gl.store(to, sum.to(gl.bfloat16), mask=inside & gl.expand_dims(count > 0, 1))
+        lines = gl.expand_dims((line < RUN // 64) & (begin + 64 * line < end), 0)
+        for k in gl.static_range(TOP_K):
+            pair = gl.convert_layout(gl.where(k < count, pairs[k], -1), gl.SliceLayout(1, LINES))
+            at = rows + gl.expand_dims(pair.to(gl.int64) * HIDDEN, 1) + gl.expand_dims(begin + 64 * line, 0)
+            may_leave(at, lines & gl.expand_dims(pair >= 0, 1))
+        token = next_token
+        count = next_count
+        pairs = next_pairs
+    if known < 2:
+        wait_until(written + 1 + once, once + tiles * (BLOCKS - FIRST), once + 50, GENERIC)
+    size = gl.load(tile_end + tiles - 1, mask=tiles > 0, other=0) * INTER
+    let_go(middle, size, gl.program_id(0), gl.num_programs(0), WARPS)  # nothing is stored there any more
