@@ -30,28 +30,30 @@ def unit_at(unit, tile_group, BLOCKS, DENSE: gl.constexpr):
         return first + inside % tiles, inside // tiles
 
 
-@gluon.constexpr_function
-def blocks_before(blocks):
-    """Of so many blocks of columns those of the first of two column groups: the last group's sum is what nothing hides, but programs that
-    have no units left should find the first group's rows stored."""
-    return blocks - max(1, blocks // 8 * 2)
+@gluon.jit
+def blocks_before(tiles, BLOCKS: gl.constexpr):
+    """Of BLOCKS column blocks those of the first of two column groups. The last group's sum is what nothing hides; but programs that have no
+    units left should find the first group's rows stored, so the last group has as many units as there are programs."""
+    last = (gl.num_programs(0) + tiles - 1) // gl.maximum(tiles, 1)
+    return BLOCKS - gl.maximum(gl.minimum(last, BLOCKS // 2), 1)
 
 
 @gluon.jit
 def second_unit(unit, tiles, tile_group, BLOCKS: gl.constexpr):
     """Tile, column block and column group of a unit of GEMM2, the first 0."""
-    FIRST: gl.constexpr = blocks_before(BLOCKS)
-    group = gl.where(unit >= tiles * FIRST, 1, 0)
-    tile, block = unit_at(unit - group * tiles * FIRST, tile_group, gl.where(group == 0, max(FIRST, 1), BLOCKS - FIRST), False)
-    return tile, block + group * FIRST, group
+    first = blocks_before(tiles, BLOCKS)
+    group = gl.where(unit >= tiles * first, 1, 0)
+    several = gl.where(group == 0, gl.maximum(first, 1), BLOCKS - first)
+    tile, block = unit_at(unit - group * tiles * first, tile_group, several, False)
+    return tile, block + group * first, group
 
 
 @gluon.jit
-def first_parts(slot_count, BLOCKS: gl.constexpr, ROWS: gl.constexpr):
+def parts_before(slot_count, tiles, BLOCKS: gl.constexpr, ROWS: gl.constexpr):
     """Parts of the first column group's sum: ROWS / 16 tokens with pairs, a warp each, by RUN columns."""
     WARPS: gl.constexpr = ROWS // 16
-    RUNS: gl.constexpr = (blocks_before(BLOCKS) * 2 * ROWS + RUN - 1) // RUN
-    return (gl.load(slot_count) + WARPS - 1) // WARPS * RUNS
+    runs = (blocks_before(tiles, BLOCKS) * (2 * ROWS) + RUN - 1) // RUN
+    return (gl.load(slot_count) + WARPS - 1) // WARPS * runs
 
 
 @gluon.jit
@@ -192,7 +194,7 @@ def weights_producer(
                 w2, w_bufs, asked, empty, ticket, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES, BURST, True
             )  # fmt: skip
     if DENSE == 0:
-        draw_parts(queue, told, heard, n, units, it, empty, part_ticket, first_parts(slot_count, OUT, ROWS), STAGES)
+        draw_parts(queue, told, heard, n, units, it, empty, part_ticket, parts_before(slot_count, tiles, OUT, ROWS), STAGES)
     else:
         tell(queue, told, heard, n, (END,))
 

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from blockmoe.operator.persistent import GENERIC, QUEUE, barrier, hear, wait_until
-from blockmoe.operator.stream.load import END, RUN, blocks_before, first_parts, second_unit, unit_at, unit_counts
+from blockmoe.operator.stream.load import END, RUN, blocks_before, parts_before, second_unit, unit_at, unit_counts
 from blockmoe.operator.stream.stay import let_go, may_leave
 
 # Barriers by which a program's consumer says, in turn, that a unit is stored: it hears of no unit before the teller has heard of the one
@@ -71,11 +71,11 @@ def rows_of(slot, some, slot_token, token_pair, token_pairs, TOP_K: gl.constexpr
 
 
 @gluon.jit
-def part_at(part, before, FIRST_RUNS: gl.constexpr, LAST_RUNS: gl.constexpr):
+def part_at(part, before, first_runs, last_runs):
     """Column group of a part, which of its slots, WARPS at a time, and run of columns."""
     group = gl.where(part >= before, 1, 0)
     inside = part - group * before
-    runs = gl.where(group == 0, FIRST_RUNS, LAST_RUNS)
+    runs = gl.where(group == 0, gl.maximum(first_runs, 1), last_runs)
     return group, inside // runs, inside % runs
 
 
@@ -92,26 +92,26 @@ def last_sum(
     C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])  # of 64 columns
     BLOCKS: gl.constexpr = HIDDEN // (2 * ROWS)
-    FIRST: gl.constexpr = blocks_before(BLOCKS)
-    FIRST_RUNS: gl.constexpr = max(1, (FIRST * 2 * ROWS + RUN - 1) // RUN)
-    LAST_RUNS: gl.constexpr = ((BLOCKS - FIRST) * 2 * ROWS + RUN - 1) // RUN
-    before = first_parts(slot_count, BLOCKS, ROWS)
+    first = blocks_before(tiles, BLOCKS)
+    first_runs = (first * (2 * ROWS) + RUN - 1) // RUN
+    last_runs = ((BLOCKS - first) * (2 * ROWS) + RUN - 1) // RUN
+    before = parts_before(slot_count, tiles, BLOCKS, ROWS)
     some = gl.load(slot_count)
-    parts = before + (some + WARPS - 1) // WARPS * LAST_RUNS
+    parts = before + (some + WARPS - 1) // WARPS * last_runs
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
     line = gl.arange(0, 32, layout=gl.SliceLayout(0, LINES))
     once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
     known = 0  # column groups that are written
     part = gl.where(unit < END, unit - units, before + gl.program_id(0))
-    group, step, run = part_at(part, before, FIRST_RUNS, LAST_RUNS)
+    group, step, run = part_at(part, before, first_runs, last_runs)
     token, count, pairs = rows_of(step * WARPS + warp, some, slot_token, token_pair, token_pairs, TOP_K)
     while part < parts:
         if known <= group:
-            wait_until(written + group + once, once + tiles * gl.where(group == 0, FIRST, BLOCKS - FIRST), once + 50, GENERIC)
+            wait_until(written + group + once, once + tiles * gl.where(group == 0, first, BLOCKS - first), once + 50, GENERIC)
             barrier()
             known = group + 1
-        begin = group * (FIRST * 2 * ROWS) + run * RUN
-        end = gl.where(group == 0, FIRST * 2 * ROWS, HIDDEN)
+        begin = group * first * (2 * ROWS) + run * RUN
+        end = gl.where(group == 0, first * (2 * ROWS), HIDDEN)
         column = begin + gl.expand_dims(gl.arange(0, RUN, layout=gl.SliceLayout(0, C)), 0)
         inside = column < end
         values = ()
@@ -124,7 +124,7 @@ def last_sum(
             part = gl.where(unit < END, unit - units, before + gl.program_id(0))
         else:
             part += gl.num_programs(0)
-        group, step, run = part_at(part, before, FIRST_RUNS, LAST_RUNS)
+        group, step, run = part_at(part, before, first_runs, last_runs)
         next_token, next_count, next_pairs = rows_of(step * WARPS + warp, some, slot_token, token_pair, token_pairs, TOP_K)
         sum = gl.zeros([WARPS, RUN], gl.float32, C)
         for k in gl.static_range(TOP_K):
@@ -140,6 +140,6 @@ def last_sum(
         count = next_count
         pairs = next_pairs
     if known < 2:
-        wait_until(written + 1 + once, once + tiles * (BLOCKS - FIRST), once + 50, GENERIC)
+        wait_until(written + 1 + once, once + tiles * (BLOCKS - first), once + 50, GENERIC)
     size = gl.load(tile_end + tiles - 1, mask=tiles > 0, other=0) * INTER
     let_go(middle, size, gl.program_id(0), gl.num_programs(0), WARPS)  # nothing is stored there any more
