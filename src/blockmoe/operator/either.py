@@ -15,6 +15,7 @@ from blockmoe.operator.launch import Launch, Slot
 from blockmoe.operator.prefill import layer as by_prefill
 from blockmoe.operator.prefill.layer import meeting_places as prefill_places
 from blockmoe.operator.prefill.layer import prefill
+from blockmoe.operator.route import LISTS
 from blockmoe.operator.stream import layer as by_stream
 from blockmoe.operator.stream.layer import give_up, stream
 from blockmoe.operator.stream.layer import meeting_places as stream_places
@@ -28,12 +29,12 @@ LOADERS = 40  # registers of a thread of stream's single warps
 def either_kernel(
     w1, w2, p_w1, p_middle, p_middle_boxes, p_w2, p_runs,
     x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, words,
-    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count, before, skewed,
-    ticket, part, finished, written, added, ready, mail, tokens, pitch,
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count,
+    before, skewed, ticket, part, finished, written, added, ready, mail, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, LOADERS: gl.constexpr,
-    WARPS: gl.constexpr, P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr, P_FLIGHT: gl.constexpr, P_CONSUMERS: gl.constexpr,
-    P_LOADERS: gl.constexpr, P_CARRIERS: gl.constexpr, PDL: gl.constexpr,
+    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, LOADERS: gl.constexpr, WARPS: gl.constexpr,
+    P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr, P_FLIGHT: gl.constexpr, P_CONSUMERS: gl.constexpr, P_LOADERS: gl.constexpr,
+    P_CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing: `prefill_kernel`'s where `skewed`, else `stream_kernel`'s; what begins with P is the former's. `out` and,
     in 64-bit words, `words` are the same."""
@@ -42,9 +43,11 @@ def either_kernel(
     if PDL:
         gdc_wait()
     if gl.load(skewed) == 0:
-        lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count)
+        lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight)
+        slots = (token_pair, token_pairs, slot_token, slot_count)
+        counters = (ticket, part, finished, written)
         stream(
-            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, part, finished, written), tokens,
+            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
             HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, FLIGHT, BURST, LOADERS, WARPS, GATHERERS,
         )  # fmt: skip
     else:
@@ -62,7 +65,7 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     """Both GEMMs, SwiGLU and the output's last sum."""
     tile, b, (streaming, filling) = round.plan.gate_up, round.memory, round.ways
     inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], b["rows"], out, Slot(out.tensor, torch.int64))
-    lists = (*by_stream.LISTS, "before", "skewed", "ticket", "part", "finished", "written", "added", "ready", "mail")
+    lists = (*LISTS, "before", "skewed", "ticket", "part", "finished", "written", "added", "ready", "mail")
     boxes = (*by_stream.boxes_of(w1, w2, tile.stream, streaming), *by_prefill.boxes_of(w1, w2, out, tile.prefill, filling))
     arguments = (*boxes, *inputs, *(b[n] for n in lists), round.sizes.tokens, filling.sizes.rows)
     constants = (*by_stream.constants_of(tile.stream, streaming), LOADERS, tile.stream.num_warps)

@@ -53,7 +53,6 @@ CLUSTER_ROWS = 8
 MEMORY_BOUND_ROWS = 192
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
-FOLD = 1  # chunks that a program sorts: on multiprocessors without one the next kernel's programs are there when that is done
 FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
 
@@ -66,8 +65,7 @@ def power_of_two_at_least(n: int) -> int:
 class RouteTile:
     """`block_t` tokens at a time are chosen for, a warp each where num_warps allows; `place_t` at a time are sorted.
 
-    One launch takes at most `block_t` tokens. With two there are at most `chunks` chunks, and a program sorts `fold` of them; `once`: those
-    have no more than `place_t` tokens.
+    One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`. At most `chunks` chunks.
     """
 
     block_t: int
@@ -76,7 +74,6 @@ class RouteTile:
     one_launch: bool
     once: bool = False
     chunks: int = FEW_CHUNKS
-    fold: int = 1
 
 
 @dataclass(frozen=True)
@@ -283,7 +280,7 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
             return RouteTile(block_t, block_t, block_t, True)
     for block_t in (4, 16):  # few warps a multiprocessor: its four schedulers take a token each
         if tokens <= block_t * FEW_CHUNKS:
-            return RouteTile(block_t, FOLD * block_t, block_t, False, True, fold=FOLD)
+            return RouteTile(block_t, block_t, block_t, False, True)
     # two programs a multiprocessor. T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1
     place_t = min(64, 4096 // local)
     return RouteTile(16, place_t, 16, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK, MOST_CHUNKS)

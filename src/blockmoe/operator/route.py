@@ -8,7 +8,8 @@ the lowest there is.
 Two steps. A token's experts are chosen, mostly by one warp (`choose_experts`); then the tile list (tile_count, tile_expert,
 tile_begin, tile_end) is made, the pairs are sorted by expert, then token (pair_token, pair_weight), and how many each token
 has is noted (token_pairs), with its rows for the combine (token_pair) or, for prefill, the tile of each pair's predecessor in
-its token (before). For the combine a token has a slot (slot_token): those with pairs (slot_count) come first. `route_kernel` does both in one program and holds all tokens' weights in registers. `choose_kernel` and
+its token (before). For the combine each token has a slot (slot_token), where token_pairs and token_pair stand: tokens with pairs
+come first (slot_count). `route_kernel` does both in one program and holds all tokens' weights in registers. `choose_kernel` and
 `place_kernel` take a program a run ("chunk") of tokens, with each token's weight for every local expert and each chunk's
 pairs an expert in memory between them.
 
@@ -33,6 +34,9 @@ from blockmoe.operator.workspace import Round
 LOWEST = tl.constexpr(NONE)  # below the key of every float
 TAKEN = tl.constexpr(NONE + 1)  # also below
 MOST = tl.constexpr(MOST_TILES)
+# What it makes, but for what is prefill's alone.
+LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight")
+LISTS += ("token_pair", "token_pairs", "slot_token", "slot_count")
 FLOAT_MAX = tl.constexpr(3.4028234663852886e38)
 
 
@@ -257,8 +261,8 @@ def route_kernel(
         all = tl.sum(some, 0)
         tl.store(slot_count, all)
         list_rows(
-            weight, token, slots_of(some, token, 0, all), token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, slot_token,
-            None, False, TOP_K, BLOCK_N,
+            weight, token, slots_of(some, token, 0, all), token < tokens, start, pair_token, pair_weight, token_pair, token_pairs,
+            slot_token, None, False, TOP_K, BLOCK_N,
         )  # fmt: skip
 
 
@@ -294,25 +298,24 @@ def choose_kernel(
 def place_kernel(
     token_weight, chunk_count, chunk_some, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
     token_pairs, slot_token, slot_count, counters, before, skewed, chunks, tokens, chunk_tokens, counter_count,
-    LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, FOLD: tl.constexpr, FEW_N: tl.constexpr,
-    BLOCK_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
+    LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, FEW_N: tl.constexpr, BLOCK_N: tl.constexpr,
+    COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows and tiles of FOLD chunks; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, and are for prefill where
+    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, and are for prefill where
     PREFILL. Where FEW_N they have FEW_N pairs and are not, but where that makes many tiles of few experts, which is noted (`skewed`)."""
     before_next_kernel(PDL)
-    program, programs = tl.program_id(0), tl.num_programs(0)
-    zero_counters(counters, program, programs, counter_count)
+    chunk = tl.program_id(0)
+    zero_counters(counters, chunk, chunks, counter_count)
     expert = tl.arange(0, CELLS)
     real = (expert < LOCAL)[None, :]
-    own_tokens = FOLD * chunk_tokens
-    past = tl.minimum((program + 1) * own_tokens, tokens)
-    token = program * own_tokens + tl.arange(0, BLOCK_T)
+    past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
+    token = chunk * chunk_tokens + tl.arange(0, BLOCK_T)
     weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
     sums = tl.zeros((CELLS,), tl.int32)
     some_sums = tl.zeros((COUNTS,), tl.int32)
     for c in range(0, chunks, COUNTS):
         other = c + tl.arange(0, COUNTS)
-        factor = tl.where(other < program * FOLD, 65537, 1)  # of the chunks before in the upper half too
+        factor = tl.where(other < chunk, 65537, 1)  # of the chunks before in the upper half too
         count = tl.load(chunk_count + other[:, None] * LOCAL + expert[None, :], mask=(other < chunks)[:, None] & real, other=0)
         sums += tl.sum(count * factor[:, None], 0)
         some_sums += tl.load(chunk_some + other, mask=other < chunks, other=0) * factor
@@ -329,8 +332,8 @@ def place_kernel(
         prefill = tiles > MOST * tl.sum((total > 0).to(tl.float32), 0)
         block_n = tl.where(prefill, BLOCK_N, FEW_N)
         tl.store(skewed, prefill.to(tl.int32))
-    base += list_tiles(total, program, programs, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
-    for _ in range(0, 1 if ONCE else own_tokens, BLOCK_T):
+    base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
+    for _ in range(0, 1 if ONCE else chunk_tokens, BLOCK_T):
         some = with_pairs(weight)
         list_rows(
             weight, token, slots_of(some, token, earlier, all), token < past, base, pair_token, pair_weight, token_pair, token_pairs,
@@ -369,16 +372,14 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     deepseek, cells = g.routing == "deepseek_v3", max(32, power_of_two_at_least(local))
     experts, lanes, by_warp = _tile(g, plan, logits, bias if deepseek else logits)
     choosing = (g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, deepseek, by_warp, tile.block_t)
-    lists = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs")
-    lists = tuple(b[n] for n in (*lists, "slot_token", "slot_count"))
+    lists = tuple(b[name] for name in LISTS)
     counter_count = b["counters"].count
     if tile.one_launch:
         assert sizes.tokens <= tile.block_t, f"one launch routes {tile.block_t} tokens, not {sizes.tokens}"
         arguments = (logits, bias, *lists, b["counters"], sizes.tokens, offset, factor, g.top_k, counter_count)
         constants = (*choosing, g.top_k, block_n, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
-    placed = tile.fold * sizes.chunk_tokens
-    assert not tile.once or placed <= tile.place_t, f"{placed} tokens a program, {tile.place_t} placed at once"
+    assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"], b["chunk_some"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     constants = (*choosing, plan.pdl)
@@ -388,7 +389,6 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
         *weights, *lists, b["counters"], b["before"], skewed, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
     )  # fmt: skip
     counts = max(1, min(128, 4096 // cells))
-    constants = (local, cells, g.top_k, tile.place_t, tile.fold, few, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
-    warps = 4 if tile.place_t * cells <= 1024 else 8
-    place = round.launch(place_kernel, -(-sizes.chunks // tile.fold), arguments, constants, warps)
+    constants = (local, cells, g.top_k, tile.place_t, few, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
+    place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
     return [choose, place]

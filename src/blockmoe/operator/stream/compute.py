@@ -14,6 +14,7 @@ from blockmoe.operator.persistent import barrier, hear
 from blockmoe.operator.stream.load import pairs_at, second_unit, unit_at, unit_counts
 from blockmoe.operator.stream.sums import STORED, last_sum, write_zeros
 
+
 @gluon.jit
 def two_sums(
     it, stages, GROUP: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
@@ -184,7 +185,7 @@ def consumer(
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` a column group's of GEMM2.
+    """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` a column group's of GEMM2; `slots`: see `sums.py`.
 
     Where DENSE there are two, and each multiplies every other stage: one alone takes some 580 cycles for a stage of GEMM2, longer than the
     memory where few programs have units left. What the second has summed it hands to the first, which does all else.
@@ -195,15 +196,14 @@ def consumer(
     """
     (
         between, stages, queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, slot_token,
-        slot_count, tokens,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, slots, tokens,
     ) = parameters
     FEW: gl.constexpr = min(N, 32)
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
     tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, DENSE)
     if DENSE == 0:  # while the first weights are on their way
-        write_zeros(out, slot_token, gl.load(slot_count), tokens, HIDDEN, WARPS)
+        write_zeros(out, slots, tokens, HIDDEN, WARPS)
     it = 0
     n = 0
     unit = hear(queue, told, heard, n, WARPS)
@@ -251,6 +251,6 @@ def consumer(
         unit = hear(queue, told, heard, n, WARPS)
     if DENSE == 0:
         last_sum(
-            n, unit, units, queue, told, heard, rows, out, middle, slot_token, token_pair, token_pairs, slot_count, written, tile_end, tiles,
+            n, unit, units, queue, told, heard, rows, out, middle, slots, written, tile_end, tiles,
             HIDDEN, INTER, TOP_K, ROWS, WARPS,
         )  # fmt: skip

@@ -11,13 +11,13 @@ from blockmoe.geometry import BLOCK
 from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
 from blockmoe.operator.persistent import unit_queue
 from blockmoe.operator.plan import StreamTile
+from blockmoe.operator.route import LISTS
 from blockmoe.operator.stream.compute import consumer
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.stream.sums import STORED, teller
 from blockmoe.operator.workspace import Round
 
 REGISTERS = 56  # a thread of the producers
-LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight", "token_pair", "token_pairs", "slot_token", "slot_count")
 SECOND_REGISTERS = gl.constexpr(168)  # a thread of the second consumer, where there is one
 CONSUMER_REGISTERS = gl.constexpr(208)  # of the consumer, where it is not the program's first warps
 WEIGHT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
@@ -96,24 +96,22 @@ def give_up(places):
 
 @gluon.jit
 def stream(
-    places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, counters, tokens,
+    places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
-    REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
+    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing, by all roles: `stream_kernel`. GATHERERS: warps that gather pairs; four are the program's first ones."""
     stages, units, between = places  # `between`: consumers, or the consumer and the teller
     asked, full, empty = stages
     queue, told, heard = units
     w_bufs, x_bufs, s_bufs, w_s_bufs = stage_buffers(ROWS, N, STAGES, DENSE)
-    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count = lists
-    ticket, part_ticket, finished, written = counters
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight = lists
+    ticket, part, finished, written = counters
     multiplied = (
         between, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, token_pair, token_pairs, slot_token,
-        slot_count, tokens,
+        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, slots, tokens,
     )  # fmt: skip
-    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part_ticket, tile_count, tile_expert, tile_group, slot_count)
+    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, tile_count, tile_expert, tile_group, slots[3])
     pairs = (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
         tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
@@ -159,24 +157,25 @@ def stream_kernel(
     w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, tile_count, tile_expert, tile_group, tile_begin, tile_end,
     pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count, ticket, part, finished, written, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
-    REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
 
     GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[p, i / ROWS] its scale times the pair's routing weight. GEMM2: out[t, h]
     in bfloat16; the sum over a token's pairs in float32, of products where DENSE, else of `rows` [pairs, H] in bfloat16.
 
-    Descriptors: w1 [L * 2 I, H], w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]. ticket, part, finished [tiles] and
-    written [2] begin at 0.
+    Descriptors: w1 [L * 2 I, H], w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]. ticket, part, finished [tiles] and written [2]
+    begin at 0.
     """
     GATHERERS: gl.constexpr = 1 if DENSE else 2  # warps: of 64 pairs one would hold more addresses than registers
     places = meeting_places(ROWS, N, STAGES, DENSE, GATHERERS)
     if PDL:
         gdc_wait()
-    lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count)
+    lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight)
+    slots = (token_pair, token_pairs, slot_token, slot_count)
+    counters = (ticket, part, finished, written)
     stream(
-        places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, (ticket, part, finished, written), tokens,
+        places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
         HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
     )  # fmt: skip
 

@@ -12,7 +12,6 @@ from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrie
 
 from blockmoe.operator.persistent import GENERIC, barrier, hear, tell, wait_until
 
-
 RUN = gl.constexpr(512)  # columns of a token that the last sum adds at a time
 END = gl.constexpr(1 << 30)  # told instead of a unit: there is none any more
 
@@ -32,8 +31,8 @@ def unit_at(unit, tile_group, BLOCKS, DENSE: gl.constexpr):
 
 @gluon.jit
 def blocks_before(tiles, BLOCKS: gl.constexpr):
-    """Of BLOCKS column blocks those of the first of two column groups. The last group's sum is what nothing hides; but programs that have no
-    units left should find the first group's rows stored, so the last group has as many units as there are programs."""
+    """Of BLOCKS column blocks those of the first of two column groups. Nothing hides the last group's sum; but programs that have no units
+    left should find the first group's rows stored, so the last group has as many units as there are programs."""
     last = (gl.num_programs(0) + tiles - 1) // gl.maximum(tiles, 1)
     return BLOCKS - gl.maximum(gl.minimum(last, BLOCKS // 2), 1)
 
@@ -155,7 +154,7 @@ def weights_producer(
     FLIGHT: gl.constexpr, BURST: gl.constexpr,
 ):  # fmt: skip
     """One warp: draws units and tells the other roles, loads the weights. Units of GEMM1 come before those of GEMM2."""
-    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part_ticket, tile_count, tile_expert, tile_group, slot_count = parameters
+    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, tile_count, tile_expert, tile_group, slot_count = parameters
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)  # units of GEMM2, a tile and column group
     touch(tile_expert)
@@ -194,21 +193,21 @@ def weights_producer(
                 w2, w_bufs, asked, empty, ticket, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES, BURST, True
             )  # fmt: skip
     if DENSE == 0:
-        draw_parts(queue, told, heard, n, units, it, empty, part_ticket, parts_before(slot_count, tiles, OUT, ROWS), STAGES)
+        draw_parts(queue, told, heard, n, units, it, empty, part, parts_before(slot_count, tiles, OUT, ROWS), STAGES)
     else:
         tell(queue, told, heard, n, (END,))
 
 
 @gluon.jit
-def draw_parts(queue, told, heard, n, units, it, empty, part_ticket, parts, STAGES: gl.constexpr):
+def draw_parts(queue, told, heard, n, units, it, empty, ticket, parts, STAGES: gl.constexpr):
     """Draws parts of the first column group's sum, when the program's own products are done: who is late is to find none left."""
     if it > 0:
         mbarrier.wait(empty.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
-    part = gl.atomic_add(part_ticket, 1, sem="relaxed")
+    part = gl.atomic_add(ticket, 1, sem="relaxed")
     while part < parts:
         tell(queue, told, heard, n, (units + part,))
         n += 1
-        part = gl.atomic_add(part_ticket, 1, sem="relaxed")
+        part = gl.atomic_add(ticket, 1, sem="relaxed")
     tell(queue, told, heard, n, (END,))
 
 

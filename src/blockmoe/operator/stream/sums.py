@@ -2,6 +2,9 @@
 
 GEMM2's columns come in two groups. Programs that have no units left add the first group's rows while others are still at the second's, by
 parts that they draw; the second's parts, which begin when all is stored, go round them.
+
+Tokens have slots, those with pairs first: `slots` are token_pair [T, TOP_K], the rows of the token in a slot, token_pairs [T], how many,
+slot_token [T], which token it is, and slot_count, how many have pairs.
 """
 
 from __future__ import annotations
@@ -45,8 +48,10 @@ def teller(parameters, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.const
 
 
 @gluon.jit
-def write_zeros(out, slot_token, some, tokens, HIDDEN: gl.constexpr, WARPS: gl.constexpr):
-    """Zeros for this program's of the tokens without pairs, a warp a token: those of slots from `some` on."""
+def write_zeros(out, slots, tokens, HIDDEN: gl.constexpr, WARPS: gl.constexpr):
+    """Zeros for this program's of the tokens without pairs, a warp a token."""
+    _, _, slot_token, slot_count = slots
+    some = gl.load(slot_count)
     C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     zeros = gl.zeros([WARPS, 256], gl.bfloat16, C)
     column = gl.expand_dims(gl.arange(0, 256, layout=gl.SliceLayout(0, C)), 0)
@@ -59,8 +64,9 @@ def write_zeros(out, slot_token, some, tokens, HIDDEN: gl.constexpr, WARPS: gl.c
 
 
 @gluon.jit
-def rows_of(slot, some, slot_token, token_pair, token_pairs, TOP_K: gl.constexpr):
-    """Of each `slot` its token, how many pairs that has, and TOP_K numbers of which the first so many are their rows; none from `some` on."""
+def rows_of(slot, some, slots, TOP_K: gl.constexpr):
+    """Of each `slot` its token, how many pairs that has, and TOP_K numbers of which the first so many are rows; no pairs from `some` on."""
+    token_pair, token_pairs, slot_token, _ = slots
     there = slot < some
     token = gl.load(slot_token + slot, mask=there, other=0)
     count = gl.load(token_pairs + slot, mask=there, other=0)
@@ -81,13 +87,14 @@ def part_at(part, before, first_runs, last_runs):
 
 @gluon.jit
 def last_sum(
-    n, unit, units, queue, told, heard, rows, out, middle, slot_token, token_pair, token_pairs, slot_count, written, tile_end, tiles,
+    n, unit, units, queue, told, heard, rows, out, middle, slots, written, tile_end, tiles,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """out[t] = the sum over a token's rows, in the order of their experts, in float32.
 
-    A part is WARPS slots, a warp each, by RUN columns of a group. Where the next part's rows are is read meanwhile, and what has been
-    read may leave the L2 (in a workspace that begins inside a line a row's last line may stay), and the intermediate in the end.
+    `unit`, the nth told, is the first that is none of `units`. A part is WARPS slots, a warp each, by RUN columns of a group. Where the
+    next part's rows are is read meanwhile, and what has been read may leave the L2 (in a workspace that begins inside a line a row's last
+    line may stay), and the intermediate in the end.
     """
     C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     LINES: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [WARPS, 1], [1, 0])  # of 64 columns
@@ -95,8 +102,8 @@ def last_sum(
     first = blocks_before(tiles, BLOCKS)
     first_runs = (first * (2 * ROWS) + RUN - 1) // RUN
     last_runs = ((BLOCKS - first) * (2 * ROWS) + RUN - 1) // RUN
-    before = parts_before(slot_count, tiles, BLOCKS, ROWS)
-    some = gl.load(slot_count)
+    before = parts_before(slots[3], tiles, BLOCKS, ROWS)
+    some = gl.load(slots[3])
     parts = before + (some + WARPS - 1) // WARPS * last_runs
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
     line = gl.arange(0, 32, layout=gl.SliceLayout(0, LINES))
@@ -104,7 +111,7 @@ def last_sum(
     known = 0  # column groups that are written
     part = gl.where(unit < END, unit - units, before + gl.program_id(0))
     group, step, run = part_at(part, before, first_runs, last_runs)
-    token, count, pairs = rows_of(step * WARPS + warp, some, slot_token, token_pair, token_pairs, TOP_K)
+    token, count, pairs = rows_of(step * WARPS + warp, some, slots, TOP_K)
     while part < parts:
         if known <= group:
             wait_until(written + group + once, once + tiles * gl.where(group == 0, first, BLOCKS - first), once + 50, GENERIC)
@@ -125,7 +132,7 @@ def last_sum(
         else:
             part += gl.num_programs(0)
         group, step, run = part_at(part, before, first_runs, last_runs)
-        next_token, next_count, next_pairs = rows_of(step * WARPS + warp, some, slot_token, token_pair, token_pairs, TOP_K)
+        next_token, next_count, next_pairs = rows_of(step * WARPS + warp, some, slots, TOP_K)
         sum = gl.zeros([WARPS, RUN], gl.float32, C)
         for k in gl.static_range(TOP_K):
             sum += values[k].to(gl.float32)
