@@ -7,6 +7,7 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
@@ -15,7 +16,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from blockmoe.geometry import MoEGeometry
-from blockmoe.operator import pipeline, ptx
+from blockmoe.operator import bound, pipeline, ptx
 from blockmoe.operator.launch import Descriptor, Launch
 from blockmoe.operator.plan import Plan
 
@@ -39,6 +40,7 @@ class Usage:
     ptx: str
     ttgir: str
     tensordesc: list[dict]  # what the host needs to encode each TMA descriptor
+    types: tuple[str, ...] | None  # `bound.types_of`
 
 
 def launches(geometry: MoEGeometry, tokens: int, plan: Plan) -> list[Launch]:
@@ -76,7 +78,9 @@ def compiled(launch: Launch, capability: int) -> Usage:
         sass = subprocess.run([TOOLS / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", usage.stdout)
     descriptors = list(built.metadata.tensordesc_meta or [])
-    return Usage(kernel.__name__, int(found[1]), int(found[2]), built.metadata.shared, sass.stdout, text, built.asm["ttgir"], descriptors)
+    types = bound.types_of(SimpleNamespace(src=built.src, run=SimpleNamespace(launch_cooperative_grid=False)))
+    counts = int(found[1]), int(found[2]), built.metadata.shared
+    return Usage(kernel.__name__, *counts, sass.stdout, text, built.asm["ttgir"], descriptors, types)
 
 
 def token_layout(usage: Usage) -> tuple[list[int], list[int], list[int], list[int]]:

@@ -1,6 +1,7 @@
 """Every kernel of every plan compiles for Hopper and Blackwell without a GPU; on Hopper with wgmma and without spills."""
 
 import itertools
+import re
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,17 @@ HOPPER |= launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
 BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, Machine(capability=100)) for t in (1, 80, 8192)])
 
 
+SIZES_OF = {"map": 128, "i32": 4, "i64": 8, "fp32": 4}  # of pointers, and of Triton's two scratch memories: 8
+
+
+def parameter_sizes(ptx: str) -> list[int]:
+    """Bytes of each of the kernel's parameters."""
+    entry = re.search(r"\.entry \w+\((.*?)\)", ptx, re.DOTALL)[1]
+    found = re.findall(r"\.param (?:\.align \d+ \.b8 \w+\[(\d+)\]|\.[a-z](\d+))", entry)
+    assert len(found) == entry.count(".param")
+    return [int(array or bits) // (1 if array else 8) for array, bits in found]
+
+
 @pytest.mark.parametrize("key", HOPPER, ids=lambda key: f"{key[0]}-{'x'.join(str(c) for c in key[1])}")
 def test_hopper(key):
     usage = aot.compiled(HOPPER[key], 90)
@@ -39,6 +51,7 @@ def test_hopper(key):
     assert usage.registers <= 255 and usage.shared <= SHARED_LIMIT
     if usage.kernel.startswith(("gate_up", "down", "prefill", "stream", "either")):
         assert "QGMMA" in usage.sass and "HMMA" not in usage.sass.replace("QGMMA", "")
+    assert usage.types and parameter_sizes(usage.ptx) == [SIZES_OF.get(kind, 8) for kind in (*usage.types, "*", "*") if kind != "constexpr"]
     if HOPPER[key].cluster > 1:
         assert "UTMALDG.2D.MULTICAST" in usage.sass and "SYNCS.ARRIVE.TRANS64.RED" in usage.sass
 

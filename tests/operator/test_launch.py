@@ -1,5 +1,6 @@
 """Launches carried out on the CPU, with Triton's C launcher and the encoding of descriptors as stubs."""
 
+import ctypes
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from blockmoe.geometry import HEADLINE, TINY  # noqa: E402
-from blockmoe.operator import launch, pipeline, tma  # noqa: E402
+from blockmoe.operator import bound, launch, pipeline, tma  # noqa: E402
 from blockmoe.operator.machine import H100, H200  # noqa: E402
 from blockmoe.operator.plan import choose_plan  # noqa: E402
 from blockmoe.operator.ptx import Unexpected  # noqa: E402
@@ -56,14 +57,14 @@ def prepared(tokens=16, machine=H100):
 def test_descriptors_are_encoded_once_an_address(machine, stub):
     sent, encoder = stub
     one, _ = prepared(machine=machine)
-    addresses = [4096 * (i + 1) for i in range(10)]
+    addresses = tuple(4096 * (i + 1) for i in range(10))
     for _ in range(3):
         assert one.run(addresses)
     w1, w2 = addresses[launch.W1], addresses[launch.W2]
     promoted = [(w1, 256), (w2, 256)] if machine is H100 else []  # 128 is what Triton has encoded already
     assert encoder.addresses == [w1, w2] and encoder.promoted == promoted
     assert len(sent) == 2 * len(one.launches)
-    assert one.run([a + 256 for a in addresses])  # other weights, then the first again
+    assert one.run(tuple(a + 256 for a in addresses))  # other weights, then the first again
     assert one.run(addresses) and encoder.addresses == [w1, w2, w1 + 256, w2 + 256]
     other, _ = prepared(32, machine)  # another T shares what was encoded
     assert other.run(addresses) and other.run(addresses) and len(encoder.addresses) == 4
@@ -87,12 +88,95 @@ def test_clusters(stub, monkeypatch):
     monkeypatch.setattr(launch, "active_clusters", lambda *arguments: asked.append(arguments) or 60)
     plan = choose_plan(HEADLINE, 4096)
     one = launch.Prepared(pipeline.launches(HEADLINE, 4096, plan, 0, 1.0), 0)
-    addresses = [4096 * (i + 1) for i in range(10)]
+    addresses = tuple(4096 * (i + 1) for i in range(10))
     for _ in range(3):
         assert one.run(addresses)
     assert rewritten == [compiled] and asked == [(8, 16 * 32, 999, 2)]
     layers = [arguments for arguments in sent if arguments[4] == 8]
     assert len(layers) == 3 and all(arguments[0] == 60 and arguments[9] == (16, 2, 999) for arguments in layers)
+
+
+class Driver:
+    """cuLaunchKernelEx: what it is told to launch, as the kernel would read it, and the error that it gives."""
+
+    def __init__(self, types):
+        self.types = [kind for kind in types if kind != "constexpr"]
+        self.error, self.launched = 0, []
+
+    def __call__(self, config, function, parameters, extra):
+        config = config._obj
+        read = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}
+        values = [
+            at - bound.MAP_OFFSET if kind == "map" else read.get(kind, ctypes.c_uint64).from_address(at).value
+            for kind, at in zip([*self.types, "*", "*"], parameters, strict=True)
+        ]
+        attributes = {one.id: (one.value.number, *one.value.three) for one in config.attributes[: config.count]}
+        self.launched.append((list(config.grid), list(config.block), config.shared, config.stream, function.value, attributes, values))
+        return self.error
+
+
+SOURCE = SimpleNamespace(signature={"w": "tensordesc<fp8e4nv[64, 128],L>", "a": "*fp32", "n": "i32", "f": "fp32", "one": "constexpr"})
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_bound(cluster, monkeypatch):
+    """As Triton's launcher would: the map by reference, shape and strides, pointers, numbers, two empty scratch memories."""
+    compiled = SimpleNamespace(src=SOURCE, run=SimpleNamespace(launch_cooperative_grid=False))
+    types = bound.types_of(compiled)
+    assert types == ("map", "i32", "i32", "i64", "i64", "*fp32", "i32", "fp32", "constexpr")
+    driver, held = Driver(types), object()
+    monkeypatch.setattr(bound, "_driver", lambda: driver)
+    maps = {4096 + 256: (held, 7, 128, 128, 1)}
+    ready = bound.Ready(None, 66, 9, (), ((0, 256, maps),), ((1, 16),), (-3, 2.5, 1), 4, 1000, cluster, True, types)
+    one = bound.Bound(ready, (4096, 8192), 5)
+    assert one.launch() == 0 and one.launch() == 0
+    (grid, block, shared, stream, function, attributes, values), again = driver.launched
+    assert driver.launched[1] == again == driver.launched[0]
+    assert (grid, block, shared, stream, function) == ([66 * cluster, 1, 1], [128, 1, 1], 1000, 5, 9)
+    assert values == [id(held), 7, 128, 128, 1, 8192 + 16, -3, 2.5, 0, 0]
+    assert {name: value[0] for name, value in attributes.items()} == ({6: 1} if cluster == 1 else {6: 1, 4: 2, 5: 1})
+    assert cluster == 1 or attributes[4][1:] == (2, 1, 1)
+
+
+@pytest.mark.parametrize("changes", [{"w": "nvTmaDesc"}, {"a": ("i32", "i32")}, {"n": "u64"}])
+def test_types_that_are_not_as_known(changes):
+    source = SimpleNamespace(signature=SOURCE.signature | changes)
+    run = SimpleNamespace(launch_cooperative_grid=False)
+    assert bound.types_of(SimpleNamespace(src=source, run=run)) is None
+    assert bound.types_of(SimpleNamespace(src=SOURCE, run=SimpleNamespace(launch_cooperative_grid=True))) is None
+    assert bound.types_of(SimpleNamespace(run=run)) is None
+
+
+def test_addresses_that_come_again_are_bound(stub, monkeypatch):
+    """From the third time on, by stream; what the driver refuses Triton's launcher gets; no more are kept than MOST_BOUND."""
+    sent, _ = stub
+    made, launched, errors = [], [], [0]
+
+    class Bound:
+        def __init__(self, ready, addresses, stream):
+            made.append((addresses, stream))
+
+        def launch(self):
+            launched.append(self)
+            return errors[-1]
+
+    monkeypatch.setattr(launch, "Bound", Bound)
+    monkeypatch.setattr(launch, "types_of", lambda compiled: ())
+    one, _ = prepared()
+    addresses, others = (tuple(start + 4096 * i for i in range(10)) for start in (4096, 1 << 20))
+    count = len(one.launches)
+    for _ in range(3):  # compiled, seen, bound
+        assert one.run(addresses)
+    assert made == [(addresses, 5)] * count and len(sent) == 2 * count and not launched
+    assert one.run(addresses) and len(launched) == count and len(sent) == 2 * count
+    assert one.run(others) and len(launched) == count and len(sent) == 3 * count
+    one._stream = lambda device: 6
+    assert one.run(addresses) and len(launched) == count and len(sent) == 4 * count
+    one._stream = lambda device: 5
+    errors.append(201)
+    assert one.run(addresses) and len(launched) == 2 * count and len(sent) == 5 * count
+    for n in range(2 * launch.MOST_BOUND):
+        assert one.run(tuple(a + 4096 * n for a in others)) and len(one._bound) <= launch.MOST_BOUND
 
 
 def test_clusters_that_cannot_run_leave_nothing_half_launched(stub, monkeypatch):
@@ -107,15 +191,15 @@ def test_clusters_that_cannot_run_leave_nothing_half_launched(stub, monkeypatch)
     monkeypatch.setattr(launch, "let_hear", refuse)
     one = launch.Prepared(pipeline.launches(HEADLINE, 4096, choose_plan(HEADLINE, 4096), 0, 1.0), 0)
     with pytest.raises(Unexpected):
-        one.run([4096 * (i + 1) for i in range(10)])
+        one.run(tuple(4096 * (i + 1) for i in range(10)))
     assert not launched and not sent
 
 
 def test_an_address_that_tma_cannot_take(stub):
     sent, _ = stub
     one, _ = prepared()
-    addresses = [4096 * (i + 1) for i in range(10)]
-    addresses[launch.W2] += 1
+    addresses = tuple(4096 * (i + 1) for i in range(10))
+    addresses = (*addresses[: launch.W2], addresses[launch.W2] + 1, *addresses[launch.W2 + 1 :])
     assert not one.run(addresses) and not sent
 
 

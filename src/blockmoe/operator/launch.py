@@ -2,8 +2,9 @@
 
 A call's launches depend on sizes alone, so they are built once a size and kept: arguments are numbers, or slots, which
 say which of the call's tensors and how many bytes in, or TMA descriptors over slots. Carrying them out adds addresses and
-calls Triton's C launcher; a kernel's first launch goes through Triton's own path, which compiles, but for clusters, which
-Triton would not launch. No key of a compiled kernel holds a token count.
+calls Triton's C launcher, or where addresses come again what is bound to them (`bound.py`); a kernel's first launch goes
+through Triton's own path, which compiles, but for clusters, which Triton would not launch. No key of a compiled kernel holds
+a token count.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 
+from blockmoe.operator.bound import Bound, Ready, types_of
 from blockmoe.operator.clusters import active_clusters
 from blockmoe.operator.ptx import let_hear
 from blockmoe.operator.tma import Address, Kind, c_launcher, kept
@@ -88,6 +90,9 @@ def interpreted() -> bool:
 _compiled: dict[tuple, Any] = {}
 
 
+MOST_BOUND = 256  # kept of one round's launches: a model's layers, and the workspaces and outputs that its allocator hands out in turn
+
+
 class Prepared:
     """The launches of one round, ready to be carried out on one device again and again."""
 
@@ -95,39 +100,56 @@ class Prepared:
         self.launches = launches
         self.device = device
         self._tma = any(launch.descriptors for launch in launches)
-        self._ready: list[tuple] = []
+        self._ready: list[Ready] = []
+        self._bound: dict[tuple, tuple[Bound, ...] | None] = {}  # by addresses and stream; None: seen once
         import triton
 
         self._stream = triton.runtime.driver.active.get_current_stream
 
-    def run(self, addresses: Sequence[int]) -> bool:
+    def run(self, addresses: tuple[int, ...]) -> bool:
         """Launch everything on the device's current stream; `addresses` of the call's ten tensors.
 
-        False, and nothing is launched, where there are TMA descriptors and an address is no multiple of 16.
+        False, and nothing is launched, where there are TMA descriptors and an address is no multiple of 16. Raises RuntimeError where the
+        driver can't launch.
         """
+        stream = self._stream(self.device)
+        if bound := self._bound.get((addresses, stream)):
+            for one, ready in zip(bound, self._ready, strict=True):
+                if one.launch():  # Triton's launcher says what is wrong, or mends it: a thread may have no context yet
+                    ready.launch(addresses, stream)
+            return True
         a, b, c, d, e, f, g, h, i, j = addresses
         if not self._ready or (a | b | c | d | e | f | g | h | i | j) & 15:  # compiled for 16-byte aligned pointers
             return self._run_by_triton(addresses)
-        stream = self._stream(self.device)
-        for entry in self._ready:
-            _carry_out(entry, addresses, stream)
+        for ready in self._ready:
+            ready.launch(addresses, stream)
+        self._bind(addresses, stream)
         return True
+
+    def _bind(self, addresses: tuple[int, ...], stream: int) -> None:
+        """For later calls, the second time that it sees these."""
+        if any(ready.types is None for ready in self._ready):
+            return
+        if len(self._bound) >= MOST_BOUND:
+            self._bound.clear()
+        again = (addresses, stream) in self._bound
+        self._bound[addresses, stream] = tuple(Bound(ready, addresses, stream) for ready in self._ready) if again else None
 
     def _run_by_triton(self, addresses: Sequence[int]) -> bool:
         aligned = not any(address % 16 for address in addresses)
         if self._tma and not aligned:
             return False
         arguments = [_arguments(launch, addresses) for launch in self.launches]
-        ready: list[tuple | None] = []
+        ready: list[Ready | None] = []
         for launch, given in zip(self.launches, arguments, strict=True):  # before anything is launched: it may raise
-            ready.append(_clusters_entry(launch, given, self.device) if launch.cluster > 1 else None)
+            ready.append(_ready_clusters(launch, given, self.device) if launch.cluster > 1 else None)
         for n, (launch, given) in enumerate(zip(self.launches, arguments, strict=True)):
-            if entry := ready[n]:
-                _carry_out(entry, addresses, self._stream(self.device))
+            if one := ready[n]:
+                one.launch(addresses, self._stream(self.device))
                 continue
             compiled = launch.kernel[(launch.programs,)](*given, **launch.options)
             if aligned:
-                ready[n] = _entry(launch, _compiled.setdefault((*launch.key, self.device), compiled))
+                ready[n] = _ready(launch, _compiled.setdefault((*launch.key, self.device), compiled))
         if aligned:
             self._ready = ready
         return True
@@ -140,12 +162,12 @@ def _arguments(launch: Launch, addresses: Sequence[int]) -> tuple:
     return (*described, *pointers, *launch.numbers, *launch.constants)
 
 
-def _clusters_entry(launch: Launch, arguments: tuple, device: int) -> tuple:
+def _ready_clusters(launch: Launch, arguments: tuple, device: int) -> Ready:
     """Triton itself would launch no clusters."""
     key = (*launch.key, device)
     if key not in _compiled:
         _compiled[key] = _compile(launch, arguments)
-    return _entry(launch, _compiled[key])
+    return _ready(launch, _compiled[key])
 
 
 def _compile(launch: Launch, arguments: tuple) -> Any:
@@ -154,17 +176,7 @@ def _compile(launch: Launch, arguments: tuple) -> Any:
     return let_hear(compiled) if launch.cluster > 1 else compiled
 
 
-def _carry_out(entry: tuple, addresses: Sequence[int], stream: int) -> None:
-    run, programs, function, options, descriptors, slots, rest = entry
-    if descriptors:
-        described = [value for t, at, maps in descriptors for value in maps[addresses[t] + at]]
-        run(programs, 1, 1, stream, function, *options, *described, *[addresses[t] + at for t, at in slots], *rest)
-    else:
-        run(programs, 1, 1, stream, function, *options, *[addresses[t] + at for t, at in slots], *rest)
-
-
-def _entry(launch: Launch, compiled: Any) -> tuple:
-    """What `Prepared.run` reads."""
+def _ready(launch: Launch, compiled: Any) -> Ready:
     warps, _, shared = compiled.packed_metadata
     metadata = (warps, launch.cluster, shared)
     run = c_launcher(compiled)
@@ -180,7 +192,9 @@ def _entry(launch: Launch, compiled: Any) -> tuple:
     programs = launch.programs
     if launch.cluster > 1:
         programs = min(programs // launch.cluster, active_clusters(compiled.function, 32 * warps, shared, launch.cluster))
-    return run or compiled.run, programs, compiled.function, options, descriptors, slots, rest
+    types = None if run is None else types_of(compiled)
+    sizes = (warps, shared, launch.cluster)
+    return Ready(run or compiled.run, programs, compiled.function, options, descriptors, slots, rest, *sizes, launch.pdl, types)
 
 
 def compile_only(launch: Launch) -> None:

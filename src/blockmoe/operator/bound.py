@@ -1,0 +1,126 @@
+"""Launches bound to addresses and a stream: what Triton's C launcher makes of its Python arguments at every call, made once.
+
+A kernel of the operator has 30 to 60 arguments, of which that launcher reads each in a tenth to a fifth of a microsecond. They only
+depend on the tensors' addresses, which come again: bound, a launch is one call of the driver's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+MAP_OFFSET = 128  # of a TMA map within Triton's object that holds it, which is aligned so
+# CUlaunchAttributeID
+CLUSTER_DIMENSION, SCHEDULING_POLICY, STREAM_SERIALIZATION = 4, 5, 6
+SPREAD = 1  # CUclusterSchedulingPolicy
+
+
+class _Value(ctypes.Union):
+    _fields_ = (("size", ctypes.c_char * 64), ("number", ctypes.c_int), ("three", ctypes.c_uint * 3))
+
+
+class _Attribute(ctypes.Structure):
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", _Value))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """A compiled kernel and what a launch of it is given: `run`, Triton's, with `options` before the arguments; descriptors as (tensor,
+    offset, what a launcher takes for it by address), slots as (tensor, offset), then numbers and constants."""
+
+    run: Callable
+    programs: int  # or clusters
+    function: int
+    options: tuple
+    descriptors: tuple[tuple[int, int, Any], ...]
+    slots: tuple[tuple[int, int], ...]
+    rest: tuple
+    warps: int
+    shared: int
+    cluster: int
+    pdl: bool
+    types: tuple[str, ...] | None  # of all arguments; None where they are not as known
+
+    def arguments(self, addresses: Sequence[int]) -> list:
+        """Of the call's tensors at `addresses`."""
+        described = [value for tensor, at, maps in self.descriptors for value in maps[addresses[tensor] + at]]
+        return [*described, *[addresses[tensor] + at for tensor, at in self.slots], *self.rest]
+
+    def launch(self, addresses: Sequence[int], stream: int) -> None:
+        """By Triton's launcher."""
+        self.run(self.programs, 1, 1, stream, self.function, *self.options, *self.arguments(addresses))
+
+
+@lru_cache(maxsize=1)
+def _driver() -> Any:
+    return ctypes.CDLL("libcuda.so.1").cuLaunchKernelEx
+
+
+def types_of(compiled: Any) -> tuple[str, ...] | None:
+    """Of the C launcher's arguments, as Triton 3.6 expands them: a TMA descriptor is its map, its shape and its strides."""
+    source, found = getattr(compiled, "src", None), []
+    if source is None or getattr(compiled.run, "launch_cooperative_grid", True):
+        return None
+    for kind in source.signature.values():
+        if isinstance(kind, str) and (described := re.match(r"tensordesc<[^\[]*\[([^\]]*)\]", kind)):
+            rank = described[1].count(",") + 1
+            found += ["map", *["i32"] * rank, *["i64"] * rank]
+        elif kind in ("constexpr", "i32", "i64", "fp32") or (isinstance(kind, str) and kind.startswith("*")):
+            found.append(kind)
+        else:
+            return None
+    return tuple(found)
+
+
+class Bound:
+    """`ready` with the arguments for such addresses and stream."""
+
+    __slots__ = ("_call", "_kept", "_launch")
+
+    def __init__(self, ready: Ready, addresses: Sequence[int], stream: int) -> None:
+        arguments = ready.arguments(addresses)
+        given = [(kind, value) for kind, value in zip(ready.types or (), arguments, strict=True) if kind != "constexpr"]
+        given += [("*", 0), ("*", 0)]  # Triton's scratch memories, of which the kernels use none
+        words = (ctypes.c_uint64 * len(given))()
+        pointers = (ctypes.c_void_p * len(given))()
+        for n, (kind, value) in enumerate(given):
+            if kind == "map":
+                pointers[n] = id(value) + MAP_OFFSET
+                continue
+            pointers[n] = ctypes.addressof(words) + 8 * n
+            words[n] = struct.unpack("<I", struct.pack("<f", value))[0] if kind == "fp32" else value & (2**64 - 1)
+        attributes = _attributes(ready)
+        config = _Config(
+            (ready.programs * ready.cluster, 1, 1), (32 * ready.warps, 1, 1), ready.shared, stream, attributes, len(attributes),
+        )  # fmt: skip
+        self._kept = (config, attributes, words, pointers, arguments)  # the driver reads them at each launch
+        self._call = ctypes.byref(config), ctypes.c_void_p(ready.function), pointers, None
+        self._launch = _driver()
+
+    def launch(self) -> int:
+        """The driver's error, or 0."""
+        return self._launch(*self._call)
+
+
+def _attributes(ready: Ready) -> ctypes.Array:
+    found = []
+    if ready.pdl:
+        found.append(_Attribute(STREAM_SERIALIZATION, b"", _Value(number=1)))
+    if ready.cluster > 1:
+        found.append(_Attribute(CLUSTER_DIMENSION, b"", _Value(three=(ready.cluster, 1, 1))))
+        found.append(_Attribute(SCHEDULING_POLICY, b"", _Value(number=SPREAD)))
+    return (_Attribute * len(found))(*found)
