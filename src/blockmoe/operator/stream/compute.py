@@ -12,7 +12,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from blockmoe.operator.persistent import barrier, hear
 from blockmoe.operator.stream.load import pairs_at, second_unit, unit_at, unit_counts
-from blockmoe.operator.stream.sums import STORED, last_sum, write_zeros
+from blockmoe.operator.stream.sums import STORED, last_sum
 
 
 @gluon.jit
@@ -202,8 +202,6 @@ def consumer(
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
     tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, DENSE)
-    if DENSE == 0:  # while the first weights are on their way
-        write_zeros(out, slots, tokens, HIDDEN, WARPS)
     it = 0
     n = 0
     unit = hear(queue, told, heard, n, WARPS)
@@ -251,6 +249,6 @@ def consumer(
         unit = hear(queue, told, heard, n, WARPS)
     if DENSE == 0:
         last_sum(
-            n, unit, units, queue, told, heard, rows, out, middle, slots, written, tile_end, tiles,
+            n, unit, units, queue, told, heard, rows, out, middle, slots, written, tile_end, tiles, tokens,
             HIDDEN, INTER, TOP_K, ROWS, WARPS,
         )  # fmt: skip

@@ -111,7 +111,7 @@ def stream(
         between, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
         finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, slots, tokens,
     )  # fmt: skip
-    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, tile_count, tile_expert, tile_group, slots[3])
+    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, tile_count, tile_expert, tile_group, slots[3], tokens)
     pairs = (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
         tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,

@@ -48,11 +48,13 @@ def second_unit(unit, tiles, tile_group, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
-def parts_before(slot_count, tiles, BLOCKS: gl.constexpr, ROWS: gl.constexpr):
-    """Parts of the first column group's sum: ROWS / 16 tokens with pairs, a warp each, by RUN columns."""
+def parts_drawn(slot_count, tokens, tiles, BLOCKS: gl.constexpr, ROWS: gl.constexpr):
+    """Parts that are zeros of all columns, for ROWS / 16 of the tokens without pairs, a warp each; and those of the first column group's
+    sum, as many of the other tokens by RUN columns."""
     WARPS: gl.constexpr = ROWS // 16
+    some = gl.load(slot_count)
     runs = (blocks_before(tiles, BLOCKS) * (2 * ROWS) + RUN - 1) // RUN
-    return (gl.load(slot_count) + WARPS - 1) // WARPS * runs
+    return (tokens - some + WARPS - 1) // WARPS, (some + WARPS - 1) // WARPS * runs
 
 
 @gluon.jit
@@ -154,7 +156,7 @@ def weights_producer(
     FLIGHT: gl.constexpr, BURST: gl.constexpr,
 ):  # fmt: skip
     """One warp: draws units and tells the other roles, loads the weights. Units of GEMM1 come before those of GEMM2."""
-    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, tile_count, tile_expert, tile_group, slot_count = parameters
+    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, tile_count, tile_expert, tile_group, slot_count, tokens = parameters
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)  # units of GEMM2, a tile and column group
     touch(tile_expert)
@@ -193,14 +195,15 @@ def weights_producer(
                 w2, w_bufs, asked, empty, ticket, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES, BURST, True
             )  # fmt: skip
     if DENSE == 0:
-        draw_parts(queue, told, heard, n, units, it, empty, part, parts_before(slot_count, tiles, OUT, ROWS), STAGES)
+        zeros, sums = parts_drawn(slot_count, tokens, tiles, OUT, ROWS)
+        draw_parts(queue, told, heard, n, units, it, empty, part, zeros + sums, STAGES)
     else:
         tell(queue, told, heard, n, (END,))
 
 
 @gluon.jit
 def draw_parts(queue, told, heard, n, units, it, empty, ticket, parts, STAGES: gl.constexpr):
-    """Draws parts of the first column group's sum, when the program's own products are done: who is late is to find none left."""
+    """Draws parts of the output, when the program's own products are done: who is late is to find none left."""
     if it > 0:
         mbarrier.wait(empty.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
     part = gl.atomic_add(ticket, 1, sem="relaxed")

@@ -1,7 +1,8 @@
 """Of sorted pairs: the output's last sum, and the warp that tells other programs what is stored for it.
 
 GEMM2's columns come in two groups. Programs that have no units left add the first group's rows while others are still at the second's, by
-parts that they draw; the second's parts, which begin when all is stored, go round them.
+parts that they draw, and write the zeros of tokens without pairs: at the end, where the memory has little to read. The second group's
+parts, which begin when all is stored, go round all programs.
 
 Tokens have slots, those with pairs first: `slots` are token_pair [T, TOP_K], the rows of the token in a slot, token_pairs [T], how many,
 slot_token [T], which token it is, and slot_count, how many have pairs.
@@ -14,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from blockmoe.operator.persistent import GENERIC, QUEUE, barrier, hear, wait_until
-from blockmoe.operator.stream.load import END, RUN, blocks_before, parts_before, second_unit, unit_at, unit_counts
+from blockmoe.operator.stream.load import END, RUN, blocks_before, parts_drawn, second_unit, unit_at, unit_counts
 from blockmoe.operator.stream.stay import let_go, may_leave
 
 # Barriers by which a program's consumer says, in turn, that a unit is stored: it hears of no unit before the teller has heard of the one
@@ -48,19 +49,14 @@ def teller(parameters, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.const
 
 
 @gluon.jit
-def write_zeros(out, slots, tokens, HIDDEN: gl.constexpr, WARPS: gl.constexpr):
-    """Zeros for this program's of the tokens without pairs, a warp a token."""
-    _, _, slot_token, slot_count = slots
-    some = gl.load(slot_count)
+def write_zeros(out, slots, first, tokens, HIDDEN: gl.constexpr, WARPS: gl.constexpr):
+    """Zeros for the tokens in WARPS slots from `first` on, a warp each."""
     C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
-    zeros = gl.zeros([WARPS, 256], gl.bfloat16, C)
-    column = gl.expand_dims(gl.arange(0, 256, layout=gl.SliceLayout(0, C)), 0)
-    for first in range(some + gl.program_id(0) * WARPS, tokens, gl.num_programs(0) * WARPS):
-        slot = first + gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
-        token = gl.load(slot_token + slot, mask=slot < tokens, other=0)
-        to = out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + column
-        for run in range(0, HIDDEN, 256):
-            gl.store(to + run, zeros, mask=gl.expand_dims(slot < tokens, 1))
+    slot = first + gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
+    token = gl.load(slots[2] + slot, mask=slot < tokens, other=0)
+    to = out + gl.expand_dims(token.to(gl.int64) * HIDDEN, 1) + gl.expand_dims(gl.arange(0, 256, layout=gl.SliceLayout(0, C)), 0)
+    for run in range(0, HIDDEN, 256):
+        gl.store(to + run, gl.zeros([WARPS, 256], gl.bfloat16, C), mask=gl.expand_dims(slot < tokens, 1))
 
 
 @gluon.jit
@@ -77,20 +73,20 @@ def rows_of(slot, some, slots, TOP_K: gl.constexpr):
 
 
 @gluon.jit
-def part_at(part, before, first_runs, last_runs):
-    """Column group of a part, which of its slots, WARPS at a time, and run of columns."""
-    group = gl.where(part >= before, 1, 0)
-    inside = part - group * before
+def part_at(part, sums, first_runs, last_runs):
+    """Column group of a part, `sums` being the first group's, which slots, WARPS at a time, and run of columns."""
+    group = gl.where(part >= sums, 1, 0)
+    inside = part - group * sums
     runs = gl.where(group == 0, gl.maximum(first_runs, 1), last_runs)
     return group, inside // runs, inside % runs
 
 
 @gluon.jit
 def last_sum(
-    n, unit, units, queue, told, heard, rows, out, middle, slots, written, tile_end, tiles,
+    n, unit, units, queue, told, heard, rows, out, middle, slots, written, tile_end, tiles, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """out[t] = the sum over a token's rows, in the order of their experts, in float32.
+    """out[t] = the sum over a token's rows, in the order of their experts, in float32; 0 where it has none.
 
     `unit`, the nth told, is the first that is none of `units`. A part is WARPS slots, a warp each, by RUN columns of a group. Where the
     next part's rows are is read meanwhile, and what has been read may leave the L2 (in a workspace that begins inside a line a row's last
@@ -102,15 +98,20 @@ def last_sum(
     first = blocks_before(tiles, BLOCKS)
     first_runs = (first * (2 * ROWS) + RUN - 1) // RUN
     last_runs = ((BLOCKS - first) * (2 * ROWS) + RUN - 1) // RUN
-    before = parts_before(slots[3], tiles, BLOCKS, ROWS)
     some = gl.load(slots[3])
-    parts = before + (some + WARPS - 1) // WARPS * last_runs
+    zeros, sums = parts_drawn(slots[3], tokens, tiles, BLOCKS, ROWS)
+    while unit < units + zeros:
+        write_zeros(out, slots, some + (unit - units) * WARPS, tokens, HIDDEN, WARPS)
+        n += 1
+        unit = hear(queue, told, heard, n, WARPS)
+    units += zeros
+    parts = sums + (some + WARPS - 1) // WARPS * last_runs
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
     line = gl.arange(0, 32, layout=gl.SliceLayout(0, LINES))
     once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
     known = 0  # column groups that are written
-    part = gl.where(unit < END, unit - units, before + gl.program_id(0))
-    group, step, run = part_at(part, before, first_runs, last_runs)
+    part = gl.where(unit < END, unit - units, sums + gl.program_id(0))
+    group, step, run = part_at(part, sums, first_runs, last_runs)
     token, count, pairs = rows_of(step * WARPS + warp, some, slots, TOP_K)
     while part < parts:
         if known <= group:
@@ -125,13 +126,13 @@ def last_sum(
         for k in gl.static_range(TOP_K):
             at = rows + gl.expand_dims(pairs[k].to(gl.int64) * HIDDEN, 1) + column
             values = values + (gl.load(at, mask=inside & gl.expand_dims(k < count, 1), other=0.0, cache_modifier=".cg"),)
-        if part < before:
+        if part < sums:
             n += 1
             unit = hear(queue, told, heard, n, WARPS)
-            part = gl.where(unit < END, unit - units, before + gl.program_id(0))
+            part = gl.where(unit < END, unit - units, sums + gl.program_id(0))
         else:
             part += gl.num_programs(0)
-        group, step, run = part_at(part, before, first_runs, last_runs)
+        group, step, run = part_at(part, sums, first_runs, last_runs)
         next_token, next_count, next_pairs = rows_of(step * WARPS + warp, some, slots, TOP_K)
         sum = gl.zeros([WARPS, RUN], gl.float32, C)
         for k in gl.static_range(TOP_K):
