@@ -184,7 +184,7 @@ def stage_times(timer: Timer, inputs, g: MoEGeometry, offset: int, plan: Plan, t
     out = torch.empty(tokens, g.hidden_size, dtype=torch.bfloat16, device=DEVICE)
     memory = torch.empty(layout(g, tokens, plan)[1], dtype=torch.uint8, device=DEVICE)
     tensors = [*(t if t is not None else inputs[0] for t in inputs), out, memory]
-    addresses = [t.data_ptr() for t in tensors]
+    addresses = tuple(t.data_ptr() for t in tensors)
     bias_dtype = None if inputs[1] is None else inputs[1].dtype
     found = stages(g, tokens, plan, offset, 2.5, sm_count=of_gpu(0).sm_count, bias_dtype=bias_dtype)
     ready = {name: Prepared(launches, 0) for name, launches in found.items()}

@@ -41,7 +41,7 @@ class Variant:
         out = torch.empty(tokens, HEADLINE.hidden_size, dtype=torch.bfloat16, device="cuda")
         memory = torch.empty(layout(HEADLINE, tokens, plan)[1], dtype=torch.uint8, device="cuda")
         self.tensors = [*inputs, out, memory]
-        self.addresses = [t.data_ptr() for t in self.tensors]
+        self.addresses = tuple(t.data_ptr() for t in self.tensors)
         found = stages(HEADLINE, tokens, plan, offset, 2.5, sm_count=of_gpu(0).sm_count)
         order = list(found.items())
         self.names = [name for name, _ in order]

@@ -89,7 +89,7 @@ def serve(tree: str, between: str) -> None:
         memory = torch.full((layout(HEADLINE, tokens, plan)[1],), 255, dtype=torch.uint8, device="cuda")
         tensors = [*inputs, *weights, out, memory]
         ready = [Prepared(launches, 0) for launches in stages(HEADLINE, tokens, plan, offset, 2.5).values()]
-        made[tokens] = tensors, [t.data_ptr() for t in tensors], ready
+        made[tokens] = tensors, tuple(t.data_ptr() for t in tensors), ready
         for stage in ready:
             stage.run(made[tokens][1])
         bits, places = out.view(torch.int16).flatten(), torch.arange(out.numel(), device="cuda")
