@@ -10,6 +10,7 @@ pytest.importorskip("triton.experimental.gluon")
 
 from blockmoe.operator.prefill import units, zeros  # noqa: E402
 from blockmoe.operator.stream import compute, load  # noqa: E402
+from blockmoe.operator.stream import sums as sums_of  # noqa: E402
 
 
 class Lists:
@@ -172,21 +173,34 @@ def test_stream(seed, monkeypatch):
     assert [unit_at(unit, None, 32, True) for unit in range(64)] == [(unit // 32, unit % 32) for unit in range(64)]
 
 
-@pytest.mark.parametrize("groups", [1, 2, 4, 7])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 10, 28])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_stream_last_sum(groups, seed, monkeypatch):
-    """Every unit of GEMM2 and every share of a sum once a column group; a group's sum after all of its units, which it waits for."""
+def test_stream_last_sum(blocks, seed, monkeypatch):
+    """Every block of every tile once, a column group's units side by side; every run of columns of every slot once, in its column group."""
     draw = random.Random(seed)
-    size, sums = draw.randint(1, 40), draw.randint(1, 20)
-    gl = SimpleNamespace(where=lambda condition, a, b: a if condition else b)
-    monkeypatch.setitem(load.second_unit.fn.__globals__, "gl", gl)
-    found = [load.second_unit.fn(unit, size, sums, groups) for unit in range(groups * (size + sums))]
-    wanted = Counter((g, n, False) for g in range(groups) for n in range(size))
-    wanted.update((g, n, True) for g in range(groups) for n in range(sums))
-    assert Counter((group, number, bool(is_sum)) for group, number, is_sum in found) == wanted
-    for group in range(groups):
-        last = max(i for i, (g, _, is_sum) in enumerate(found) if g == group and not is_sum)
-        assert all(i > last for i, (g, _, is_sum) in enumerate(found) if g == group and is_sum)
+    tiles, programs, some, tokens = [draw.randint(1, 4) for _ in range(draw.randint(1, 32))], draw.randint(1, 132), draw.randint(0, 50), 60
+    groups, total = Lists(tiles), sum(tiles)
+    gl = SimpleNamespace(load=lambda at: at, where=lambda so, a, b: a if so else b, maximum=max, minimum=min, constexpr=None)
+    gl.num_programs = lambda axis: programs
+    monkeypatch.setitem(load.parts_drawn.fn.__globals__, "RUN", run := load.RUN.value)
+    for name in ("unit_at", "blocks_before", "second_unit", "parts_drawn"):
+        function = getattr(load, name).fn
+        monkeypatch.setitem(function.__globals__, "gl", gl)
+        monkeypatch.setitem(function.__globals__, name, function)
+    first = load.blocks_before(total, blocks)
+    places = [load.second_unit(unit, total, groups, blocks) for unit in range(total * blocks)]
+    assert sorted((tile, block) for tile, block, _ in places) == [(tile, block) for tile in range(total) for block in range(blocks)]
+    assert all(group == (block >= first) for _, block, group in places) and [group for *_, group in places] == sorted(g for *_, g in places)
+    assert 0 <= first < blocks and (blocks - first) * total <= max(programs + total, blocks * total // 2, total)
+
+    rows, warps = 128, 8
+    zeros, sums = load.parts_drawn(some, tokens, total, blocks, rows)
+    assert zeros == -(-(tokens - some) // warps)
+    monkeypatch.setitem(sums_of.part_at.fn.__globals__, "gl", gl)
+    runs = [-(-of * 2 * rows // run) for of in (first, blocks - first)]
+    parts = range(sums + -(-some // warps) * runs[1])
+    found = [sums_of.part_at.fn(part, sums, *runs) for part in parts]
+    assert Counter(found) == Counter((g, step, n) for g in range(2) for step in range(-(-some // warps)) for n in range(runs[g]))
 
 
 FLIGHTS = [
