@@ -128,7 +128,7 @@ def test_bound(cluster, monkeypatch):
     monkeypatch.setattr(bound, "_driver", lambda: driver)
     maps = {4096 + 256: (held, 7, 128, 128, 1)}
     ready = bound.Ready(None, 66, 9, (), ((0, 256, maps),), ((1, 16),), (-3, 2.5, 1), 4, 1000, cluster, True, types)
-    one = bound.Bound(ready, (4096, 8192), 5)
+    one = bound.Binder(ready).bind((4096, 8192), 5)
     assert one.launch() == 0 and one.launch() == 0
     (grid, block, shared, stream, function, attributes, values), again = driver.launched
     assert driver.launched[1] == again == driver.launched[0]
@@ -152,15 +152,19 @@ def test_addresses_that_come_again_are_bound(stub, monkeypatch):
     sent, _ = stub
     made, launched, errors = [], [], [0]
 
-    class Bound:
-        def __init__(self, ready, addresses, stream):
+    class Binder:
+        def __init__(self, ready):
+            pass
+
+        def bind(self, addresses, stream):
             made.append((addresses, stream))
+            return self
 
         def launch(self):
             launched.append(self)
             return errors[-1]
 
-    monkeypatch.setattr(launch, "Bound", Bound)
+    monkeypatch.setattr(launch, "Binder", Binder)
     monkeypatch.setattr(launch, "types_of", lambda compiled: ())
     one, _ = prepared()
     addresses, others = (tuple(start + 4096 * i for i in range(10)) for start in (4096, 1 << 20))

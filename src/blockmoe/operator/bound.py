@@ -86,30 +86,49 @@ def types_of(compiled: Any) -> tuple[str, ...] | None:
     return tuple(found)
 
 
+class Binder:
+    """What all bound launches of `ready` share."""
+
+    def __init__(self, ready: Ready) -> None:
+        self.ready = ready
+        types = ready.types or ()
+        kinds = [kind for kind in types if kind != "constexpr"]
+        rest = zip(types[len(types) - len(ready.rest) :], ready.rest, strict=True)
+        numbers = [_word(kind, value) for kind, value in rest if kind != "constexpr"]
+        self.count = len(kinds) + 2  # Triton's scratch memories, of which the kernels use none
+        self.first_slot = len(kinds) - len(numbers) - len(ready.slots)
+        self.maps = [n for n, kind in enumerate(kinds) if kind == "map"]
+        self.words = struct.pack(f"{self.count}Q", *[0] * (len(kinds) - len(numbers)), *numbers, 0, 0)
+        self.attributes = _attributes(ready)
+        self.function = ctypes.c_void_p(ready.function)
+
+    def bind(self, addresses: Sequence[int], stream: int) -> Bound:
+        """With the arguments for such addresses and stream."""
+        ready, count, slots = self.ready, self.count, self.first_slot
+        words = (ctypes.c_uint64 * count).from_buffer_copy(self.words)
+        begin = ctypes.addressof(words)
+        pointers = (ctypes.c_void_p * count).from_buffer_copy(struct.pack(f"{count}Q", *range(begin, begin + 8 * count, 8)))
+        held = [maps[addresses[tensor] + at] for tensor, at, maps in ready.descriptors]
+        for n, described in zip(self.maps, held, strict=True):
+            pointers[n] = id(described[0]) + MAP_OFFSET
+            struct.pack_into(f"{len(described) - 1}Q", words, 8 * (n + 1), *described[1:])
+        struct.pack_into(f"{len(ready.slots)}Q", words, 8 * slots, *[addresses[tensor] + at for tensor, at in ready.slots])
+        grid, block = (ready.programs * ready.cluster, 1, 1), (32 * ready.warps, 1, 1)
+        config = _Config(grid, block, ready.shared, stream, self.attributes, len(self.attributes))
+        return Bound((ctypes.byref(config), self.function, pointers, None), (config, self.attributes, words, held))
+
+
+def _word(kind: str, value: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", value))[0] if kind == "fp32" else int(value) & (2**64 - 1)
+
+
 class Bound:
-    """`ready` with the arguments for such addresses and stream."""
+    """A launch with all its arguments: what the driver is called with, and what it reads then."""
 
-    __slots__ = ("_call", "_kept", "_launch")
+    __slots__ = ("_call", "_held", "_launch")
 
-    def __init__(self, ready: Ready, addresses: Sequence[int], stream: int) -> None:
-        arguments = ready.arguments(addresses)
-        given = [(kind, value) for kind, value in zip(ready.types or (), arguments, strict=True) if kind != "constexpr"]
-        given += [("*", 0), ("*", 0)]  # Triton's scratch memories, of which the kernels use none
-        words = (ctypes.c_uint64 * len(given))()
-        pointers = (ctypes.c_void_p * len(given))()
-        for n, (kind, value) in enumerate(given):
-            if kind == "map":
-                pointers[n] = id(value) + MAP_OFFSET
-                continue
-            pointers[n] = ctypes.addressof(words) + 8 * n
-            words[n] = struct.unpack("<I", struct.pack("<f", value))[0] if kind == "fp32" else value & (2**64 - 1)
-        attributes = _attributes(ready)
-        config = _Config(
-            (ready.programs * ready.cluster, 1, 1), (32 * ready.warps, 1, 1), ready.shared, stream, attributes, len(attributes),
-        )  # fmt: skip
-        self._kept = (config, attributes, words, pointers, arguments)  # the driver reads them at each launch
-        self._call = ctypes.byref(config), ctypes.c_void_p(ready.function), pointers, None
-        self._launch = _driver()
+    def __init__(self, call: tuple, held: tuple) -> None:
+        self._call, self._held, self._launch = call, held, _driver()
 
     def launch(self) -> int:
         """The driver's error, or 0."""

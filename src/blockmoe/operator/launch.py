@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from blockmoe.operator.bound import Bound, Ready, types_of
+from blockmoe.operator.bound import Binder, Bound, Ready, types_of
 from blockmoe.operator.clusters import active_clusters
 from blockmoe.operator.ptx import let_hear
 from blockmoe.operator.tma import Address, Kind, c_launcher, kept
@@ -101,6 +101,7 @@ class Prepared:
         self.device = device
         self._tma = any(launch.descriptors for launch in launches)
         self._ready: list[Ready] = []
+        self._binders: list[Binder] = []
         self._bound: dict[tuple, tuple[Bound, ...] | None] = {}  # by addresses and stream; None: seen once
         import triton
 
@@ -128,12 +129,12 @@ class Prepared:
 
     def _bind(self, addresses: tuple[int, ...], stream: int) -> None:
         """For later calls, the second time that it sees these."""
-        if any(ready.types is None for ready in self._ready):
+        if not self._binders:
             return
         if len(self._bound) >= MOST_BOUND:
             self._bound.clear()
         again = (addresses, stream) in self._bound
-        self._bound[addresses, stream] = tuple(Bound(ready, addresses, stream) for ready in self._ready) if again else None
+        self._bound[addresses, stream] = tuple(one.bind(addresses, stream) for one in self._binders) if again else None
 
     def _run_by_triton(self, addresses: Sequence[int]) -> bool:
         aligned = not any(address % 16 for address in addresses)
@@ -152,6 +153,9 @@ class Prepared:
                 ready[n] = _ready(launch, _compiled.setdefault((*launch.key, self.device), compiled))
         if aligned:
             self._ready = ready
+            self._binders = [Binder(one) for one in ready if one.types is not None]
+            if len(self._binders) < len(ready):  # not by Triton as known
+                self._binders = []
         return True
 
 
