@@ -1,7 +1,7 @@
 """Host time of eager calls: python scripts/gpu_host.py [--tokens 1,16,52,901,4096]
 
 A line for each T, in us a call until it returns, the device busy: least and median of seven rounds of 60 calls. `bound`: with launches
-bound to their addresses (`blockmoe.operator.bound`), as from the third call with the same ones on; given: with `out` and `workspace`, too;
+bound to their addresses (`blockmoe.operator.bound`), as from the fourth call with the same ones on; given: with `out` and `workspace`, too;
 `unbound`: by Triton's launcher. Beside them one `add_` of torch, since machines differ by much. Exit code 1 where the calls don't agree bit
 for bit: bound, on another stream, in another thread, from a CUDA graph.
 """
@@ -40,7 +40,7 @@ def unbound(call: Callable[[], object]) -> str:
     bind, launch.Prepared._bind = launch.Prepared._bind, lambda *given: None
     for known in api._calls.values():
         for prepared in known.rounds or ():
-            prepared._bound.clear()
+            prepared._number = next(launch._numbers)
     try:
         return host_us(call)
     finally:
@@ -75,7 +75,7 @@ def agree(call: Callable[[], object], out: torch.Tensor) -> list[str]:
         after(f"call {n}", call)
     for n in range(4):
         after(f"call {n} on another stream", elsewhere)
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # where launches are bound
         call()
     after("replay", graph.replay)
     after("in a thread", in_a_thread)

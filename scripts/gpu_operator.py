@@ -223,8 +223,6 @@ def candidates(tokens: int) -> dict[str, Plan]:
             for burst in (1,) if tile.dense else (1, 2):
                 stream(replace(tile, promotion=promotion, burst=burst))
         if not tile.dense:
-            for groups in (1, 4, 7):
-                stream(replace(tile, groups=groups))
             stream(replace(tile, block_n=16))
             found["sorted"] = choose_plan(HEADLINE, tokens, of_gpu(0), tma=False)
     if tokens > 100:

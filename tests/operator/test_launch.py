@@ -39,6 +39,7 @@ def stub(monkeypatch):
     monkeypatch.setattr("triton.backends.nvidia.driver.make_tensordesc_arg", encoder)
     monkeypatch.setattr(tma, "_encode_again", lambda made, address, kind, meta: encoder.promoted.append((address, kind.promotion)))
     monkeypatch.setattr(launch, "_compiled", {})
+    monkeypatch.setattr(launch, "_bound", {})
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, *arguments, **options: compiled)
     driver = SimpleNamespace(get_current_stream=lambda device: 5)
     monkeypatch.setattr(triton.runtime.driver, "_active", driver)
@@ -179,8 +180,13 @@ def test_addresses_that_come_again_are_bound(stub, monkeypatch):
     one._stream = lambda device: 5
     errors.append(201)
     assert one.run(addresses) and len(launched) == 2 * count and len(sent) == 5 * count
+    monkeypatch.setattr(launch, "MOST_BOUND", 50)
     for n in range(2 * launch.MOST_BOUND):
-        assert one.run(tuple(a + 4096 * n for a in others)) and len(one._bound) <= launch.MOST_BOUND
+        assert one.run(tuple(a + 4096 * n for a in others)) and len(launch._bound) <= launch.MOST_BOUND
+    for _ in range(3):  # as many sets as are kept, in turn
+        for n in range(launch.MOST_BOUND):
+            assert one.run(tuple(a + (1 << 30) + 4096 * n for a in others))
+    assert sum(bool(bound) for bound in launch._bound.values()) == launch.MOST_BOUND
 
 
 def test_clusters_that_cannot_run_leave_nothing_half_launched(stub, monkeypatch):

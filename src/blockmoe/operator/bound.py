@@ -1,6 +1,6 @@
 """Launches bound to addresses and a stream: what Triton's C launcher makes of its Python arguments at every call, made once.
 
-A kernel of the operator has 30 to 60 arguments, of which that launcher reads each in a tenth to a fifth of a microsecond. They only
+A kernel of the operator has 20 to 60 arguments, of which that launcher reads each in a tenth to a fifth of a microsecond. They only
 depend on the tensors' addresses, which come again: bound, a launch is one call of the driver's.
 """
 
@@ -14,27 +14,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from blockmoe.operator.driver import (
+    CLUSTER_DIMENSION,
+    SCHEDULING_POLICY,
+    SPREAD,
+    STREAM_SERIALIZATION,
+    Attribute,
+    Config,
+    attribute,
+)  # fmt: skip
+
 MAP_OFFSET = 128  # of a TMA map within Triton's object that holds it, which is aligned so
-# CUlaunchAttributeID
-CLUSTER_DIMENSION, SCHEDULING_POLICY, STREAM_SERIALIZATION = 4, 5, 6
-SPREAD = 1  # CUclusterSchedulingPolicy
-
-
-class _Value(ctypes.Union):
-    _fields_ = (("size", ctypes.c_char * 64), ("number", ctypes.c_int), ("three", ctypes.c_uint * 3))
-
-
-class _Attribute(ctypes.Structure):
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", _Value))
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint), ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)), ("count", ctypes.c_uint),
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +104,7 @@ class Binder:
             struct.pack_into(f"{len(described) - 1}Q", words, 8 * (n + 1), *described[1:])
         struct.pack_into(f"{len(ready.slots)}Q", words, 8 * slots, *[addresses[tensor] + at for tensor, at in ready.slots])
         grid, block = (ready.programs * ready.cluster, 1, 1), (32 * ready.warps, 1, 1)
-        config = _Config(grid, block, ready.shared, stream, self.attributes, len(self.attributes))
+        config = Config(grid, block, ready.shared, stream, self.attributes, len(self.attributes))
         return Bound((ctypes.byref(config), self.function, pointers, None), (config, self.attributes, words, held))
 
 
@@ -136,10 +126,7 @@ class Bound:
 
 
 def _attributes(ready: Ready) -> ctypes.Array:
-    found = []
-    if ready.pdl:
-        found.append(_Attribute(STREAM_SERIALIZATION, b"", _Value(number=1)))
+    found = [attribute(STREAM_SERIALIZATION, 1)] if ready.pdl else []
     if ready.cluster > 1:
-        found.append(_Attribute(CLUSTER_DIMENSION, b"", _Value(three=(ready.cluster, 1, 1))))
-        found.append(_Attribute(SCHEDULING_POLICY, b"", _Value(number=SPREAD)))
-    return (_Attribute * len(found))(*found)
+        found += [attribute(CLUSTER_DIMENSION, ready.cluster, 1, 1), attribute(SCHEDULING_POLICY, SPREAD)]
+    return (Attribute * len(found))(*found)

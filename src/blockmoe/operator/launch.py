@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -90,7 +91,10 @@ def interpreted() -> bool:
 _compiled: dict[tuple, Any] = {}
 
 
-MOST_BOUND = 256  # kept of one round's launches: a model's layers, and the workspaces and outputs that its allocator hands out in turn
+# Sets of addresses kept, of all sizes together, each some 6 KB: a model's layers, and what its allocator hands out in turn.
+MOST_BOUND = 16384
+_bound: dict[tuple, tuple[Bound, ...] | None] = {}  # by round, addresses and stream; None: seen once
+_numbers = count()
 
 
 class Prepared:
@@ -102,7 +106,7 @@ class Prepared:
         self._tma = any(launch.descriptors for launch in launches)
         self._ready: list[Ready] = []
         self._binders: list[Binder] = []
-        self._bound: dict[tuple, tuple[Bound, ...] | None] = {}  # by addresses and stream; None: seen once
+        self._number = next(_numbers)
         import triton
 
         self._stream = triton.runtime.driver.active.get_current_stream
@@ -114,7 +118,7 @@ class Prepared:
         driver can't launch.
         """
         stream = self._stream(self.device)
-        if bound := self._bound.get((addresses, stream)):
+        if bound := _bound.get((self._number, addresses, stream)):
             for one, ready in zip(bound, self._ready, strict=True):
                 if one.launch():  # Triton's launcher says what is wrong, or mends it: a thread may have no context yet
                     ready.launch(addresses, stream)
@@ -131,10 +135,11 @@ class Prepared:
         """For later calls, the second time that it sees these."""
         if not self._binders:
             return
-        if len(self._bound) >= MOST_BOUND:
-            self._bound.clear()
-        again = (addresses, stream) in self._bound
-        self._bound[addresses, stream] = tuple(one.bind(addresses, stream) for one in self._binders) if again else None
+        key = self._number, addresses, stream
+        again = key in _bound
+        if not again and len(_bound) >= MOST_BOUND:
+            _bound.clear()
+        _bound[key] = tuple(one.bind(addresses, stream) for one in self._binders) if again else None
 
     def _run_by_triton(self, addresses: Sequence[int]) -> bool:
         aligned = not any(address % 16 for address in addresses)
@@ -152,10 +157,8 @@ class Prepared:
             if aligned:
                 ready[n] = _ready(launch, _compiled.setdefault((*launch.key, self.device), compiled))
         if aligned:
-            self._ready = ready
-            self._binders = [Binder(one) for one in ready if one.types is not None]
-            if len(self._binders) < len(ready):  # not by Triton as known
-                self._binders = []
+            known = all(one.types is not None for one in ready)  # made by Triton as known
+            self._ready, self._binders = ready, [Binder(one) for one in ready] if known else []
         return True
 
 

@@ -314,8 +314,8 @@ def _stream(geometry: MoEGeometry, tokens: int, rows: float, machine: Machine) -
         return StreamTile(64, 16, 10, dense=True, flight=3)
     # T = 55, 80: 340.3, 469.1 us; 128x16 341.0, 469.2; 256x16 340.5, 470.0. T = 128: 446.6, 128x16 446.5; all on the same eight
     # experts: 201.7, 413.6
-    # With 6 stages, 3 of them in flight, and two groups T = 16, 32, 80: 185.9, 298.9, 472.0; with 5, all in flight, and one: 188.6,
-    # 302.6, 473.9
+    # With 6 stages, 3 of them in flight (and the last sum in two column groups) T = 16, 32, 80: 185.9, 298.9, 472.0; with 5, all in
+    # flight (and one), 188.6, 302.6, 473.9
     return StreamTile(128, 32, 6, flight=3)
 
 

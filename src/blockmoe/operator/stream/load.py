@@ -158,7 +158,7 @@ def weights_producer(
     """One warp: draws units and tells the other roles, loads the weights. Units of GEMM1 come before those of GEMM2."""
     w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, tile_count, tile_expert, tile_group, slot_count, tokens = parameters
     IN: gl.constexpr = INTER // ROWS
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)  # units of GEMM2, a tile and column group
+    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)  # units of GEMM2, where sorted a tile
     touch(tile_expert)
     touch(tile_group)
     if DENSE:
@@ -203,7 +203,7 @@ def weights_producer(
 
 @gluon.jit
 def draw_parts(queue, told, heard, n, units, it, empty, ticket, parts, STAGES: gl.constexpr):
-    """Draws parts of the output, when the program's own products are done: who is late is to find none left."""
+    """Draws parts of the output, when the program's own products are done: who is late is to find none left. (Nothing else hangs on it.)"""
     if it > 0:
         mbarrier.wait(empty.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
     part = gl.atomic_add(ticket, 1, sem="relaxed")

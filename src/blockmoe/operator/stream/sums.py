@@ -147,7 +147,7 @@ def last_sum(
         token = next_token
         count = next_count
         pairs = next_pairs
-    if known < 2:
+    if known < 2:  # lest some of the intermediate be stored, and kept, after it was let go
         wait_until(written + 1 + once, once + tiles * (BLOCKS - first), once + 50, GENERIC)
     size = gl.load(tile_end + tiles - 1, mask=tiles > 0, other=0) * INTER
     let_go(middle, size, gl.program_id(0), gl.num_programs(0), WARPS)  # nothing is stored there any more
