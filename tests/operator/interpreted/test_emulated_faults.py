@@ -14,7 +14,7 @@ from blockmoe.operator.plan import PrefillTile
 
 # A plan, a change to a function's source, and what the emulator says of it.
 FAULTS = [
-    ("cluster", "meet", "CLUSTER > 1", "CLUSTER > 2", "no mbarrier has been initialised"),
+    ("cluster", "meet", "CLUSTER > 1", "CLUSTER > 2", "initialised"),  # "may not be ... yet", or "no mbarrier has been": by order
     ("cluster", "meet", "wait_until(", "(", "may not be initialised yet"),
     ("cluster", "meet", 'sem="release"', 'sem="relaxed"', "may not be initialised yet"),
     ("cluster", "meet", "gl.inline_asm_elementwise(FENCE", "(lambda *_, **__: 0)(FENCE", "may not be initialised yet"),
