@@ -90,8 +90,7 @@ def interpreted() -> bool:
 
 _compiled: dict[tuple, Any] = {}
 
-
-# Sets of addresses kept, of all sizes together, each some 6 KB: a model's layers, and what its allocator hands out in turn.
+# Sets of addresses kept, a few KB each, of all sizes together: a model's layers, and what its allocator hands out in turn.
 MOST_BOUND = 16384
 _bound: dict[tuple, tuple[Bound, ...] | None] = {}  # by round, addresses and stream; None: seen once
 _numbers = count()
