@@ -189,8 +189,8 @@ def test_stream_last_sum(blocks, seed, monkeypatch):
         monkeypatch.setitem(function.__globals__, name, function)
     first = load.blocks_before(total, blocks)
     places = [load.second_unit(unit, total, groups, blocks) for unit in range(total * blocks)]
-    assert sorted((tile, block) for tile, block, _ in places) == [(tile, block) for tile in range(total) for block in range(blocks)]
-    assert all(group == (block >= first) for _, block, group in places) and [group for *_, group in places] == sorted(g for *_, g in places)
+    assert sorted(places) == [(tile, block) for tile in range(total) for block in range(blocks)]
+    assert [block >= first for _, block in places] == sorted(block >= first for _, block in places)
     assert 0 <= first < blocks and (blocks - first) * total <= max(programs + total, blocks * total // 2, total)
 
     rows, warps = 128, 8

@@ -55,6 +55,11 @@ def proxy_fence():
 
 
 @gluon.jit
+def reciprocals(x):
+    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def unit_queue(READERS: gl.constexpr, WORDS: gl.constexpr = 1):
     """How one role tells the program's others, READERS of them, which unit comes next: WORDS numbers and two barriers a slot."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])

@@ -328,6 +328,8 @@ gl = SimpleNamespace(
     expand_dims=lambda x, axis: values(np.expand_dims(x, axis)), full=full, full_like=full_like,
     inline_asm_elementwise=inline_asm_elementwise, load=load, max=reduce(np.max), maximum=pick(np.maximum, max), min=reduce(np.min),
     minimum=pick(np.minimum, min), num_programs=lambda axis: Machine.current.program.machine.programs_count,
-    program_id=lambda axis: Machine.current.program.number, static_range=range, store=store, to_tensor=lambda value: value,
+    permute=lambda x, order: values(np.transpose(x, order)), program_id=lambda axis: Machine.current.program.number,
+    reshape=lambda x, shape: values(np.reshape(x, shape)), split=lambda x: (values(x[..., 0]), values(x[..., 1])), static_range=range,
+    store=store, to_tensor=lambda value: value,
     warp_specialize=warp_specialize, where=where, zeros=zeros,
 )  # fmt: skip

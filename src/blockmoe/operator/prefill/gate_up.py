@@ -11,7 +11,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
 
-from blockmoe.operator.persistent import barrier
+from blockmoe.operator.persistent import barrier, reciprocals
 from blockmoe.operator.prefill.parts import PAIRS, ROWS, SUMS, multiply, skip
 from blockmoe.operator.prefill.units import DOWN, K, hear_unit
 
@@ -74,11 +74,6 @@ def gather(
 def gathered(full, step, STAGES: gl.constexpr):
     fence_async_shared()
     mbarrier.arrive(full.index(step % STAGES), count=PAIRS)
-
-
-@gluon.jit
-def reciprocals(x):
-    return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit

@@ -10,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from blockmoe.operator.persistent import barrier, hear
-from blockmoe.operator.stream.load import pairs_at, second_unit, unit_at, unit_counts
+from blockmoe.operator.persistent import barrier, hear, reciprocals
+from blockmoe.operator.stream.load import WORDS, unit_counts
 from blockmoe.operator.stream.sums import STORED, last_sum
 
 
@@ -122,14 +122,19 @@ def store_middle(
     BLOCKS: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = gl.BlockedLayout([16, 1], [ROWS // 16, 512 // ROWS], [1, WARPS], [0, 1])
     s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
-    c = gate / (1.0 + gl.exp(-gate)) * up
+    c = gate * reciprocals(1.0 + gl.exp2(gate * -1.4426950408889634)) * up
     scale = gl.maximum(gl.max(gl.abs(c), 0), 1e-34) * (1.0 / 448.0)
-    codes = gl.convert_layout((c / gl.expand_dims(scale, 0)).to(gl.float8e4nv), OUT)
     gl.store(middle_scale + s_pair * BLOCKS + block, scale * weight, mask=s_pair < end)
-    pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, OUT))
+    codes = (c * gl.expand_dims(reciprocals(scale), 0)).to(gl.float8e4nv)
     column = block * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, OUT))
-    to = middle + gl.expand_dims(pair * INTER, 0) + gl.expand_dims(column, 1)
-    gl.store(to, codes, mask=gl.expand_dims(pair < end, 0), eviction_policy="evict_last" if STAY else "")
+    # by halves, whose change of layout takes half the shared memory, and fewer registers
+    parts = gl.split(gl.permute(gl.reshape(codes, [ROWS, 2, N // 2]), (0, 2, 1))) if N > 32 else (codes,)
+    PAIRS: gl.constexpr = N // len(parts)
+    for i in gl.static_range(len(parts)):
+        pair = begin + i * PAIRS + gl.arange(0, PAIRS, layout=gl.SliceLayout(0, OUT))
+        to = middle + gl.expand_dims(pair * INTER, 0) + gl.expand_dims(column, 1)
+        values = gl.convert_layout(parts[i], OUT)
+        gl.store(to, values, mask=gl.expand_dims(pair < end, 0), eviction_policy="evict_last" if STAY else "")
 
 
 @gluon.jit
@@ -192,22 +197,18 @@ def consumer(
 
     `between`: where consumers meet, or barriers that say, in turn, to the teller that a unit is stored.
 
-    Of tiles with more than 32 pairs the products of the first 32 are a code of their own, for those that have no others.
+    The products of a tile's first half, of 16 pairs at least, are a code of their own, for tiles that have no others.
     """
     (
         between, stages, queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, slots, tokens,
+        finished, written, tile_count, tile_end, pair_weight, slots, tokens,
     ) = parameters
-    FEW: gl.constexpr = min(N, 32)
-    IN: gl.constexpr = INTER // ROWS
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
+    FEW: gl.constexpr = max(16, N // 2)
     tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, DENSE)
     it = 0
     n = 0
-    unit = hear(queue, told, heard, n, WARPS)
+    unit, tile, block, begin, end, _ = hear(queue, told, heard, n, WARPS, WORDS)
     while unit < units_1:
-        tile, block = unit_at(unit, tile_group, IN, DENSE)
-        begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
         if N > FEW and end - begin <= FEW:
             it = gate_up_unit(
                 it, n, begin, end, block, stages, between, pair_weight, middle, middle_scale,
@@ -225,7 +226,7 @@ def consumer(
             else:
                 mbarrier.arrive(between.index(n % STORED), count=1)
         n += 1
-        unit = hear(queue, told, heard, n, WARPS)
+        unit, tile, block, begin, end, _ = hear(queue, told, heard, n, WARPS, WORDS)
     while unit < units:
         if DENSE:
             M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
@@ -234,10 +235,8 @@ def consumer(
                 hand_over((sum,), between, n)
             else:
                 sum = join((sum,), between, n, M)[0]
-                store_rows(sum, 0, tokens, (unit - units_1) * ROWS, out, HIDDEN, ROWS, N, WARPS, False)
+                store_rows(sum, 0, tokens, block * ROWS, out, HIDDEN, ROWS, N, WARPS, False)
         else:
-            tile, block, _ = second_unit(unit - units_1, tiles, tile_group, OUT)
-            begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
             column = block * (2 * ROWS)
             if N > FEW and end - begin <= FEW:
                 it = down_unit(it, begin, end, column, stages, rows, HIDDEN, INTER, ROWS, FEW, STAGES, WARPS)
@@ -246,7 +245,7 @@ def consumer(
             barrier()
             mbarrier.arrive(between.index(n % STORED), count=1)
         n += 1
-        unit = hear(queue, told, heard, n, WARPS)
+        unit, tile, block, begin, end, _ = hear(queue, told, heard, n, WARPS, WORDS)
     if DENSE == 0:
         last_sum(
             n, unit, units, queue, told, heard, rows, out, middle, slots, written, tile_end, tiles, tokens,

@@ -13,7 +13,7 @@ from blockmoe.operator.persistent import unit_queue
 from blockmoe.operator.plan import StreamTile
 from blockmoe.operator.route import LISTS
 from blockmoe.operator.stream.compute import consumer
-from blockmoe.operator.stream.load import pairs_producer, weights_producer
+from blockmoe.operator.stream.load import WORDS, pairs_producer, weights_producer
 from blockmoe.operator.stream.sums import STORED, teller
 from blockmoe.operator.workspace import Round
 
@@ -68,7 +68,7 @@ def meeting_places(ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DE
     None that nobody uses: the compiler would give its memory to a buffer too, which the barrier, never invalidated, then spoils.
     """
     stages = stage_barriers(STAGES, GATHERERS)
-    units = unit_queue(3)  # for all roles but the one that draws: consumer and gatherers, with a second consumer or the teller
+    units = unit_queue(3, WORDS)  # for all roles but the one that draws: consumer and gatherers, with a second consumer or the teller
     if DENSE:
         return stages, units, place_of_sums(ROWS, N)
     else:
@@ -109,20 +109,20 @@ def stream(
     ticket, part, finished, written = counters
     multiplied = (
         between, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_group, tile_begin, tile_end, pair_weight, slots, tokens,
+        finished, written, tile_count, tile_end, pair_weight, slots, tokens,
     )  # fmt: skip
-    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, tile_count, tile_expert, tile_group, slots[3], tokens)
+    weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, lists, slots[3], tokens)
     pairs = (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
-        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
+        lists, tokens,
     )  # fmt: skip
-    said = (between, queue, told, heard, finished, written, tile_count, tile_group)
+    said = (between, queue, told, heard, finished, written, tile_count)
     if DENSE:
         gl.warp_specialize(
             [
                 (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
                 (consumer, (1, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, FLIGHT, BURST)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, FLIGHT, BURST)),
                 (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
             ],
             [WARPS, 1, GATHERERS],
@@ -133,7 +133,7 @@ def stream(
             [
                 (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
                 (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, FLIGHT, BURST)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, FLIGHT, BURST)),
                 (teller, (said, HIDDEN, INTER, ROWS)),
             ],
             [WARPS, 1, 1],
@@ -143,7 +143,7 @@ def stream(
         gl.warp_specialize(
             [
                 (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, STAGES, DENSE, FLIGHT, BURST)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, FLIGHT, BURST)),
                 (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
                 (teller, (said, HIDDEN, INTER, ROWS)),
             ],

@@ -14,6 +14,9 @@ from blockmoe.operator.persistent import GENERIC, barrier, hear, tell, wait_unti
 
 RUN = gl.constexpr(512)  # columns of a token that the last sum adds at a time
 END = gl.constexpr(1 << 30)  # told instead of a unit: there is none any more
+# Told of a unit: its number, its tile and block of columns, the tile's first row and that behind its last, and its expert. Of parts of the
+# last sum, and of END, the number alone.
+WORDS = gl.constexpr(6)
 
 
 @gluon.jit
@@ -39,12 +42,12 @@ def blocks_before(tiles, BLOCKS: gl.constexpr):
 
 @gluon.jit
 def second_unit(unit, tiles, tile_group, BLOCKS: gl.constexpr):
-    """Tile, column block and column group of a unit of GEMM2, the first 0."""
+    """Tile and column block of a unit of GEMM2, the first 0: units of the first column group come first."""
     first = blocks_before(tiles, BLOCKS)
     group = gl.where(unit >= tiles * first, 1, 0)
     several = gl.where(group == 0, gl.maximum(first, 1), BLOCKS - first)
     tile, block = unit_at(unit - group * tiles * first, tile_group, several, False)
-    return tile, block + group * first, group
+    return tile, block + group * first
 
 
 @gluon.jit
@@ -152,11 +155,12 @@ def let_others_draw(ticket, tile_count, IN: gl.constexpr):
 @gluon.jit
 def weights_producer(
     parameters,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
     FLIGHT: gl.constexpr, BURST: gl.constexpr,
 ):  # fmt: skip
     """One warp: draws units and tells the other roles, loads the weights. Units of GEMM1 come before those of GEMM2."""
-    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, tile_count, tile_expert, tile_group, slot_count, tokens = parameters
+    w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, lists, slot_count, tokens = parameters
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight = lists
     IN: gl.constexpr = INTER // ROWS
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)  # units of GEMM2, where sorted a tile
     touch(tile_expert)
@@ -168,37 +172,47 @@ def weights_producer(
     it = 0
     n = 0
     while unit < units_1:
-        tell(queue, told, heard, n, (unit,))
-        n += 1
         tile, block = unit_at(unit, tile_group, IN, DENSE)
-        row = gl.load(tile_expert + tile) * (2 * INTER) + block * ROWS
+        begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
+        expert = gl.load(tile_expert + tile)
+        tell(queue, told, heard, n, (unit, tile, block, begin, end, expert))
+        n += 1
+        row = expert * (2 * INTER) + block * ROWS
         flight = share_of_flight(unit, units_1, FLIGHT, STAGES) if DENSE else FLIGHT
         it, drawn = load_weights(
             w1, w_bufs, asked, empty, ticket, it, row, flight, INTER, 0, HIDDEN // 128, ROWS, STAGES, BURST, not DENSE
         )
         unit = gl.atomic_add(ticket, 1, sem="relaxed") if DENSE else drawn
     while unit < units:
-        tell(queue, told, heard, n, (unit,))
-        n += 1
         if DENSE:
+            block = unit - units_1
+            tell(queue, told, heard, n, (unit, 0, block, 0, tokens, 0))
             flight = share_of_flight(unit, units, FLIGHT, STAGES)
             for tile in range(tiles):
-                row = gl.load(tile_expert + tile) * HIDDEN + (unit - units_1) * ROWS
-                it, _ = load_weights(
+                row = gl.load(tile_expert + tile) * HIDDEN + block * ROWS
+                it, drawn = load_weights(
                     w2, w_bufs, asked, empty, ticket, it, row, flight, 0, 128, INTER // 256, ROWS, STAGES, BURST, False
                 )  # fmt: skip
             unit = gl.atomic_add(ticket, 1, sem="relaxed")
         else:
-            tile, block, _ = second_unit(unit - units_1, tiles, tile_group, OUT)
-            row = gl.load(tile_expert + tile) * HIDDEN + block * (2 * ROWS)
+            tile, block = second_unit(unit - units_1, tiles, tile_group, OUT)
+            expert = gl.load(tile_expert + tile)
+            tell(queue, told, heard, n, (unit, tile, block, gl.load(tile_begin + tile), gl.load(tile_end + tile), expert))
+            row = expert * HIDDEN + block * (2 * ROWS)
             it, unit = load_weights(
                 w2, w_bufs, asked, empty, ticket, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES, BURST, True
             )  # fmt: skip
+        n += 1
     if DENSE == 0:
         zeros, sums = parts_drawn(slot_count, tokens, tiles, OUT, ROWS)
         draw_parts(queue, told, heard, n, units, it, empty, part, zeros + sums, STAGES)
     else:
-        tell(queue, told, heard, n, (END,))
+        tell_number(queue, told, heard, n, END)
+
+
+@gluon.jit
+def tell_number(queue, told, heard, n, number):
+    tell(queue, told, heard, n, (number, 0, 0, 0, 0, 0))
 
 
 @gluon.jit
@@ -208,10 +222,10 @@ def draw_parts(queue, told, heard, n, units, it, empty, ticket, parts, STAGES: g
         mbarrier.wait(empty.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
     part = gl.atomic_add(ticket, 1, sem="relaxed")
     while part < parts:
-        tell(queue, told, heard, n, (units + part,))
+        tell_number(queue, told, heard, n, units + part)
         n += 1
         part = gl.atomic_add(ticket, 1, sem="relaxed")
-    tell(queue, told, heard, n, (END,))
+    tell_number(queue, told, heard, n, END)
 
 
 @gluon.jit
@@ -257,12 +271,12 @@ def pairs_producer(
     """By cp.async the pairs' codes, gathered by token in GEMM1, and all scales."""
     (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
-        tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, tokens,
+        lists, tokens,
     ) = parameters
+    tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight = lists
     X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     V: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     IN: gl.constexpr = INTER // ROWS
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
     H_BLOCKS: gl.constexpr = HIDDEN // 128
     I_BLOCKS: gl.constexpr = INTER // 128
     PARTS: gl.constexpr = 128 // ROWS
@@ -275,10 +289,8 @@ def pairs_producer(
     it = 0
     n = 0
     known = gl.to_tensor(0)
-    unit = hear(queue, told, heard, n, WARPS)
+    unit, tile, block, begin, end, expert = hear(queue, told, heard, n, WARPS, WORDS)
     while unit < units_1:
-        tile, block = unit_at(unit, tile_group, IN, DENSE)
-        begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
         line = begin + gl.arange(0, N, layout=gl.SliceLayout(1, X))
         s_line = begin + gl.arange(0, N, layout=V)
         inside = line < end
@@ -290,39 +302,34 @@ def pairs_producer(
         else:
             token = gl.load(pair_token + line, mask=inside, other=0)
             s_token = gl.load(pair_token + s_line, mask=s_inside, other=0)
-        row = gl.load(tile_expert + tile) * (2 * INTER) + block * ROWS
+        row = expert * (2 * INTER) + block * ROWS
         w_s_at = w1_scale + (row // 128) * H_BLOCKS + gl.arange(0, 1, layout=V)
         it = load_pairs(
             x_bufs, s_bufs, w_s_bufs, full, empty, it, x + gl.expand_dims(token * HIDDEN, 1) + k, gl.expand_dims(inside, 1),
             x_scale + s_token, s_inside, tokens, w_s_at, w_s_at + I_BLOCKS * H_BLOCKS, H_BLOCKS, 1, 1, X_BUFS, S_BUFS, STAGES,
         )  # fmt: skip
         n += 1
-        unit = hear(queue, told, heard, n, WARPS)
+        unit, tile, block, begin, end, expert = hear(queue, told, heard, n, WARPS, WORDS)
     while unit < units:
-        if DENSE:
-            first = 0
-            past = tiles
-            block = unit - units_1
-        else:
-            first, block, _ = second_unit(unit - units_1, tiles, tile_group, OUT)
-            past = first + 1
-        for tile in range(first, past):
-            begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
+        for t in range(tile, tiles if DENSE else tile + 1):
+            if DENSE:
+                begin, end = pairs_at(t, tile_begin, tile_end, tokens, N, True)
+                expert = gl.load(tile_expert + t)
             line = begin + gl.arange(0, N, layout=gl.SliceLayout(1, X))
             s_line = begin + gl.arange(0, N, layout=V)
-            row = gl.load(tile_expert + tile) * HIDDEN + block * (ROWS if DENSE else 2 * ROWS)
+            row = expert * HIDDEN + block * (ROWS if DENSE else 2 * ROWS)
             w_s_at = w2_scale + (row // 128) * I_BLOCKS + gl.arange(0, 1, layout=V)
             w_s_other = w_s_at + (1 if DENSE else ROWS // 128 * I_BLOCKS)
             if DENSE:
-                known = tiles_finished(finished, tile, tiles, known, IN)
+                known = tiles_finished(finished, t, tiles, known, IN)
             else:
-                wait_until(finished + tile + zeros, zeros + IN, zeros + 50, GENERIC)
+                wait_until(finished + t + zeros, zeros + IN, zeros + 50, GENERIC)
             it = load_pairs(
                 x_bufs, s_bufs, w_s_bufs, full, empty, it, middle + gl.expand_dims(line * INTER, 1) + k, gl.expand_dims(line < end, 1),
                 middle_scale + s_line * IN, s_line < end, 1, w_s_at, w_s_other, I_BLOCKS // HALVES, HALVES, PARTS, X_BUFS, S_BUFS, STAGES,
             )  # fmt: skip
         n += 1
-        unit = hear(queue, told, heard, n, WARPS)
+        unit, tile, block, begin, end, expert = hear(queue, told, heard, n, WARPS, WORDS)
     while unit < END:
         n += 1
-        unit = hear(queue, told, heard, n, WARPS)
+        unit, tile, block, begin, end, expert = hear(queue, told, heard, n, WARPS, WORDS)

@@ -15,7 +15,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from blockmoe.operator.persistent import GENERIC, QUEUE, barrier, hear, wait_until
-from blockmoe.operator.stream.load import END, RUN, blocks_before, parts_drawn, second_unit, unit_at, unit_counts
+from blockmoe.operator.stream.load import END, RUN, WORDS, blocks_before, parts_drawn, unit_counts
 from blockmoe.operator.stream.stay import let_go, may_leave
 
 # Barriers by which a program's consumer says, in turn, that a unit is stored: it hears of no unit before the teller has heard of the one
@@ -27,25 +27,24 @@ STORED = gl.constexpr(QUEUE.value + 1)
 def teller(parameters, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr):
     """One warp: tells other programs of each unit that it is stored, when the consumer has said so, which waiting for its stores to come to
     the L2 would keep from its next unit. (H200, T = 130, 500, 901: 4.5, 4.6, 4.0 us of 316, 341, 364; results/h200/operator/teller.txt)"""
-    stored, queue, told, heard, finished, written, tile_count, tile_group = parameters
+    stored, queue, told, heard, finished, written, tile_count = parameters
     tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, False)
+    first = blocks_before(tiles, HIDDEN // (2 * ROWS))
     n = 0
-    unit = hear(queue, told, heard, n, 1)
+    unit, tile, block, _, _, _ = hear(queue, told, heard, n, 1, WORDS)
     while unit < units_1:
-        tile, _ = unit_at(unit, tile_group, INTER // ROWS, False)
         mbarrier.wait(stored.index(n % STORED), (n // STORED) & 1)
         gl.atomic_add(finished + tile, 1, sem="release")
         n += 1
-        unit = hear(queue, told, heard, n, 1)
+        unit, tile, block, _, _, _ = hear(queue, told, heard, n, 1, WORDS)
     while unit < units:
-        _, _, group = second_unit(unit - units_1, tiles, tile_group, HIDDEN // (2 * ROWS))
         mbarrier.wait(stored.index(n % STORED), (n // STORED) & 1)
-        gl.atomic_add(written + group, 1, sem="release")
+        gl.atomic_add(written + gl.where(block < first, 0, 1), 1, sem="release")
         n += 1
-        unit = hear(queue, told, heard, n, 1)
+        unit, tile, block, _, _, _ = hear(queue, told, heard, n, 1, WORDS)
     while unit < END:
         n += 1
-        unit = hear(queue, told, heard, n, 1)
+        unit, tile, block, _, _, _ = hear(queue, told, heard, n, 1, WORDS)
 
 
 @gluon.jit
@@ -103,7 +102,7 @@ def last_sum(
     while unit < units + zeros:
         write_zeros(out, slots, some + (unit - units) * WARPS, tokens, HIDDEN, WARPS)
         n += 1
-        unit = hear(queue, told, heard, n, WARPS)
+        unit, _, _, _, _, _ = hear(queue, told, heard, n, WARPS, WORDS)
     units += zeros
     parts = sums + (some + WARPS - 1) // WARPS * last_runs
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, C))
@@ -128,7 +127,7 @@ def last_sum(
             values = values + (gl.load(at, mask=inside & gl.expand_dims(k < count, 1), other=0.0, cache_modifier=".cg"),)
         if part < sums:
             n += 1
-            unit = hear(queue, told, heard, n, WARPS)
+            unit, _, _, _, _, _ = hear(queue, told, heard, n, WARPS, WORDS)
             part = gl.where(unit < END, unit - units, sums + gl.program_id(0))
         else:
             part += gl.num_programs(0)
