@@ -11,6 +11,7 @@ pytest.importorskip("triton.experimental.gluon")
 from blockmoe.operator.prefill import units, zeros  # noqa: E402
 from blockmoe.operator.stream import compute, load  # noqa: E402
 from blockmoe.operator.stream import sums as sums_of  # noqa: E402
+from blockmoe.operator.stream import units as stream_units  # noqa: E402
 
 
 class Lists:
@@ -166,7 +167,7 @@ def test_prefill_zeros(seed, hidden, monkeypatch):
 def test_stream(seed, monkeypatch):
     draw = random.Random(seed)
     tiles = [draw.randint(1, 4) for _ in range(draw.randint(1, 32))]
-    groups, unit_at = Lists(tiles), in_python(load.unit_at, monkeypatch)
+    groups, unit_at = Lists(tiles), in_python(stream_units.unit_at, monkeypatch)
     places = [unit_at(unit, groups, 32, False) for unit in range(32 * sum(tiles))]
     assert sorted(places) == [(tile, block) for tile in range(sum(tiles)) for block in range(32)]
     assert [groups + tile for tile, _ in places] == sorted(groups + tile for tile, _ in places)
@@ -182,24 +183,25 @@ def test_stream_last_sum(blocks, seed, monkeypatch):
     groups, total = Lists(tiles), sum(tiles)
     gl = SimpleNamespace(load=lambda at: at, where=lambda so, a, b: a if so else b, maximum=max, minimum=min, constexpr=None)
     gl.num_programs = lambda axis: programs
-    monkeypatch.setitem(load.parts_drawn.fn.__globals__, "RUN", run := load.RUN.value)
-    for name in ("unit_at", "blocks_before", "second_unit", "parts_drawn"):
-        function = getattr(load, name).fn
+    monkeypatch.setitem(stream_units.parts_drawn.fn.__globals__, "RUN", run := stream_units.RUN.value)
+    for name in ("unit_at", "blocks_before", "second_unit", "runs_of", "parts_drawn"):
+        function = getattr(stream_units, name).fn
         monkeypatch.setitem(function.__globals__, "gl", gl)
         monkeypatch.setitem(function.__globals__, name, function)
-    first = load.blocks_before(total, blocks)
-    places = [load.second_unit(unit, total, groups, blocks) for unit in range(total * blocks)]
+    first = stream_units.blocks_before(total, blocks)
+    places = [stream_units.second_unit(unit, total, groups, blocks) for unit in range(total * blocks)]
     assert sorted(places) == [(tile, block) for tile in range(total) for block in range(blocks)]
     assert [block >= first for _, block in places] == sorted(block >= first for _, block in places)
     assert 0 <= first < blocks and (blocks - first) * total <= max(programs + total, blocks * total // 2, total)
 
     rows, warps = 128, 8
-    zeros, sums = load.parts_drawn(some, tokens, total, blocks, rows)
+    zeros, sums = stream_units.parts_drawn(some, tokens, total, blocks, rows)
     assert zeros == -(-(tokens - some) // warps)
     monkeypatch.setitem(sums_of.part_at.fn.__globals__, "gl", gl)
+    monkeypatch.setitem(sums_of.part_at.fn.__globals__, "runs_of", stream_units.runs_of)  # in Python, too, by now
     runs = [-(-of * 2 * rows // run) for of in (first, blocks - first)]
     parts = range(sums + -(-some // warps) * runs[1])
-    found = [sums_of.part_at.fn(part, sums, *runs) for part in parts]
+    found = [sums_of.part_at.fn(part, sums, first, blocks, rows) for part in parts]
     assert Counter(found) == Counter((g, step, n) for g in range(2) for step in range(-(-some // warps)) for n in range(runs[g]))
 
 

@@ -9,9 +9,9 @@ Two steps. A token's experts are chosen, mostly by one warp (`choose_experts`); 
 tile_begin, tile_end) is made, the pairs are sorted by expert, then token (pair_token, pair_weight), and how many each token
 has is noted (token_pairs), with its rows for the combine (token_pair) or, for prefill, the tile of each pair's predecessor in
 its token (before). For the combine each token has a slot (slot_token), where token_pairs and token_pair stand: tokens with pairs
-come first (slot_count). `route_kernel` does both in one program and holds all tokens' weights in registers. `choose_kernel` and
-`place_kernel` take a program a run ("chunk") of tokens, with each token's weight for every local expert and each chunk's
-pairs an expert in memory between them.
+come first (slot_count), of those the ones with few. `route_kernel` does both in one program and holds all tokens' weights in
+registers. `choose_kernel` and `place_kernel` take a program a run ("chunk") of tokens, with each token's weight for every
+local expert and each chunk's pairs an expert in memory between them.
 
 What it costs is latency: of the launches, of a few dependent reads, and of instructions out of a cold cache. So loops stay
 loops, and reads are asked for before they are needed.
@@ -212,16 +212,28 @@ def list_rows(
 
 
 @triton.jit
-def with_pairs(weight):
-    """Which tokens of `weight` [tokens, experts] have pairs: 1, others 0."""
-    return tl.max((weight != 0.0).to(tl.int32), 1)
+def kinds_of(weight, top_k):
+    """Of the tokens of `weight` [tokens, experts] 1 where one has few pairs, half of top_k at most, 65,536 where it has more, 0 where none.
+    A sum counts both kinds (of a round's tokens, TOKEN_CHUNK at most)."""
+    pairs = tl.sum((weight != 0.0).to(tl.int32), 1)
+    return tl.where(pairs > tl.maximum(top_k // 2, 1), 65536, tl.where(pairs > 0, 1, 0))
 
 
 @triton.jit
-def slots_of(some, token, earlier, total):
-    """Slots of tokens, of which `some` have pairs: those come first, `total` in all, `earlier` of tokens before these; then the others."""
-    first = earlier + tl.cumsum(some, 0) - some
-    return tl.where(some > 0, first, total + token - first)
+def slots_of(kinds, token, earlier, every):
+    """Slots of tokens of such kinds, given the sums of kinds of all tokens before these and of every one: those with few pairs come first,
+    then those with more, then those with none."""
+    past = earlier + tl.cumsum(kinds, 0) - kinds
+    few, more = past & 65535, past >> 16
+    all_few, all_more = every & 65535, every >> 16
+    return tl.where(kinds == 1, few, tl.where(kinds > 0, all_few + more, all_few + all_more + token - few - more))
+
+
+@triton.jit
+def count_slots(slot_count, every):
+    """How many tokens have pairs, and how many of those few."""
+    tl.store(slot_count, (every & 65535) + (every >> 16))
+    tl.store(slot_count + 1, every & 65535)
 
 
 @triton.jit
@@ -257,29 +269,29 @@ def route_kernel(
     else:
         total = tl.sum((weight != 0.0).to(tl.int32), 0)
         start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, False)
-        some = with_pairs(weight)
-        all = tl.sum(some, 0)
-        tl.store(slot_count, all)
+        kinds = kinds_of(weight, TOP_K)
+        every = tl.sum(kinds, 0)
+        count_slots(slot_count, every)
         list_rows(
-            weight, token, slots_of(some, token, 0, all), token < tokens, start, pair_token, pair_weight, token_pair, token_pairs,
+            weight, token, slots_of(kinds, token, 0, every), token < tokens, start, pair_token, pair_weight, token_pair, token_pairs,
             slot_token, None, False, TOP_K, BLOCK_N,
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
 def choose_kernel(
-    logits, bias, token_weight, chunk_count, chunk_some, tokens, offset, factor, rounds, chunk_tokens,
+    logits, bias, token_weight, chunk_count, chunk_kinds, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
-    """token_weight [T, LOCAL] (0: not chosen), and of this program's chunk each local expert's pairs, chunk_count [chunks, LOCAL], and how
-    many tokens have some, chunk_some [chunks]."""
+    """token_weight [T, LOCAL] (0: not chosen), and of this program's chunk each local expert's pairs, chunk_count [chunks, LOCAL], and the
+    sum of its tokens' kinds, chunk_kinds [chunks]."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     cell = tl.arange(0, CELLS)
     count = tl.zeros((BLOCK_T, CELLS), tl.int32)
-    some = tl.zeros((BLOCK_T,), tl.int32)
+    kinds = tl.zeros((BLOCK_T,), tl.int32)
     for t in range(chunk * chunk_tokens, (chunk + 1) * chunk_tokens, BLOCK_T):
         token = t + tl.arange(0, BLOCK_T)
         weight = choose_experts(
@@ -289,14 +301,14 @@ def choose_kernel(
         at = token_weight + token[:, None] * LOCAL + cell[None, :]
         tl.store(at, weight, mask=(token < tokens)[:, None] & (cell < LOCAL)[None, :])
         count += (weight != 0.0).to(tl.int32)
-        some += with_pairs(weight)
-    tl.store(chunk_some + chunk, tl.sum(some, 0))
+        kinds += kinds_of(weight, rounds)
+    tl.store(chunk_kinds + chunk, tl.sum(kinds, 0))
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
 @triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count"])
 def place_kernel(
-    token_weight, chunk_count, chunk_some, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
+    token_weight, chunk_count, chunk_kinds, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
     token_pairs, slot_token, slot_count, counters, before, skewed, chunks, tokens, chunk_tokens, counter_count,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, FEW_N: tl.constexpr, BLOCK_N: tl.constexpr,
     COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
@@ -312,19 +324,21 @@ def place_kernel(
     token = chunk * chunk_tokens + tl.arange(0, BLOCK_T)
     weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
     sums = tl.zeros((CELLS,), tl.int32)
-    some_sums = tl.zeros((COUNTS,), tl.int32)
+    every = tl.zeros((COUNTS,), tl.int32)
+    earlier = tl.zeros((COUNTS,), tl.int32)
     for c in range(0, chunks, COUNTS):
         other = c + tl.arange(0, COUNTS)
         factor = tl.where(other < chunk, 65537, 1)  # of the chunks before in the upper half too
         count = tl.load(chunk_count + other[:, None] * LOCAL + expert[None, :], mask=(other < chunks)[:, None] & real, other=0)
         sums += tl.sum(count * factor[:, None], 0)
-        some_sums += tl.load(chunk_some + other, mask=other < chunks, other=0) * factor
+        kinds = tl.load(chunk_kinds + other, mask=other < chunks, other=0)
+        every += kinds
+        earlier += tl.where(other < chunk, kinds, 0)
     base = sums >> 16
     total = sums & 65535
-    some_sum = tl.sum(some_sums, 0)
-    earlier = some_sum >> 16
-    all = some_sum & 65535
-    tl.store(slot_count, all)
+    before_these = tl.sum(earlier, 0)
+    in_all = tl.sum(every, 0)
+    count_slots(slot_count, in_all)
     prefill = PREFILL
     block_n = BLOCK_N
     if FEW_N > 0:
@@ -334,14 +348,14 @@ def place_kernel(
         tl.store(skewed, prefill.to(tl.int32))
     base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
     for _ in range(0, 1 if ONCE else chunk_tokens, BLOCK_T):
-        some = with_pairs(weight)
+        kinds = kinds_of(weight, TOP_K)
         list_rows(
-            weight, token, slots_of(some, token, earlier, all), token < past, base, pair_token, pair_weight, token_pair, token_pairs,
-            slot_token, before, prefill, TOP_K, BLOCK_N,
+            weight, token, slots_of(kinds, token, before_these, in_all), token < past, base, pair_token, pair_weight, token_pair,
+            token_pairs, slot_token, before, prefill, TOP_K, BLOCK_N,
         )  # fmt: skip
         if not ONCE:
             base += tl.sum((weight != 0.0).to(tl.int32), 0)
-            earlier += tl.sum(some, 0)
+            before_these += tl.sum(kinds, 0)
             token += BLOCK_T
             weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
 
@@ -380,7 +394,7 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
         constants = (*choosing, g.top_k, block_n, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
-    weights = (b["token_weight"], b["chunk_count"], b["chunk_some"])
+    weights = (b["token_weight"], b["chunk_count"], b["chunk_kinds"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     constants = (*choosing, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)

@@ -86,7 +86,7 @@ def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[i
     fields: dict[str, tuple[int, torch.dtype]] = {
         "token_weight": (tokens * local, torch.float32),
         "chunk_count": (bound.chunks * local, torch.int32),
-        "chunk_some": (bound.chunks, torch.int32),
+        "chunk_kinds": (bound.chunks, torch.int32),
         "tile_count": (1, torch.int32),
         "tile_expert": (bound.tiles, torch.int32),
         "tile_group": (bound.tiles, torch.int32),
@@ -97,7 +97,7 @@ def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[i
         "token_pair": (0 if prefill else tokens * geometry.top_k, torch.int32),
         "token_pairs": (tokens, torch.int32),
         "slot_token": (0 if prefill else tokens, torch.int32),
-        "slot_count": (1, torch.int32),
+        "slot_count": (2, torch.int32),
         "before": (bound.rows if prefill else 0, torch.int32),
         "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
         "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),

@@ -57,7 +57,9 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
     elif not plan.dense:
         listed = list(zip(lists["slot_token"], lists["token_pairs"], strict=True))
         assert sorted(token for token, _ in listed) == list(range(tokens))
-        assert [n > 0 for _, n in listed] == [slot < lists["slot_count"][0] for slot in range(tokens)]
+        some, few = lists["slot_count"]
+        assert [n > 0 for _, n in listed] == [slot < some for slot in range(tokens)]
+        assert [0 < n <= max(g.top_k // 2, 1) for _, n in listed] == [slot < few for slot in range(tokens)]
         rows = [(lists["token_pair"][slot * g.top_k + n], token) for slot, (token, count) in enumerate(listed) for n in range(count)]
         assert dict(rows) == row_of and len(rows) == len(row_of)
     return pairs

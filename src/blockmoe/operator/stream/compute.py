@@ -11,8 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from blockmoe.operator.persistent import barrier, hear, reciprocals
-from blockmoe.operator.stream.load import WORDS, unit_counts
 from blockmoe.operator.stream.sums import STORED, last_sum
+from blockmoe.operator.stream.units import WORDS, unit_counts
 
 
 @gluon.jit

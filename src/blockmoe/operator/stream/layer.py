@@ -13,8 +13,9 @@ from blockmoe.operator.persistent import unit_queue
 from blockmoe.operator.plan import StreamTile
 from blockmoe.operator.route import LISTS
 from blockmoe.operator.stream.compute import consumer
-from blockmoe.operator.stream.load import WORDS, pairs_producer, weights_producer
+from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.stream.sums import STORED, teller
+from blockmoe.operator.stream.units import WORDS
 from blockmoe.operator.workspace import Round
 
 REGISTERS = 56  # a thread of the producers

@@ -11,71 +11,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from blockmoe.operator.persistent import GENERIC, barrier, hear, tell, wait_until
-
-RUN = gl.constexpr(512)  # columns of a token that the last sum adds at a time
-END = gl.constexpr(1 << 30)  # told instead of a unit: there is none any more
-# Told of a unit: its number, its tile and block of columns, the tile's first row and that behind its last, and its expert. Of parts of the
-# last sum, and of END, the number alone.
-WORDS = gl.constexpr(6)
-
-
-@gluon.jit
-def unit_at(unit, tile_group, BLOCKS, DENSE: gl.constexpr):
-    """Tile and row block of a unit: an expert's units side by side, of those the tiles that share weights. Where DENSE it has one tile."""
-    if DENSE:
-        return unit // BLOCKS, unit % BLOCKS
-    else:
-        group = gl.load(tile_group + unit // BLOCKS)  # 4096 * the expert's first tile + its tiles
-        first = group >> 12
-        tiles = group & 4095
-        inside = unit - first * BLOCKS
-        return first + inside % tiles, inside // tiles
-
-
-@gluon.jit
-def blocks_before(tiles, BLOCKS: gl.constexpr):
-    """Of BLOCKS column blocks those of the first of two column groups. Nothing hides the last group's sum; but programs that have no units
-    left should find the first group's rows stored, so the last group has as many units as there are programs."""
-    last = (gl.num_programs(0) + tiles - 1) // gl.maximum(tiles, 1)
-    return BLOCKS - gl.maximum(gl.minimum(last, BLOCKS // 2), 1)
-
-
-@gluon.jit
-def second_unit(unit, tiles, tile_group, BLOCKS: gl.constexpr):
-    """Tile and column block of a unit of GEMM2, the first 0: units of the first column group come first."""
-    first = blocks_before(tiles, BLOCKS)
-    group = gl.where(unit >= tiles * first, 1, 0)
-    several = gl.where(group == 0, gl.maximum(first, 1), BLOCKS - first)
-    tile, block = unit_at(unit - group * tiles * first, tile_group, several, False)
-    return tile, block + group * first
-
-
-@gluon.jit
-def parts_drawn(slot_count, tokens, tiles, BLOCKS: gl.constexpr, ROWS: gl.constexpr):
-    """Parts that are zeros of all columns, for ROWS / 16 of the tokens without pairs, a warp each; and those of the first column group's
-    sum, as many of the other tokens by RUN columns."""
-    WARPS: gl.constexpr = ROWS // 16
-    some = gl.load(slot_count)
-    runs = (blocks_before(tiles, BLOCKS) * (2 * ROWS) + RUN - 1) // RUN
-    return (tokens - some + WARPS - 1) // WARPS, (some + WARPS - 1) // WARPS * runs
-
-
-@gluon.jit
-def unit_counts(tile_count, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, DENSE: gl.constexpr):
-    """How many tiles there are, units of GEMM1, and units of both GEMMs."""
-    OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
-    tiles = gl.load(tile_count)
-    units_1 = tiles * (INTER // ROWS)
-    return tiles, units_1, units_1 + (OUT if DENSE else tiles * OUT)
-
-
-@gluon.jit
-def pairs_at(tile, tile_begin, tile_end, tokens, N: gl.constexpr, DENSE: gl.constexpr):
-    """First row of a tile and that behind its last. Where DENSE tile t lists all tokens from row N * t on, which saves a read."""
-    if DENSE:
-        return tile * N, tile * N + tokens
-    else:
-        return gl.load(tile_begin + tile), gl.load(tile_end + tile)
+from blockmoe.operator.stream.units import END, WORDS, pairs_at, parts_drawn, second_unit, unit_at, unit_counts
 
 
 @gluon.jit
@@ -204,7 +140,7 @@ def weights_producer(
             )  # fmt: skip
         n += 1
     if DENSE == 0:
-        zeros, sums = parts_drawn(slot_count, tokens, tiles, OUT, ROWS)
+        zeros, sums = parts_drawn(gl.load(slot_count), tokens, tiles, OUT, ROWS)
         draw_parts(queue, told, heard, n, units, it, empty, part, zeros + sums, STAGES)
     else:
         tell_number(queue, told, heard, n, END)
@@ -217,7 +153,8 @@ def tell_number(queue, told, heard, n, number):
 
 @gluon.jit
 def draw_parts(queue, told, heard, n, units, it, empty, ticket, parts, STAGES: gl.constexpr):
-    """Draws parts of the output, when the program's own products are done: who is late is to find none left. (Nothing else hangs on it.)"""
+    """Draws parts of the output, told as numbers from `units` on, when the program's own products are done: who is late is to find none
+    left. (Nothing else hangs on it.)"""
     if it > 0:
         mbarrier.wait(empty.index((it - 1) % STAGES), ((it - 1) // STAGES) & 1)
     part = gl.atomic_add(ticket, 1, sem="relaxed")
