@@ -70,7 +70,7 @@ class Stress:
 
     def geometries(self) -> None:
         compiling = {} if self.quick else {g: self._compile(g) for g in GEOMETRIES.values() if g not in (TINY, HEADLINE)}
-        sizes = (0, 1, 3, 17, 70) if self.quick else (0, 1, 3, 17, 80, 150, 200, 300, 901, 4096)
+        sizes = (0, 1, 3, 17, 70) if self.quick else (0, 1, 3, 17, 80, 150, 200, 300, 901, 1600, 4096)
         for g in (self.g, *compiling):
             if g in compiling:
                 compiling[g].wait()
@@ -117,7 +117,7 @@ class Stress:
     def special(self) -> None:
         most = 12  # tokens for the oracle
         last = self.g.num_experts - self.g.num_local_experts  # 224
-        for tokens in (3, 12) if self.quick else (5, 40, 150, 200, 300, 901, 4096):
+        for tokens in (3, 12) if self.quick else (5, 40, 150, 200, 300, 901, 1600, 4096):
             tensors, _ = self.layer("trace").open(tokens)
             offset = self.g.num_local_experts
             for name in checks.SPECIALS:
@@ -164,7 +164,7 @@ class Stress:
     def graph(self) -> None:
         if self.quick:
             return self.session.say("skipped", section="graph", why="CUDA only")
-        for tokens in (3, 80, 150, 300, 901, 14107):
+        for tokens in (3, 80, 150, 300, 901, 1600, 14107):
             self.session.attempt(f"T={tokens}", lambda tokens=tokens: self._replay(tokens))
 
     def _replay(self, tokens: int) -> None:
