@@ -1,5 +1,6 @@
 """The layer after routing as one persistent, warp-specialised Gluon kernel, where reading the weights is the bound (sm_90).
 
+  units.py     which number stands for which unit of work, or part of the last sum
   load.py      its producers: weights by TMA, one warp; pairs by cp.async, one, two or four
   compute.py   its consumers, two where few tokens make one of them the bound: wgmma, promotion, epilogues
   sums.py      the output's last sum; a warp that tells what is stored
