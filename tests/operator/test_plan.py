@@ -52,7 +52,7 @@ def test_paths():
 
 
 def test_how_weights_are_asked_for():
-    """By the kind of memory, which between 128 and 1,791 tokens decides more."""
+    """By the kind of memory, which between 128 and 1,727 tokens decides more."""
     tiles = {m: [choose_plan(HEADLINE, t, m).gate_up for t in (1, 16, 17, 127)] for m in (H100, H200)}
     asked = {m: [(tile.promotion, tile.burst, tile.flight) for tile in found] for m, found in tiles.items()}
     assert asked[H100] == [(256, 1, 3)] * 4 and asked[H200] == [(128, 1, 4)] * 2 + [(128, 2, None)] * 2
@@ -62,10 +62,10 @@ def test_how_weights_are_asked_for():
     odd = replace(HEADLINE, intermediate_size=640)  # K blocks of GEMM2
     assert choose_plan(odd, 128, H200) == choose_plan(odd, 128, H100)
     assert {(plan.gate_up.promotion, plan.gate_up.burst) for plan in plans(odd, H200) if plan.path == "stream"} == {(128, 1)}
-    for t in (1792, 14107):
+    for t in (1728, 14107):
         assert choose_plan(HEADLINE, t, H100) == choose_plan(HEADLINE, t, H200)
     either = choose_plan(HEADLINE, 128, H200)
-    assert {choose_plan(HEADLINE, t, H200).gate_up for t in (128, 901, 1791)} == {either.gate_up}
+    assert {choose_plan(HEADLINE, t, H200).gate_up for t in (128, 901, 1727)} == {either.gate_up}
     assert str(either.gate_up) == "256x64 5s by twos or 128x256 4s 3 in flight"
     assert [way.path for way in either.ways] == ["stream", "prefill"] and either.ways[1] == choose_plan(HEADLINE, 128, H100)
     for t in (1, 80, 4096):

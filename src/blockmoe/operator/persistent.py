@@ -56,11 +56,12 @@ def proxy_fence():
 
 @gluon.jit
 def reciprocals(x):
+    """1 / x within an ulp; 0 where that or x is below the least normal number's reciprocal or magnitude: see PTX's rcp.approx.ftz.f32."""
     return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 
 @gluon.jit
-def unit_queue(READERS: gl.constexpr, WORDS: gl.constexpr = 1):
+def unit_queue(READERS: gl.constexpr, WORDS: gl.constexpr):
     """How one role tells the program's others, READERS of them, which unit comes next: WORDS numbers and two barriers a slot."""
     LAYOUT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     queue = gl.allocate_shared_memory(gl.int32, [QUEUE * WORDS, 1], LAYOUT)
@@ -83,8 +84,8 @@ def tell(queue, told, heard, n, words):
 
 
 @gluon.jit
-def hear(queue, told, heard, n, WARPS: gl.constexpr, WORDS: gl.constexpr = 1):
-    """The nth unit told, for a role of WARPS warps: a number, or a tuple of WORDS."""
+def hear(queue, told, heard, n, WARPS: gl.constexpr, WORDS: gl.constexpr):
+    """The nth unit told, for a role of WARPS warps: a tuple of WORDS numbers."""
     slot = n % QUEUE
     mbarrier.wait(told.index(slot), (n // QUEUE) & 1)
     words = ()
@@ -92,4 +93,4 @@ def hear(queue, told, heard, n, WARPS: gl.constexpr, WORDS: gl.constexpr = 1):
         words = words + (gl.max(queue.index(slot * WORDS + i).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0),)
     barrier()
     mbarrier.arrive(heard.index(slot), count=1)
-    return words[0] if WORDS == 1 else words
+    return words

@@ -39,9 +39,10 @@ WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorte
 PREFILL_ROWS = 4
 # Where memory is HBM3e, up to these mean rows a kernel has both ways: stream by tiles of 64 pairs, uniform routing, T = 256, 512, 1,024:
 # 324, 327, 340 us, prefill 349, 351, 356 (curve/eighth.jsonl); 1,536, 1,700, 1,900: 343, 357, 384, prefill 361, 367, 380
-# (operator/units.txt). An expert's tiles read its weights again and again: where all choose the same eight experts, T = 128, 256, 512: 154,
-# 271, 516, prefill 124, 181, 300; where all choices are local, 331, 411, 608, prefill 360, 381, 472 (curve/seventh-first.jsonl).
-EITHER_ROWS = 56
+# (operator/units.txt); 1,791: 372, 366 (curve/ninth.jsonl). An expert's tiles read its weights again and again: where all choose the same
+# eight experts, T = 128, 256, 512: 154, 271, 516, prefill 124, 181, 300; where all choices are local, 331, 411, 608, prefill 360, 381, 472
+# (curve/seventh-first.jsonl).
+EITHER_ROWS = 54
 MOST_TILES = 1.25  # of 64 pairs, of an expert that has any, on average: with more it is prefill
 # Mean rows from which its programs are clusters. On an H200, uniform routing, T = 128, 200, 300, 500, 901, 2048, 3072, 4096: 326, 346,
 # 348, 354, 365, 380, 424, 469 us, without 323, 344, 346, 351, 364, 379, 427, 491. Where all choose the same eight experts, whose tiles

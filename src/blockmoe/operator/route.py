@@ -213,8 +213,8 @@ def list_rows(
 
 @triton.jit
 def kinds_of(weight, top_k):
-    """Of the tokens of `weight` [tokens, experts] 1 where one has few pairs, half of top_k at most, 65,536 where it has more, 0 where none.
-    A sum counts both kinds (of a round's tokens, TOKEN_CHUNK at most)."""
+    """Of the tokens of `weight` [tokens, experts] 1 where one has few pairs, half of top_k at most (FEW in `stream`'s last sum),
+    65,536 where it has more, 0 where none. A sum counts both kinds (of a round's tokens, TOKEN_CHUNK at most)."""
     pairs = tl.sum((weight != 0.0).to(tl.int32), 1)
     return tl.where(pairs > tl.maximum(top_k // 2, 1), 65536, tl.where(pairs > 0, 1, 0))
 

@@ -59,6 +59,8 @@ def test_routings(name, routing, emulated):
         ("either", MoEGeometry(8, 2, 2, 512, 768), 200),  # two tiles of 64 an expert: prefill's way
         ("stream 256x32", MoEGeometry(8, 8, 2, 768, 128), 90),  # three row blocks: one group of columns
         ("stream 256x32 by twos", MoEGeometry(8, 3, 2, 512, 256), 70),
+        ("stream 256x32", MoEGeometry(8, 6, 5, 512, 128), 60),  # tokens with two rows at most, and with more
+        ("either", MoEGeometry(16, 12, 4, 768, 512), 40),
     ],
 )
 def test_sizes(name, geometry, tokens, emulated):
@@ -98,7 +100,7 @@ def test_any_layer(data, emulated):
     local = draw(st.integers(1, experts), "local experts")
     hidden = unit * draw(st.integers(1, 1536 // unit), "hidden units")
     inter *= draw(st.integers(least // inter, 768 // inter), "intermediate units")
-    geometry = MoEGeometry(experts, local, draw(st.integers(1, 3), "top k"), hidden, inter)
+    geometry = MoEGeometry(experts, local, draw(st.integers(1, min(5, experts)), "top k"), hidden, inter)
     tokens = draw(st.integers(1, 16 if name == "dense" else TOKENS[name]), "tokens")
     emulated["programs"] = draw(st.integers(1, 3), "programs") * (2 if clusters else 1)
     emulated["seed"] = draw(st.integers(0, 10**6), "order")

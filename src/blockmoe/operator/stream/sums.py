@@ -138,7 +138,7 @@ def last_sum(
     `number`, the nth told, is the first that is none of `units`. A part is WARPS slots, a warp each, by RUN columns of a group. The
     intermediate may leave the L2 in the end.
     """
-    FEW: gl.constexpr = TOP_K // 2 if TOP_K > 1 else 1
+    FEW: gl.constexpr = TOP_K // 2 if TOP_K > 1 else 1  # what routing calls few: `kinds_of`
     C: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [WARPS, 1], [1, 0])
     BLOCKS: gl.constexpr = HIDDEN // (2 * ROWS)
     first = blocks_before(tiles, BLOCKS)

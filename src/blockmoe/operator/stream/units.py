@@ -8,7 +8,7 @@ from triton.experimental.gluon import language as gl
 RUN = gl.constexpr(512)  # columns of a token that the last sum adds at a time
 END = gl.constexpr(1 << 30)  # told instead of a unit: there is none any more
 # Told of a unit: its number, its tile and block of columns, the tile's first row and that behind its last, and its expert. Of parts of
-# the output, and of END, the number alone.
+# the output, and of END, the number alone; of GEMM2 where tokens are few (dense) the number and the block.
 WORDS = gl.constexpr(6)
 
 
