@@ -96,6 +96,8 @@ def test_either(tmp_path):
     """Both ways in the shared memory of the larger, and each with its products unbroken."""
     (launch,) = pipeline.stages(HEADLINE, 8, choose_plan(HEADLINE, 901, H200), 0, 1.0)["layer"]
     usage = aot.compiled(launch, 90)
+    # registers that prefill's consumers spill; of stream's, a few more cost 2 to 7 us of a call (kernel log, section 26)
+    assert len(re.findall(r"\bSTL\b", usage.sass)) <= 11
     assert usage.shared <= SHARED_LIMIT and usage.stack <= 64
     assert not barriers_of_nobody(usage.ttgir)
     assert not uncovered(usage.ptx) and not warnings(usage.ptx, tmp_path) and not re.search(r"\b[HI]G?MMA", usage.sass)
