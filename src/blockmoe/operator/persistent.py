@@ -56,7 +56,7 @@ def proxy_fence():
 
 @gluon.jit
 def reciprocals(x):
-    """1 / x within an ulp; 0 where that or x is below the least normal number's reciprocal or magnitude: see PTX's rcp.approx.ftz.f32."""
+    """1 / x within an ulp; a subnormal x counts as 0, a subnormal result is 0 (PTX's rcp.approx.ftz.f32)."""
     return gl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1)
 
 

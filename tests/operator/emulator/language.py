@@ -324,7 +324,7 @@ gl = SimpleNamespace(
     **{name: getattr(gluon_language, name) for name in KEPT},
     abs=lambda x: values(np.abs(x)), allocate_shared_memory=shared.allocate_shared_memory, arange=arange,
     atomic_add=atomic(lambda old, given: old + given), atomic_xchg=atomic(lambda old, given: given), constexpr=lambda value: value,
-    convert_layout=lambda x, layout: x, exp=exponential(np.exp), exp2=exponential(np.exp2),
+    convert_layout=lambda x, layout: x, exp2=exponential(np.exp2),
     expand_dims=lambda x, axis: values(np.expand_dims(x, axis)), full=full, full_like=full_like,
     inline_asm_elementwise=inline_asm_elementwise, load=load, max=reduce(np.max), maximum=pick(np.maximum, max), min=reduce(np.min),
     minimum=pick(np.minimum, min), num_programs=lambda axis: Machine.current.program.machine.programs_count,

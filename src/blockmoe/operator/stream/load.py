@@ -126,7 +126,7 @@ def weights_producer(
             flight = share_of_flight(unit, units, FLIGHT, STAGES)
             for tile in range(tiles):
                 row = gl.load(tile_expert + tile) * HIDDEN + block * ROWS
-                it, drawn = load_weights(
+                it, _ = load_weights(
                     w2, w_bufs, asked, empty, ticket, it, row, flight, 0, 128, INTER // 256, ROWS, STAGES, BURST, False
                 )  # fmt: skip
             unit = gl.atomic_add(ticket, 1, sem="relaxed")
