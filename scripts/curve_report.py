@@ -1,6 +1,7 @@
 """Parts of gpu_curve.py that need no GPU: what the curve promises, its table, its picture. Reads the JSONL's points.
 
-A point: family, tokens, pairs, active, plan, us, us_per_pair, graph_us, floor_us, neighbours {label: {plan, us}}.
+A point: family, tokens, pairs, active, plan, us, us_per_pair, graph_us, floor_us, mhz (since the tenth run on an H200), neighbours {label:
+{plan, us}}.
 """
 
 from __future__ import annotations
@@ -60,14 +61,15 @@ def table(points: list[dict]) -> str:
     for fault in better_plans(points):
         key = fault["family"], fault["tokens"]
         marked[key] = marked.get(key, "").rstrip("<") + "<"
-    lines = ["family | T | pairs | active | span us | graph us | us a pair | floor us | x floor | neighbours us | flags"]
+    lines = ["family | T | pairs | active | span us | graph us | us a pair | MHz | floor us | x floor | neighbours us | flags"]
     for family, row in by_family(points).items():
         for p in row:
             others = ", ".join(f"{label} {other['us']:.1f}" for label, other in p["neighbours"].items()) or "-"
             graph = f"{p['graph_us']:.1f}" if p["graph_us"] else "-"
+            mhz = f"{p['mhz']:.0f}" if p.get("mhz") else "-"
             lines.append(
                 f"{family} | {p['tokens']} | {p['pairs']} | {p['active']} | {p['us']:.1f} | {graph} | {p['us_per_pair']:.4g} | "
-                f"{p['floor_us']:.1f} | {p['us'] / p['floor_us']:.2f} | {others} | {marked.get((family, p['tokens']), '')}"
+                f"{mhz} | {p['floor_us']:.1f} | {p['us'] / p['floor_us']:.2f} | {others} | {marked.get((family, p['tokens']), '')}"
             )
     return "\n".join(lines)
 

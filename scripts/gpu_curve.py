@@ -10,7 +10,8 @@ by the bench's timer (CUPTI where it is installed), with the graph replay and th
     all local     every choice of every token is local, over all local experts alike
 
 At every T the plans of T/2, T - 1, T + 1 and 2T, and each way of a plan of which routing chooses one, run interleaved with the chosen
-one where their paths or tiles differ (routing stays); where one seems faster by more than 3 %, both are measured again. Exit code 1
+one where their paths or tiles differ (routing stays); where one seems faster by more than 3 %, both are measured again. Before each
+point its call runs for a fifth of a second, so that the clock, which power limits, is one that lasts; it is noted. Exit code 1
 where that holds, where time per pair is more than 5 % above that of a smaller T of the family, or where a point failed or was cut off.
 
     python scripts/gpu_curve.py --plot RESULT.jsonl --to results/h100/curve/curve.svg      # on any machine; prints the table too
@@ -23,6 +24,7 @@ import random
 import statistics
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -33,6 +35,7 @@ import curve_report
 FAMILIES = ("uniform", "zipf", "one expert", "same experts", "all local")
 LOCAL_PAIRS = (1, 1, 0, 2, 1, 0, 1, 2)  # of the tokens in turn: T pairs for every power of two, and tokens without
 REPEATS, FEW_REPEATS, LONG_US = 11, 5, 5000.0
+WARM_US = 200_000.0
 FACTOR = 2.5
 
 
@@ -95,6 +98,10 @@ class Curve:
 
         self.session, self.device, self.seed = session, device, seed
         self.cuda = device.type == "cuda"
+        if self.cuda:
+            from gpu_clock import Clock
+
+            self.clock = Clock
         self.g = HEADLINE if self.cuda else TINY
         self.offset = offset or self.g.num_local_experts
         self.checks = checks
@@ -148,8 +155,12 @@ class Curve:
                 self.session.check(f"{family} T={tokens} plan of {label}", False, different=error, plan=str(plan))
         calls = {"": call} | {label: partial(call, plan) for label, plan in others.items()}
         self.spans(calls, 1)
-        repeats = REPEATS if statistics.median(self.spans(calls, 3)[""]) < LONG_US else FEW_REPEATS
+        once = statistics.median(self.spans(calls, 3)[""])
+        repeats = REPEATS if once < LONG_US else FEW_REPEATS
+        if self.cuda:
+            self.warm(call, once)
         samples = self.spans(calls, repeats)
+        mhz = self.mhz
         doubtful = [label for label in others if self.much_slower(samples, label)]
         if doubtful:  # once more, and only what is in doubt
             samples |= self.spans({label: calls[label] for label in ("", *doubtful)}, 2 * repeats)
@@ -158,7 +169,7 @@ class Curve:
         point = dict(
             family=family, tokens=tokens, **counts, us=us, quartiles=[low, high], us_per_pair=us / max(1, counts["pairs"]),
             graph_us=self.graph_us(call) if self.cuda else None, host_us=host_us, **self.floor(tokens, **counts), timer=self.timer.name,
-            samples=len(samples[""]), plan=str(self.plan(tokens)),
+            samples=len(samples[""]), mhz=mhz, plan=str(self.plan(tokens)),
             neighbours={label: {"us": statistics.median(samples[label]), "plan": str(plan)} for label, plan in others.items()},
         )  # fmt: skip
         self.points.append(point)
@@ -167,13 +178,23 @@ class Curve:
     def much_slower(self, samples: dict[str, list[float]], label: str) -> bool:
         return statistics.median(samples[""]) > curve_report.SLOWER * statistics.median(samples[label])
 
+    def warm(self, call: Callable, us: float) -> None:
+        """The call again and again, as it is measured, until the device has been at it for WARM_US."""
+        for _ in range(int(WARM_US / us)):
+            self.timer.flush()
+            call()
+
     def spans(self, calls: dict[str, Callable], repeats: int) -> dict[str, list[float]]:
-        """Spans in us of each call, interleaved at random, L2 cold."""
+        """Spans in us of each call, interleaved at random, L2 cold; `mhz` is then the multiprocessors' clock during those of ""."""
         labels = [label for label in calls for _ in range(repeats)]
         self.order.shuffle(labels)
+        clock = self.clock(len(labels)) if self.cuda else None
         for number, label in enumerate(labels):
             self.timer.flush()
-            self.timer.timed(number, calls[label])
+            with clock.during(number) if clock else nullcontext():
+                self.timer.timed(number, calls[label])
+        every = [mhz for mhz, label in zip(clock.mhz(), labels, strict=True) if label == ""] if clock else []
+        self.mhz = statistics.median(every) if every else None
         found: dict[str, list[float]] = {label: [] for label in calls}
         for label, sample in zip(labels, self.timer.collect(), strict=True):
             found[label].append(1000 * sample.ms)

@@ -21,20 +21,9 @@ import sys
 from pathlib import Path
 
 import torch
-import triton
-import triton.language as tl
+from gpu_clock import Clock
 
 CALLS = 6  # a turn
-
-
-@triton.jit
-def clocks(at):
-    """Cycles and nanoseconds of this multiprocessor."""
-    cycles = tl.inline_asm_elementwise("mov.u64 $0, %clock64;", "=l,l", [tl.program_id(0)], dtype=tl.int64, is_pure=False, pack=1)
-    now = tl.inline_asm_elementwise("mov.u64 $0, %globaltimer;", "=l,l", [tl.program_id(0)], dtype=tl.int64, is_pure=False, pack=1)
-    multiprocessor = tl.inline_asm_elementwise("mov.u32 $0, %smid;", "=r,r", [tl.program_id(0)], dtype=tl.int32, is_pure=False, pack=1)
-    tl.store(at + 2 * multiprocessor, cycles)
-    tl.store(at + 2 * multiprocessor + 1, now)
 
 
 class Tree:
@@ -80,7 +69,6 @@ def serve(tree: str, between: str) -> None:
     torch.manual_seed(0)
     weights, timer, made = operator.weights(HEADLINE), operator.Timer(), {}
     on = (machine.of_gpu(0),) if hasattr(machine, "Machine") else ()  # older trees choose for an H100
-    count = torch.cuda.get_device_properties(0).multi_processor_count
 
     def make(tokens: int) -> str:
         inputs, offset = operator.workload(HEADLINE, tokens)
@@ -98,7 +86,7 @@ def serve(tree: str, between: str) -> None:
     def measure(tokens: int) -> str:
         _, addresses, ready = made[tokens]
         others = [made[int(t)] for t in between.split(",") if t]
-        stamps = torch.zeros(CALLS, 2, count, 2, dtype=torch.int64, device="cuda")
+        clock = Clock(CALLS)
         whole, parts = [], []
         timer.release_l2()
         torch.cuda._sleep(4_000_000)  # the host runs ahead
@@ -109,7 +97,7 @@ def serve(tree: str, between: str) -> None:
                         stage.run(there)
                 timer.flush()
                 if not apart:
-                    clocks[(count,)](stamps[call, 0])
+                    clock.stamp(call, 0)
                 marks = [torch.cuda.Event(enable_timing=True)]
                 marks[0].record()
                 for stage in ready:
@@ -118,13 +106,11 @@ def serve(tree: str, between: str) -> None:
                         marks.append(torch.cuda.Event(enable_timing=True))
                         marks[-1].record()
                 if not apart:
-                    clocks[(count,)](stamps[call, 1])
+                    clock.stamp(call, 1)
                 (parts if apart else whole).append(marks)
         torch.cuda.synchronize()
         us = statistics.median(1000 * m[0].elapsed_time(m[1]) for m in whole)
-        seen = (stamps[..., 1] > 0).all(1)  # multiprocessors that ran a program before and after
-        cycles, ns = (stamps[:, 1] - stamps[:, 0])[seen].double().unbind(-1)
-        mhz = (1000 * cycles / ns).median().item()
+        mhz = statistics.median(clock.mhz())
         each = [statistics.median(1000 * m[i].elapsed_time(m[i + 1]) for m in parts) for i in range(len(ready))]
         return " ".join(f"{value:.1f}" for value in (us, mhz, us * mhz / 1000, *each))
 
