@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from blockmoe.geometry import BLOCK, TINY, MoEGeometry
@@ -36,11 +38,12 @@ PERSISTENT = {  # for the emulator
     "stream 256x64 by twos": Plan("stream", IN_TWO, StreamTile(128, 64, 5, promotion=128, burst=2)),
     "either": Plan("either", IN_TWO, EITHER),  # stream's way; with more tokens (EMULATED_TOKENS) prefill's
     "either, skewed": Plan("either", IN_TWO, EITHER),
+    "either, few": Plan("either", IN_TWO, replace(EITHER, few=7)),  # stream's way by tiles of 32
 }
 EMULATED_TOKENS = {
     "prefill": 150, "cluster": 280, "cluster 2 in flight": 140, "dense": 9, "stream 256x32": 60,
     "stream 256x32 by twos": 40, "stream 256x64 by twos": 180,
-    "either": 60, "either, skewed": 180,
+    "either": 60, "either, skewed": 180, "either, few": 120,
 }  # fmt: skip
 SMALL = MoEGeometry(8, 4, 3, 512, 512)
 

@@ -66,7 +66,7 @@ def test_how_weights_are_asked_for():
         assert choose_plan(HEADLINE, t, H100) == choose_plan(HEADLINE, t, H200)
     either = choose_plan(HEADLINE, 128, H200)
     assert {choose_plan(HEADLINE, t, H200).gate_up for t in (128, 901, 1727)} == {either.gate_up}
-    assert str(either.gate_up) == "256x64 5s by twos or 128x256 4s 3 in flight"
+    assert str(either.gate_up) == "256x64 5s by twos (x32 up to 8) or 128x256 4s 3 in flight"
     assert [way.path for way in either.ways] == ["stream", "prefill"] and either.ways[1] == choose_plan(HEADLINE, 128, H100)
     for t in (1, 80, 4096):
         assert choose_plan(HEADLINE, t, Machine(capability=100)) == choose_plan(HEADLINE, t, Machine(capability=100, hbm3e=True))
@@ -143,6 +143,19 @@ def test_stream_has_room_for_what_routing_gives_it():
     found = [(plan.way(pairs).path, sum(pairs)) for pairs in lists]
     assert {path for path, _ in found} == {"stream", "prefill"} and found[0] == ("stream", rows)
     assert all(count <= rows for path, count in found if path == "stream")
+
+
+def test_few_tiles_of_half_the_pairs_have_room():
+    """Where one expert, the only one here, takes all."""
+    one = replace(HEADLINE, num_local_experts=1)
+    for tokens in (128, 250, 256, 257, 300):
+        plan = choose_plan(one, tokens, H200)
+        few = plan.gate_up.pairs_of_tile([tokens]) == 32
+        assert few == (tokens <= 256) == (plan.way([tokens]).path == "stream")
+        bound, placed = sizes(one, tokens, plan), layout(one, tokens, plan)[0]
+        if few:
+            assert min(bound.tiles, *(placed[name][1] for name in ("tile_begin", "tile_expert", "finished"))) >= -(-tokens // 32)
+            assert placed["rows"][1] >= tokens * one.hidden_size
 
 
 def test_workspace():

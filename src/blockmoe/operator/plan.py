@@ -171,10 +171,12 @@ class PrefillTile:
 
 @dataclass(frozen=True)
 class EitherTile:
-    """Of a kernel that has both: `prefill` where an expert has many tiles of `stream`, which routing finds."""
+    """Of a kernel that has both: `prefill` where an expert has many tiles of `stream`, which routing finds. Where tiles of half of stream's
+    pairs are `few` at most, stream takes those."""
 
     stream: StreamTile
     prefill: PrefillTile
+    few: int = 0
     block_i = BLOCK
     dense = False
 
@@ -182,7 +184,18 @@ class EitherTile:
         assert not self.stream.dense and self.prefill.cluster == 1
 
     def __str__(self) -> str:
-        return f"{self.stream} or {self.prefill}"
+        return f"{self.stream}{f' (x{self.half} up to {self.few})' if self.few else ''} or {self.prefill}"
+
+    @property
+    def half(self) -> int:
+        return self.stream.block_n // 2
+
+    def pairs_of_tile(self, pairs: Sequence[int]) -> int:
+        """How many a tile has where each expert has so many."""
+        if sum(-(-n // self.half) for n in pairs) <= self.few:
+            return self.half
+        tiles = sum(-(-n // self.stream.block_n) for n in pairs)
+        return (self.prefill if tiles > MOST_TILES * sum(n > 0 for n in pairs) else self.stream).block_n
 
 
 WIDE = (GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8))  # T = 14107, stages: (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
@@ -224,8 +237,7 @@ class Plan:
         if len(self.ways) == 1:
             return self
         stream, prefill = self.ways
-        tiles = sum(-(-n // stream.gate_up.block_n) for n in pairs)
-        return prefill if tiles > MOST_TILES * sum(n > 0 for n in pairs) else stream
+        return prefill if self.gate_up.pairs_of_tile(pairs) == prefill.gate_up.block_n else stream
 
     def __str__(self) -> str:
         g, d = self.gate_up, self.down
@@ -253,7 +265,9 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     if rows >= PREFILL_ROWS and geometry.intermediate_size >= PREFILL_STAGES * BLOCK and persistent and not route.one_launch:
         flight = 3 if rows < MEMORY_BOUND_ROWS else 2
         if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
-            tiles = EitherTile(_stream(geometry, tokens, rows, machine), PrefillTile(PREFILL_STAGES, 1, flight))
+            stream = _stream(geometry, tokens, rows, machine)
+            few = machine.sm_count // (geometry.intermediate_size // stream.rows)  # so that each program has a unit of GEMM1 at most
+            tiles = EitherTile(stream, PrefillTile(PREFILL_STAGES, 1, flight), few)
             return Plan("either", route, tiles, pdl=pdl)
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)

@@ -310,11 +310,12 @@ def choose_kernel(
 def place_kernel(
     token_weight, chunk_count, chunk_kinds, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
     token_pairs, slot_token, slot_count, counters, before, skewed, chunks, tokens, chunk_tokens, counter_count,
-    LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, FEW_N: tl.constexpr, BLOCK_N: tl.constexpr,
-    COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
+    LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, FEW_N: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, and are for prefill where
-    PREFILL. Where FEW_N they have FEW_N pairs and are not, but where that makes many tiles of few experts, which is noted (`skewed`)."""
+    PREFILL. Where FEW_N they have FEW_N pairs and are not, but where that makes many tiles of few experts, which is noted (`skewed`); or
+    half of FEW_N where that makes FEW tiles at most (`EitherTile`)."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     zero_counters(counters, chunk, chunks, counter_count)
@@ -343,8 +344,9 @@ def place_kernel(
     block_n = BLOCK_N
     if FEW_N > 0:
         tiles = tl.sum((total + FEW_N - 1) // FEW_N, 0)
-        prefill = tiles > MOST * tl.sum((total > 0).to(tl.float32), 0)
-        block_n = tl.where(prefill, BLOCK_N, FEW_N)
+        few = tl.sum((total + FEW_N // 2 - 1) // (FEW_N // 2), 0) <= FEW
+        prefill = (tiles > MOST * tl.sum((total > 0).to(tl.float32), 0)) & (few == 0)
+        block_n = tl.where(prefill, BLOCK_N, tl.where(few, FEW_N // 2, FEW_N))
         tl.store(skewed, prefill.to(tl.int32))
     base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
     for _ in range(0, 1 if ONCE else chunk_tokens, BLOCK_T):
@@ -382,7 +384,7 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     """One launch or two, as the plan says. `bias` may be anything where routing is renormalize."""
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
     tile, block_n, local = plan.route, plan.ways[-1].gate_up.block_n, g.num_local_experts
-    few = plan.ways[0].gate_up.block_n if len(plan.ways) > 1 else 0
+    few_n, few = (plan.gate_up.stream.block_n, plan.gate_up.few) if len(plan.ways) > 1 else (0, 0)
     deepseek, cells = g.routing == "deepseek_v3", max(32, power_of_two_at_least(local))
     experts, lanes, by_warp = _tile(g, plan, logits, bias if deepseek else logits)
     choosing = (g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, deepseek, by_warp, tile.block_t)
@@ -403,6 +405,6 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
         *weights, *lists, b["counters"], b["before"], skewed, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
     )  # fmt: skip
     counts = max(1, min(128, 4096 // cells))
-    constants = (local, cells, g.top_k, tile.place_t, few, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
+    constants = (local, cells, g.top_k, tile.place_t, few_n, few, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
     return [choose, place]

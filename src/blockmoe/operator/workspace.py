@@ -34,7 +34,8 @@ class Sizes:
 def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
     if len(plan.ways) > 1:
         every = [astuple(sizes(geometry, tokens, way)) for way in plan.ways]
-        return Sizes(*map(max, *every))
+        found = Sizes(*map(max, *every))
+        return replace(found, tiles=max(found.tiles, plan.gate_up.few))
     per_token = min(geometry.top_k, geometry.num_local_experts)
     pairs = tokens * per_token
     block_n = plan.gate_up.block_n
@@ -75,11 +76,13 @@ def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
 def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[int, torch.dtype]]:
     """Element count and type of every buffer, by name; of several ways the larger, and rows for any routing that takes stream's."""
     if len(plan.ways) > 1:
+        tile = plan.gate_up
         found: dict[str, tuple[int, torch.dtype]] = {"skewed": (1, torch.int32)}
+        found |= {f"tile_{name}": (tile.few, torch.int32) for name in ("expert", "group", "begin", "end")}
         for way in plan.ways:
             for name, (count, dtype) in _fields(geometry, tokens, way).items():
                 found[name] = (max(count, found[name][0] if name in found else 0), dtype)
-        most = int(MOST_TILES * geometry.num_local_experts) * plan.ways[0].gate_up.block_n  # pairs
+        most = max(int(MOST_TILES * geometry.num_local_experts) * tile.stream.block_n, tile.few * tile.half)  # pairs
         return found | {"rows": (min(found["rows"][0], most * geometry.hidden_size), torch.bfloat16)}
     bound = sizes(geometry, tokens, plan)
     local, block_i, prefill = geometry.num_local_experts, plan.gate_up.block_i, plan.path == "prefill"

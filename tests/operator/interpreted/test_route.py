@@ -31,6 +31,7 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
     chosen = plan.way(layer.pairs_of(inputs, g, offset))
     if len(plan.ways) > 1:
         assert lists["skewed"] == [chosen.path == "prefill"]
+    height = plan.gate_up.pairs_of_tile(layer.pairs_of(inputs, g, offset)) if len(plan.ways) > 1 else plan.gate_up.block_n
     every, plan = plan, chosen
     pairs, row_of = {}, {}
     tiles = list(zip(lists["tile_expert"], lists["tile_begin"], lists["tile_end"], strict=True))[:count]
@@ -41,7 +42,7 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
     if plan.path == "prefill":
         assert [begin for _, begin, _ in tiles] == [128 * t for t in range(count)]
     for expert, begin, end in tiles:
-        assert 0 < end - begin <= plan.gate_up.block_n and end <= bound.rows
+        assert 0 < end - begin <= height and end <= bound.rows
         listed = lists["pair_token"][begin:end]
         assert listed == sorted(listed)
         for row, token in enumerate(listed, begin):
@@ -106,6 +107,19 @@ def test_of_both_ways_one_is_chosen(tokens, favour, path):
     agree(inputs, g, 8, plan)
     assert plan.way([0] * 8).path == plan.way([64] * 4 + [65] + [0] * 3).path == "stream"
     assert plan.way([64] * 2 + [65]).path == plan.way([1, 129]).path == "prefill"
+
+
+@pytest.mark.parametrize(("tokens", "favour", "height"), [(60, 0, 32), (300, 0, 64), (60, 9, 32), (128, 9, 32), (129, 9, 128)])
+def test_few_tiles_are_of_half_the_pairs(tokens, favour, height):
+    """Where 8 are few: eight experts of some pairs each, two that take all; else tiles are of 64 or, where those are too many, 128."""
+    g = replace(TINY, hidden_size=256, intermediate_size=512)
+    inputs, plan = layer.make(g, tokens, seed=tokens), layer.PERSISTENT["either, few"]
+    plan = replace(plan, gate_up=replace(plan.gate_up, few=8))
+    inputs[0][:, 8:16] -= 10 * favour
+    inputs[0][:, 9:11] += 20 * favour
+    pairs = layer.pairs_of(inputs, g, 8)
+    assert plan.gate_up.pairs_of_tile(pairs) == height, pairs
+    agree(inputs, g, 8, plan)
 
 
 @pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])
