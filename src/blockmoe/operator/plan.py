@@ -266,7 +266,9 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
         flight = 3 if rows < MEMORY_BOUND_ROWS else 2
         if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
             stream = _stream(geometry, tokens, rows, machine)
-            few = machine.sm_count // (geometry.intermediate_size // stream.rows)  # so that each program has a unit of GEMM1 at most
+            # So that each program has a unit of GEMM1 at most. One expert, T = 128, 256: 60, 66 us; by tiles of 64 pairs 71, 74; prefill 72,
+            # 73 (results/h200/curve/tenth.jsonl)
+            few = machine.sm_count // (geometry.intermediate_size // stream.rows)
             tiles = EitherTile(stream, PrefillTile(PREFILL_STAGES, 1, flight), few)
             return Plan("either", route, tiles, pdl=pdl)
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
