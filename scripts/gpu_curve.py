@@ -1,4 +1,4 @@
-"""Has the operator a cliff? python scripts/gpu_curve.py [--seconds 90] [--families uniform,zipf,...]
+"""Has the operator a cliff? python scripts/gpu_curve.py [--seconds 150] [--families uniform,zipf,...]
 
 Spans of the headline geometry at T = 1, 2, 4 ... 65,536 (uniform routing: also on both sides of every change of plan), cold L2,
 by the bench's timer (CUPTI where it is installed), with the graph replay and the floor of the same pairs. Families:
@@ -10,9 +10,10 @@ by the bench's timer (CUPTI where it is installed), with the graph replay and th
     all local     every choice of every token is local, over all local experts alike
 
 At every T the plans of T/2, T - 1, T + 1 and 2T, and each way of a plan of which routing chooses one, run interleaved with the chosen
-one where their paths or tiles differ (routing stays); where one seems faster by more than 3 %, both are measured again. Before each
-point its call runs for a fifth of a second, so that the clock, which power limits, is one that lasts; it is noted. Exit code 1
-where that holds, where time per pair is more than 5 % above that of a smaller T of the family, or where a point failed or was cut off.
+one where their paths or tiles differ (routing stays); where one seems faster by more than 3 %, both are measured again. Before a point is
+measured its call runs for a fifth of a second, so that the clock, which power limits, is one that lasts; it is noted. (The graph's
+replays come later, few at a time: above some thousand pairs they meet a higher clock.) Exit code 1 where another plan stays faster by
+more than 3 %, where time per pair is more than 5 % above that of a smaller T of the family, or where a point failed or was cut off.
 
     python scripts/gpu_curve.py --plot RESULT.jsonl --to results/h100/curve/curve.svg      # on any machine; prints the table too
 """
@@ -251,7 +252,7 @@ def measure(arguments: argparse.Namespace) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=90.0, help="begin no point after this")
+    parser.add_argument("--seconds", type=float, default=150.0, help="begin no point after this")
     parser.add_argument("--families", type=lambda s: s.split(","), default=list(FAMILIES), help=",".join(FAMILIES))
     parser.add_argument("--most", type=int, default=65536, help="largest T")
     parser.add_argument("--powers-only", action="store_true", help="no points at the changes of plan")

@@ -1,10 +1,10 @@
 """Does a solution keep its speed? python scripts/gpu_sustained.py [--peers blockmoe,deepgemm_moe] [--tokens 14107,11948,901]
 
-A benchmark's few calls end before the GPU's power limit lowers its clock; a server's don't. Here each solution's graph is replayed back to
-back for --seconds, solutions by turns, --rounds times, after a rest of half a second. Nothing is flushed in between: a layer's weights are
-many times the L2. Printed: the time of a call during the first 10 ms and during the second half, the multiprocessors' clock during that,
-the power that nvidia-smi reports (where it is installed), and how many times as fast the first solution is as each other. A line a
-stretch goes to $OUT/gpu_sustained.jsonl (default results/tmp). Exit code 1 where a solution failed or its output was wrong.
+A benchmark's few calls end before the GPU's power limit lowers its clock; a server's don't. Here each solution's graph is replayed back
+to back for about --seconds, solutions by turns, --rounds times, after a rest of half a second. Nothing is flushed in between: from some
+tens of tokens on the active experts' weights are many times the L2. Printed: the time of a call during the first 10 ms and during the
+second half, the multiprocessors' clock during that, the power that nvidia-smi reports (where it is installed), and how many times as fast
+the first solution is as each other. A line a stretch goes to $OUT/gpu_sustained.jsonl (default results/tmp), tracebacks to its .log. Exit code 1 where a solution failed or the output of an eager call was wrong, 3 where one broke the CUDA context, which ends the run.
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
-from peer_runs import JOURNAL, ROOT, Bench, attempt, caller, load, read, say
+from peer_runs import JOURNAL, LOG, ROOT, Bench, attempt, caller, load, read, say
+
+from blockmoe.bench.bundled import workloads_of
+from blockmoe.geometry import HEADLINE
 
 REST_S, FIRST_US, STEP_US = 0.5, 10_000.0, 20_000.0
 
@@ -27,7 +30,8 @@ REST_S, FIRST_US, STEP_US = 0.5, 10_000.0, 20_000.0
 class Power:
     """Watts that nvidia-smi reports while `during` runs, by samples; none where it is not installed."""
 
-    def __init__(self) -> None:
+    def __init__(self, gpu: str) -> None:
+        self.gpu = gpu  # an index, or better its UUID: nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES
         self.command = shutil.which("nvidia-smi")
         self.watts: list[float] = []
 
@@ -37,15 +41,16 @@ class Power:
         if not self.command:
             yield
             return
-        query = [self.command, "--id=0", "--query-gpu=power.draw.instant", "--format=csv,noheader,nounits", "--loop-ms=50"]
+        query = [self.command, f"--id={self.gpu}", "--query-gpu=power.draw.instant", "--format=csv,noheader,nounits", "--loop-ms=50"]
         with subprocess.Popen(query, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as reader:
-            yield
-            reader.terminate()
-            for line in reader.communicate()[0].splitlines():
-                try:
-                    self.watts.append(float(line))
-                except ValueError:  # "[N/A]", or a line cut off
-                    continue
+            try:
+                yield
+            finally:
+                reader.terminate()
+                lines = reader.communicate()[0].splitlines()
+        for line in lines:
+            with suppress(ValueError):  # "[N/A]", or a line cut off
+                self.watts.append(float(line))
 
 
 def stretch(replay, seconds: float, power: Power) -> dict[str, float | None]:
@@ -54,6 +59,8 @@ def stretch(replay, seconds: float, power: Power) -> dict[str, float | None]:
     from gpu_clock import Clock
 
     once = span_us(replay, 3)
+    Clock(1).stamp(0, 0)  # compiles
+    torch.cuda.synchronize()
     time.sleep(REST_S)
     first, step = (max(1, round(us / once)) for us in (FIRST_US, STEP_US))
     counts = [first] + [step] * max(4, round(1e6 * seconds / (step * once)))
@@ -92,36 +99,35 @@ def span_us(replay, count: int) -> float:
     return 1000 * begin.elapsed_time(end) / count
 
 
-def measure(arguments: argparse.Namespace) -> bool:
-    """Whether all solutions ran, and rightly."""
+def measure(arguments: argparse.Namespace) -> None:
     import gpu_peers
     import torch
 
-    say("device", name=torch.cuda.get_device_name(), torch=torch.__version__, seed=arguments.seed)
-    bench, power, right = Bench(arguments.tokens, arguments.seed), Power(), True
+    device = torch.cuda.get_device_properties(0)
+    say("device", name=device.name, torch=torch.__version__, seed=arguments.seed, seconds=arguments.seconds, rounds=arguments.rounds)
+    bench, power = Bench(arguments.tokens, arguments.seed), Power(f"GPU-{device.uuid}" if hasattr(device, "uuid") else "0")
     for tokens in arguments.tokens:
         inputs, graphs = bench.open("trace", tokens), {}
         for peer in arguments.peers:
-            module = load(peer)
-            attempt(f"{peer} T={tokens}", partial(gpu_peers.check, peer, module, bench, "trace", tokens))
-            call = caller(module, inputs, tokens, bench.geometry.hidden_size)
-            graphs[peer] = attempt(f"{peer} T={tokens} graph", partial(gpu_peers.graph_of, call))
-        right &= all(graphs.values())
+            if module := attempt(f"{peer} T={tokens} import", partial(load, peer)):
+                attempt(f"{peer} T={tokens} check", partial(gpu_peers.check, peer, module, bench, "trace", tokens))
+                call = caller(module, inputs, tokens, bench.geometry.hidden_size)
+                graphs[peer] = attempt(f"{peer} T={tokens} graph", partial(gpu_peers.graph_of, call))
         for number in range(arguments.rounds):
             for peer in arguments.peers[:: 1 if number % 2 == 0 else -1]:
-                if graph := graphs[peer]:
-                    found = attempt(f"{peer} T={tokens}", partial(stretch, graph.replay, arguments.seconds, power))
-                    say("stretch", peer=peer, tokens=tokens, round=number, **(found or {}))
+                if graph := graphs.get(peer):
+                    found = attempt(f"{peer} T={tokens} stretch", partial(stretch, graph.replay, arguments.seconds, power))
+                    if found:
+                        say("stretch", peer=peer, tokens=tokens, round=number, **found)
         graphs.clear()
         torch.cuda.empty_cache()
-    return right and all(line["ok"] for line in read() if line["kind"] == "check")
 
 
 def table(lines: list[dict], peers: list[str]) -> str:
     """Medians over the rounds, a line a solution and T."""
     found: dict[tuple[int, str], list[dict]] = {}
     for line in lines:
-        if line["kind"] == "stretch" and "sustained_us" in line:
+        if line["kind"] == "stretch":
             found.setdefault((line["tokens"], line["peer"]), []).append(line)
     rows = [f"T | solution | rested, us | sustained, us | MHz | W | {peers[0]} is so many times as fast: rested, sustained"]
     for (tokens, peer), each in found.items():
@@ -139,27 +145,49 @@ def middle(lines: list[dict], key: str) -> float:
     return statistics.median(line[key] for line in lines)
 
 
+def failed(lines: list[dict]) -> bool:
+    """Whether a solution failed somewhere, or was wrong."""
+    return any(line["kind"] == "failed" or (line["kind"] == "check" and not line["ok"]) for line in lines)
+
+
+def numbers_of(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers and commas, got {text!r}") from None
+    known = [workload.axes["seq_len"] for workload in workloads_of(HEADLINE)]
+    if unknown := [t for t in found if t not in known]:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(map(str, sorted(known)))}, got {','.join(map(str, unknown))}")
+    return found
+
+
+def solutions_of(text: str) -> list[str]:
+    known = sorted(file.parent.name for file in ROOT.glob("solutions/*/main.py"))
+    if unknown := [name for name in text.split(",") if name not in known]:
+        raise argparse.ArgumentTypeError(f"expected some of {','.join(known)}, got {','.join(unknown)}")
+    return text.split(",")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--peers", default="blockmoe,deepgemm_moe", help="solutions, comma-separated; the first is beside each other")
-    parser.add_argument("--tokens", default="14107,11948,901", help="comma-separated, of the 19 workloads")
-    parser.add_argument("--seconds", type=float, default=1.0, help="a stretch")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--peers", type=solutions_of, default="blockmoe,deepgemm_moe", help="solutions; all are compared with the first")
+    parser.add_argument("--tokens", type=numbers_of, default="14107,11948,901", help="comma-separated, of the 19 workloads")
+    parser.add_argument("--seconds", type=float, default=1.0, help="how long a stretch lasts, about")
+    parser.add_argument("--rounds", type=int, default=2, help="stretches of each solution and T; medians are printed")
+    parser.add_argument("--seed", type=int, default=0, help="of the inputs")
     arguments = parser.parse_args()
-    arguments.peers, known = arguments.peers.split(","), sorted(file.parent.name for file in ROOT.glob("solutions/*/main.py"))
-    if unknown := [name for name in arguments.peers if name not in known]:
-        parser.error(f"--peers: expected some of {','.join(known)}, got {','.join(unknown)}")
-    try:
-        arguments.tokens = [int(t) for t in arguments.tokens.split(",")]
-    except ValueError:
-        parser.error(f"--tokens: expected numbers and commas, got {arguments.tokens!r}")
     if arguments.seconds <= 0 or arguments.rounds < 1:
         parser.error(f"--seconds, --rounds: expected more than 0 and at least 1, got {arguments.seconds} and {arguments.rounds}")
+    import torch
+
+    if not torch.cuda.is_available():
+        parser.error("expected a CUDA device, got none")
     JOURNAL.parent.mkdir(parents=True, exist_ok=True)
-    right = measure(arguments)
+    for file in (JOURNAL, LOG):
+        file.unlink(missing_ok=True)
+    measure(arguments)
     print(table(read(), arguments.peers))
-    return 0 if right else 1
+    return int(failed(read()))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ PREFILL_ROWS = 4
 # eight experts, T = 128, 256, 512: 154, 271, 516, prefill 124, 181, 300; where all choices are local, 331, 411, 608, prefill 360, 381, 472
 # (curve/seventh-first.jsonl).
 EITHER_ROWS = 54
-MOST_TILES = 1.25  # of 64 pairs, of an expert that has any, on average: with more it is prefill
+MOST_TILES = 1.25  # of 64 pairs, of an expert that has any, on average: with more it is prefill, but where tiles are `EitherTile.few`
 # Mean rows from which its programs are clusters. On an H200, uniform routing, T = 128, 200, 300, 500, 901, 2048, 3072, 4096: 326, 346,
 # 348, 354, 365, 380, 424, 469 us, without 323, 344, 346, 351, 364, 379, 427, 491. Where all choose the same eight experts, whose tiles
 # then share weights, T = 256: 178.5, 181.8; without 190.2, 187.3 (curve/fourth-first.jsonl, fourth.jsonl).
@@ -266,8 +266,8 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
         flight = 3 if rows < MEMORY_BOUND_ROWS else 2
         if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
             stream = _stream(geometry, tokens, rows, machine)
-            # So that each program has a unit of GEMM1 at most. One expert, T = 128, 256: 60, 66 us; by tiles of 64 pairs 71, 74; prefill 72,
-            # 73 (results/h200/curve/tenth.jsonl)
+            # So that each program has a unit of GEMM1 at most: 8 of the headline geometry, of which one expert was measured. T = 128, 256:
+            # 60, 66 us; by tiles of 64 pairs 71, 74; prefill 72, 73 (results/h200/curve/tenth.jsonl)
             few = machine.sm_count // (geometry.intermediate_size // stream.rows)
             tiles = EitherTile(stream, PrefillTile(PREFILL_STAGES, 1, flight), few)
             return Plan("either", route, tiles, pdl=pdl)
