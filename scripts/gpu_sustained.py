@@ -4,7 +4,8 @@ A benchmark's few calls end before the GPU's power limit lowers its clock; a ser
 to back for about --seconds, solutions by turns, --rounds times, after a rest of half a second. Nothing is flushed in between: from some
 tens of tokens on the active experts' weights are many times the L2. Printed: the time of a call during the first 10 ms and during the
 second half, the multiprocessors' clock during that, the power that nvidia-smi reports (where it is installed), and how many times as fast
-the first solution is as each other. A line a stretch goes to $OUT/gpu_sustained.jsonl (default results/tmp), tracebacks to its .log. Exit code 1 where a solution failed or the output of an eager call was wrong, 3 where one broke the CUDA context, which ends the run.
+the first solution is as each other. A line a stretch goes to $OUT/gpu_sustained.jsonl (default results/tmp), tracebacks to its .log. Exit
+code 1 where a solution failed or the output of an eager call was wrong, 3 where one broke the CUDA context, which ends the run.
 """
 
 from __future__ import annotations
