@@ -161,7 +161,6 @@ class Curve:
         if self.cuda:
             self.warm(call, once)
         samples = self.spans(calls, repeats)
-        mhz = self.mhz
         doubtful = [label for label in others if self.much_slower(samples, label)]
         if doubtful:  # once more, and only what is in doubt
             samples |= self.spans({label: calls[label] for label in ("", *doubtful)}, 2 * repeats)
@@ -170,7 +169,7 @@ class Curve:
         point = dict(
             family=family, tokens=tokens, **counts, us=us, quartiles=[low, high], us_per_pair=us / max(1, counts["pairs"]),
             graph_us=self.graph_us(call) if self.cuda else None, host_us=host_us, **self.floor(tokens, **counts), timer=self.timer.name,
-            samples=len(samples[""]), mhz=mhz, plan=str(self.plan(tokens)),
+            samples=len(samples[""]), mhz=self.mhz, plan=str(self.plan(tokens)),
             neighbours={label: {"us": statistics.median(samples[label]), "plan": str(plan)} for label, plan in others.items()},
         )  # fmt: skip
         self.points.append(point)

@@ -29,7 +29,7 @@ REST_S, FIRST_US, STEP_US = 0.5, 10_000.0, 20_000.0
 
 
 class Power:
-    """Watts that nvidia-smi reports while `during` runs, by samples; none where it is not installed."""
+    """Watts by nvidia-smi while `during` runs, by samples (the bench's `gpu_state` reads once); none where it is not installed."""
 
     def __init__(self, gpu: str) -> None:
         self.gpu = gpu  # an index, or better its UUID: nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES

@@ -101,11 +101,11 @@ def weights_producer(
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)  # units of GEMM2, where sorted a tile
     touch(tile_expert)
     touch(tile_group)
-    if not DENSE:
-        touch(tile_begin)
-        touch(tile_end)
     if DENSE:
         let_others_draw(ticket, tile_count, INTER // ROWS)
+    else:
+        touch(tile_begin)
+        touch(tile_end)
     unit = gl.atomic_add(ticket, 1, sem="relaxed")
     tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, DENSE)
     it = 0
