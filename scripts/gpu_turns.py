@@ -5,7 +5,8 @@
 
 Each tree's operator (465d850 or newer) runs in a process of its own, with the environment NAME=VALUE, on the same inputs. The processes
 take turns, every other round in reverse. Processes of one tree differ too: give it twice. Cold L2 before each call; cold code, too, if
-calls of other numbers of tokens come `--between`. Printed last, as
+calls of other numbers of tokens come `--between`. Routing is a bundled workload's, else uniform; or, where tokens are given as
+128:one-expert, that of a family of `gpu_curve.py`. Printed last, as
 medians over the rounds of medians of six calls: the whole call in us, the clock of the multiprocessors during it, their cycles, the
 stages by themselves. Before that a sum over the output's bits by place, by which trees agree or not.
 """
@@ -20,6 +21,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gpu_curve
 import torch
 from gpu_clock import Clock
 
@@ -70,22 +72,27 @@ def serve(tree: str, between: str) -> None:
     weights, timer, made = operator.weights(HEADLINE), operator.Timer(), {}
     on = (machine.of_gpu(0),) if hasattr(machine, "Machine") else ()  # older trees choose for an H100
 
-    def make(tokens: int) -> str:
+    def make(given: str) -> str:
+        tokens, family = size_of(given)
         inputs, offset = operator.workload(HEADLINE, tokens)
+        if family:
+            offset = HEADLINE.num_local_experts  # a group's experts
+            chosen = gpu_curve.choices(family, HEADLINE, tokens, offset, 0, torch.device("cuda"))
+            inputs = gpu_curve.logits_of(chosen, HEADLINE), torch.zeros_like(inputs[1]), *inputs[2:]
         plan = choose_plan(HEADLINE, tokens, *on)
         out = torch.full((tokens, HEADLINE.hidden_size), float("nan"), dtype=torch.bfloat16, device="cuda")
         memory = torch.full((layout(HEADLINE, tokens, plan)[1],), 255, dtype=torch.uint8, device="cuda")
         tensors = [*inputs, *weights, out, memory]
         ready = [Prepared(launches, 0) for launches in stages(HEADLINE, tokens, plan, offset, 2.5).values()]
-        made[tokens] = tensors, tuple(t.data_ptr() for t in tensors), ready
+        made[given] = tensors, tuple(t.data_ptr() for t in tensors), ready
         for stage in ready:
-            stage.run(made[tokens][1])
+            stage.run(made[given][1])
         bits, places = out.view(torch.int16).flatten(), torch.arange(out.numel(), device="cuda")
         return f"bits {int((bits * (places % 1000003 + 1)).sum())}, {int(out.isnan().sum())} NaN"
 
-    def measure(tokens: int) -> str:
-        _, addresses, ready = made[tokens]
-        others = [made[int(t)] for t in between.split(",") if t]
+    def measure(given: str) -> str:
+        _, addresses, ready = made[given]
+        others = [made[t] for t in between.split(",") if t]
         clock = Clock(CALLS)
         whole, parts = [], []
         timer.release_l2()
@@ -116,29 +123,45 @@ def serve(tree: str, between: str) -> None:
 
     print("ready", flush=True)
     for line in sys.stdin:
-        word, tokens = line.split()
-        print((make if word == "make" else measure)(int(tokens)), flush=True)
+        word, given = line.split()
+        print((make if word == "make" else measure)(given), flush=True)
+
+
+def size_of(given: str) -> tuple[int, str]:
+    """Tokens and family of such as 901 or 128:one-expert. Raises ValueError."""
+    number, _, family = given.partition(":")
+    if int(number) < 1 or family.replace("-", " ") not in ("", *gpu_curve.FAMILIES):
+        raise ValueError
+    return int(number), family.replace("-", " ")
+
+
+def sizes_of(text: str) -> list[str]:
+    found = [given for given in text.split(",") if given]
+    try:
+        for given in found:
+            size_of(given)
+    except ValueError:
+        families = ", ".join(name.replace(" ", "-") for name in gpu_curve.FAMILIES)
+        wanted = f"numbers of at least 1 and commas, each with :FAMILY or not, of {families}"
+        raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}") from None
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="14107,11948,4096,2048", help="comma-separated")
+    parser.add_argument("--tokens", type=sizes_of, default="14107,11948,4096,2048", help="comma-separated, as 901 or 128:one-expert")
     parser.add_argument("--rounds", type=int, default=6)
-    parser.add_argument("--between", default="", help="as 8,4096: calls of so many tokens run before each measured one")
+    parser.add_argument("--between", type=sizes_of, default="", help="as 8,4096: calls of so many tokens run before each measured one")
     parser.add_argument("trees", nargs="+", metavar="LABEL=TREE")
     arguments = parser.parse_args()
-    try:
-        tokens = [int(t) for t in arguments.tokens.split(",")]
-        between = [int(t) for t in arguments.between.split(",") if t]
-    except ValueError:
-        parser.error(f"--tokens, --between: expected numbers and commas, got {arguments.tokens!r} and {arguments.between!r}")
-    if min(tokens + between) < 1 or arguments.rounds < 1:
-        parser.error(f"--tokens, --rounds: expected at least 1, got {arguments.tokens} and {arguments.rounds}")
+    tokens, between = arguments.tokens, arguments.between
+    if not tokens or arguments.rounds < 1:
+        parser.error(f"--tokens, --rounds: expected at least 1, got {len(tokens)} and {arguments.rounds}")
     trees = [Tree(given) for given in arguments.trees]
     if len({tree.label for tree in trees}) < len(trees):
         parser.error(f"expected a label of its own for each tree, got {' '.join(tree.label for tree in trees)}")
     for tree in trees:
-        tree.start(arguments.between)
+        tree.start(",".join(between))
     for tree in trees:
         print(tree.label, tree.answer(), flush=True)
     for t in dict.fromkeys(tokens + between):
@@ -146,7 +169,7 @@ def main() -> None:
             tree.ask(f"make {t}")
         for tree in trees:
             print(f"T={t} {tree.label}: {tree.answer()}", flush=True)
-    found: dict[tuple[int, str], list[list[float]]] = {(t, tree.label): [] for t in tokens for tree in trees}
+    found: dict[tuple[str, str], list[list[float]]] = {(t, tree.label): [] for t in tokens for tree in trees}
     for n in range(arguments.rounds):
         for t in tokens:
             for tree in trees[:: 1 if n % 2 == 0 else -1]:
