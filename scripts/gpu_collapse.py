@@ -117,7 +117,7 @@ def rows_of(solution: str, tokens: int, counts: list[int], tile: int | None = No
     return local | products
 
 
-def tile_of(solution: str, module, tokens: int) -> int | None:
+def tile_of(solution: str, module, tokens: int, counts: list[int]) -> int | None:
     """The height in rows of the products' tiles, where the solution's own choice tells."""
     if solution == "sglang_triton_moe":
         return module.choose_tile(tokens).block_m
@@ -128,7 +128,7 @@ def tile_of(solution: str, module, tokens: int) -> int | None:
         from blockmoe.operator.machine import of_gpu
         from blockmoe.operator.plan import choose_plan
 
-        return choose_plan(HEADLINE, tokens, of_gpu(0)).ways[0].gate_up.block_n
+        return choose_plan(HEADLINE, tokens, of_gpu(0)).way(counts).gate_up.block_n
     return None
 
 
@@ -186,7 +186,7 @@ def measure(name: str, module, bench: Bench, flush, tokens: int) -> None:
     span = statistics.median(total for _, _, total in found)
     gaps = statistics.median(gap for _, gap, _ in found)
     counts = local_counts(inputs.values, bench.geometry)
-    rows = rows_of(name, tokens, counts, tile_of(name, module, tokens))
+    rows = rows_of(name, tokens, counts, tile_of(name, module, tokens, counts))
     names = [kernel for kernel, _, _ in calls[0]]
     by_stage = list(zip(names, stages_of(names), strict=True))
     say("call", peer=name, tokens=tokens, span_us=span, gaps_us=gaps, launches=len(names), pairs=sum(counts), calls=len(calls))

@@ -120,7 +120,7 @@ class Curve:
         """Other plans than the chosen one that might serve `tokens` tokens, with its routing: a routing tile may bound T. And its ways,
         where routing chooses of several."""
         chosen = self.plan(tokens)
-        found = {way.path: way for way in chosen.ways if way != chosen}
+        found = {f"{way.path} by {way.gate_up.block_n}": way for way in chosen.ways if way != chosen}
         for other in (tokens // 2, tokens - 1, tokens + 1, 2 * tokens):
             plan = replace(self.plan(max(1, other)), route=chosen.route)
             fits = not plan.dense or (chosen.route.one_launch and tokens <= plan.gate_up.block_n)

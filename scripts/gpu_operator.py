@@ -210,15 +210,15 @@ def candidates(tokens: int) -> dict[str, Plan]:
         found[str(tile)] = Plan("stream", base.route, tile)
 
     for way in base.ways:
-        found.setdefault(way.path, way)
-    tile = base.ways[0].gate_up
-    if base.ways[0].path == "stream":
+        found[f"{way.path} {way.gate_up}"] = way
+    if streaming := [way.gate_up for way in base.ways if way.path == "stream"]:
+        tile = streaming[-1]
         for flight in (2, 3, 4, None):
             stream(replace(tile, flight=flight))
         for machine in (H100, H200):
-            other = choose_plan(HEADLINE, tokens, machine).ways[0]
-            if other.path == "stream":
-                stream(other.gate_up)
+            for other in choose_plan(HEADLINE, tokens, machine).ways:
+                if other.path == "stream":
+                    stream(other.gate_up)
         for promotion in (128, 256):
             for burst in (1,) if tile.dense else (1, 2):
                 stream(replace(tile, promotion=promotion, burst=burst))

@@ -27,23 +27,25 @@ PLANS = {
 SHARED_LIMIT = 232_448  # bytes of shared memory that a program may have on sm_90
 
 IN_TWO = RouteTile(16, 4, 16, False)
-EITHER = EitherTile(StreamTile(128, 64, 5, promotion=128, burst=2), PrefillTile(4, 1, flight=3))
+BY_TWOS = StreamTile(128, 32, 6, promotion=128, burst=2)
+BOTH = replace(BY_TWOS, block_n=64, stages=5, small=BY_TWOS)
+EITHER = EitherTile(replace(BOTH, small=replace(BY_TWOS, stages=5)), PrefillTile(4, 1, flight=3))
 PERSISTENT = {  # for the emulator
     "prefill": Plan("prefill", IN_TWO, PrefillTile(4, 1, flight=3)),
     "cluster": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3)),
     "cluster 2 in flight": Plan("prefill", IN_TWO, PrefillTile(4, 2)),
     "dense": Plan("stream", RouteTile(16, 16, 16, True), StreamTile(64, 16, 10, dense=True, flight=3)),
     "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3)),
-    "stream 256x32 by twos": Plan("stream", IN_TWO, StreamTile(128, 32, 6, promotion=128, burst=2)),
-    "stream 256x64 by twos": Plan("stream", IN_TWO, StreamTile(128, 64, 5, promotion=128, burst=2)),
-    "either": Plan("either", IN_TWO, EITHER),  # stream's way; with more tokens (EMULATED_TOKENS) prefill's
-    "either, skewed": Plan("either", IN_TWO, EITHER),
-    "either, few": Plan("either", IN_TWO, replace(EITHER, few=7)),  # stream's way by tiles of 32
+    # of the ways of the last five, the first to the third, as their tokens have it
+    "stream, small": Plan("stream", IN_TWO, BOTH),
+    "stream, large": Plan("stream", IN_TWO, BOTH),
+    "either, small": Plan("either", IN_TWO, EITHER),
+    "either, large": Plan("either", IN_TWO, EITHER),
+    "either, prefill": Plan("either", IN_TWO, EITHER),
 }
 EMULATED_TOKENS = {
     "prefill": 150, "cluster": 280, "cluster 2 in flight": 140, "dense": 9, "stream 256x32": 60,
-    "stream 256x32 by twos": 40, "stream 256x64 by twos": 180,
-    "either": 60, "either, skewed": 180, "either, few": 120,
+    "stream, small": 60, "stream, large": 120, "either, small": 60, "either, large": 120, "either, prefill": 180,
 }  # fmt: skip
 SMALL = MoEGeometry(8, 4, 3, 512, 512)
 

@@ -84,12 +84,13 @@ def test_stream(tile, tmp_path):
     assert not warnings(usage.ptx, tmp_path) and not re.search(r"\b[HI]G?MMA", usage.sass)
     # GEMM1: two accumulators by four steps of 32; GEMM2 likewise, or all four products of a dense stage
     # twice: of two consumers, or for tiles of few pairs and of more
-    assert products(usage.sass) == ["Q" * 8] * (4 if tile.dense or tile.block_n > 16 else 2)
+    assert products(usage.sass) == ["Q" * 8] * len(tile.ways) * (4 if tile.dense or tile.block_n > 16 else 2)
     assert all(meta["block_size"] == [tile.rows, 128] and meta["elem_size"] == 1 for meta in usage.tensordesc)
     assert len(usage.tensordesc) == 2
     # what a kernel has the L2 keep outlasts it: it lets that go again; where all is summed in the accumulator nothing is kept
     kept = 0 if tile.dense else HEADLINE.top_k + HEADLINE.top_k // 2 + 1  # a line of each of a token's rows, of few; the intermediate
-    assert ("evict_last" in usage.ptx) == (not tile.dense) and usage.ptx.count("applypriority.global.L2::evict_normal") == kept
+    found = usage.ptx.count("applypriority.global.L2::evict_normal")
+    assert ("evict_last" in usage.ptx) == (not tile.dense) and found == kept * len(tile.ways)
 
 
 def test_either(tmp_path):

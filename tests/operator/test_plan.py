@@ -53,12 +53,12 @@ def test_paths():
 
 def test_how_weights_are_asked_for():
     """By the kind of memory, which between 128 and 1,727 tokens decides more."""
-    tiles = {m: [choose_plan(HEADLINE, t, m).gate_up for t in (1, 16, 17, 127)] for m in (H100, H200)}
+    tiles = {m: [tile for t in (1, 16, 17, 127) for tile in choose_plan(HEADLINE, t, m).gate_up.ways] for m in (H100, H200)}
     asked = {m: [(tile.promotion, tile.burst, tile.flight) for tile in found] for m, found in tiles.items()}
-    assert asked[H100] == [(256, 1, 3)] * 4 and asked[H200] == [(128, 1, 4)] * 2 + [(128, 2, None)] * 2
+    assert asked[H100] == [(256, 1, 3)] * 5 and asked[H200] == [(128, 1, 4)] * 2 + [(128, 2, None)] * 3
     as_others = dict(promotion=256, burst=1, flight=3)
     assert [replace(tile, **as_others) for tile in tiles[H200]] == tiles[H100]
-    assert str(tiles[H200][3]) == "256x32 6s by twos"
+    assert [str(choose_plan(HEADLINE, t, H200).gate_up) for t in (32, 33)] == ["256x32 6s by twos", "256x32 6s or x64 5s by twos"]
     odd = replace(HEADLINE, intermediate_size=640)  # K blocks of GEMM2
     assert choose_plan(odd, 128, H200) == choose_plan(odd, 128, H100)
     assert {(plan.gate_up.promotion, plan.gate_up.burst) for plan in plans(odd, H200) if plan.path == "stream"} == {(128, 1)}
@@ -66,8 +66,8 @@ def test_how_weights_are_asked_for():
         assert choose_plan(HEADLINE, t, H100) == choose_plan(HEADLINE, t, H200)
     either = choose_plan(HEADLINE, 128, H200)
     assert {choose_plan(HEADLINE, t, H200).gate_up for t in (128, 901, 1727)} == {either.gate_up}
-    assert str(either.gate_up) == "256x64 5s by twos (x32 up to 8) or 128x256 4s 3 in flight"
-    assert [way.path for way in either.ways] == ["stream", "prefill"] and either.ways[1] == choose_plan(HEADLINE, 128, H100)
+    assert str(either.gate_up) == "256x32 5s or x64 5s by twos or 128x256 4s 3 in flight"
+    assert [way.path for way in either.ways] == ["stream", "stream", "prefill"] and either.ways[2] == choose_plan(HEADLINE, 128, H100)
     for t in (1, 80, 4096):
         assert choose_plan(HEADLINE, t, Machine(capability=100)) == choose_plan(HEADLINE, t, Machine(capability=100, hbm3e=True))
 
@@ -150,7 +150,7 @@ def test_few_tiles_of_half_the_pairs_have_room():
     one = replace(HEADLINE, num_local_experts=1)
     for tokens in (128, 250, 256, 257, 300):
         plan = choose_plan(one, tokens, H200)
-        few = plan.gate_up.pairs_of_tile([tokens]) == 32
+        few = plan.way([tokens]).gate_up.block_n == 32
         assert few == (tokens <= 256) == (plan.way([tokens]).path == "stream")
         bound, placed = sizes(one, tokens, plan), layout(one, tokens, plan)[0]
         if few:

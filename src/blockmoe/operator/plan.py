@@ -62,6 +62,16 @@ def power_of_two_at_least(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
+def tiles_of(pairs: Sequence[int], block_n: int) -> list[int]:
+    """How many of `block_n` each expert has of so many pairs."""
+    return [-(-n // block_n) for n in pairs]
+
+
+def many(pairs: Sequence[int], block_n: int) -> bool:
+    """Whether experts would have more than MOST_TILES such tiles on average, but for those without a pair."""
+    return sum(tiles_of(pairs, block_n)) > MOST_TILES * sum(n > 0 for n in pairs)
+
+
 @dataclass(frozen=True)
 class RouteTile:
     """`block_t` tokens at a time are chosen for, a warp each where num_warps allows; `place_t` at a time are sorted.
@@ -116,6 +126,9 @@ class StreamTile:
     GEMM1: `rows` intermediate columns, one scale a pair and tile. GEMM2: 2 * `rows` output columns of a tile's pairs; where `dense`, a tile
     lists all tokens, and `rows` columns are summed over all experts (10 stages at most: a second consumer's sums lie beside them).
     `promotion`: bytes that the L2 reads at once (128 or 256). `burst`: K blocks of weights asked for together, 1 or 2.
+
+    Where there are `small` tiles too, routing lists those if they are `few` at most, or not many of an expert (`many`). With other
+    stages they have other buffers, and code of their own; else those of the larger.
     """
 
     rows: int
@@ -125,6 +138,8 @@ class StreamTile:
     dense: bool = False
     flight: int | None = None
     burst: int = 1
+    small: StreamTile | None = None
+    few: int = 0
 
     def __post_init__(self) -> None:
         assert self.rows == (64 if self.dense else 128), "of two boxes a stage, and each stays in one scale block"
@@ -133,12 +148,17 @@ class StreamTile:
         assert self.burst in (1, 2) and self.burst <= (self.flight or self.stages)
         assert not self.dense or self.burst == 1, "a stage of dense GEMM2 is two K blocks already"
         assert not self.dense or self.block_n == 16, "sums of both consumers lie beside the stages"
+        if self.small:
+            as_small = dict(block_n=self.small.block_n, stages=self.small.stages, small=None, few=0)
+            assert self.small.block_n < self.block_n and replace(self, **as_small) == self.small, "but for their sizes alike"
 
     def __str__(self) -> str:
         more = f" promoted {self.promotion}" if self.promotion != 128 else ""
         more += " by twos" if self.burst == 2 else ""
         more += f" {self.flight} in flight" if self.flight else ""
-        return f"{2 * self.rows}x{self.block_n} {self.stages}s{more}{' dense' if self.dense else ''}"
+        more += " dense" if self.dense else ""
+        stages = [f"x{t.block_n} {t.stages}s" for t in (self.small, self) if t]
+        return f"{2 * self.rows}{' or '.join(stages)}{more}"
 
     @property
     def block_i(self) -> int:
@@ -147,6 +167,16 @@ class StreamTile:
     @property
     def num_warps(self) -> int:
         return self.rows // 16
+
+    @property
+    def ways(self) -> tuple[StreamTile, ...]:
+        return (self.small, replace(self, small=None, few=0)) if self.small else (self,)
+
+    def way(self, pairs: Sequence[int]) -> StreamTile:
+        """The tile where each expert has so many."""
+        if self.small and sum(tiles_of(pairs, self.small.block_n)) > self.few and many(pairs, self.small.block_n):
+            return self.ways[-1]
+        return self.ways[0]
 
 
 @dataclass(frozen=True)
@@ -171,31 +201,27 @@ class PrefillTile:
 
 @dataclass(frozen=True)
 class EitherTile:
-    """Of a kernel that has both: `prefill` where an expert has many tiles of `stream`, which routing finds. Where tiles of half of stream's
-    pairs are `few` at most, stream takes those."""
+    """Of a kernel that has both: `prefill` where `stream` has no small tiles for the routing, and of the others an expert has many."""
 
     stream: StreamTile
     prefill: PrefillTile
-    few: int = 0
     block_i = BLOCK
     dense = False
 
     def __post_init__(self) -> None:
-        assert not self.stream.dense and self.prefill.cluster == 1
+        assert self.stream.small and self.prefill.cluster == 1
 
     def __str__(self) -> str:
-        return f"{self.stream}{f' (x{self.half} up to {self.few})' if self.few else ''} or {self.prefill}"
+        return f"{self.stream} or {self.prefill}"
 
     @property
-    def half(self) -> int:
-        return self.stream.block_n // 2
+    def ways(self) -> tuple[StreamTile | PrefillTile, ...]:
+        return *self.stream.ways, self.prefill
 
-    def pairs_of_tile(self, pairs: Sequence[int]) -> int:
-        """How many a tile has where each expert has so many."""
-        if sum(-(-n // self.half) for n in pairs) <= self.few:
-            return self.half
-        tiles = sum(-(-n // self.stream.block_n) for n in pairs)
-        return (self.prefill if tiles > MOST_TILES * sum(n > 0 for n in pairs) else self.stream).block_n
+    def way(self, pairs: Sequence[int]) -> StreamTile | PrefillTile:
+        """The tile where each expert has so many."""
+        found = self.stream.way(pairs)
+        return self.prefill if found == self.stream.ways[-1] and many(pairs, found.block_n) else found
 
 
 WIDE = (GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8))  # T = 14107, stages: (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
@@ -227,17 +253,14 @@ class Plan:
     @property
     def ways(self) -> tuple[Plan, ...]:
         """The plans of which routing chooses."""
-        if self.path != "either":
-            return (self,)
-        tiles = self.gate_up
-        return replace(self, path="stream", gate_up=tiles.stream), replace(self, path="prefill", gate_up=tiles.prefill)
+        return tuple(map(self._by, getattr(self.gate_up, "ways", (self.gate_up,))))
 
     def way(self, pairs: Sequence[int]) -> Plan:
         """Which of the ways routing takes that gives each local expert so many pairs (of weight 0 none counts), as `place_kernel` finds."""
-        if len(self.ways) == 1:
-            return self
-        stream, prefill = self.ways
-        return prefill if self.gate_up.pairs_of_tile(pairs) == prefill.gate_up.block_n else stream
+        return self._by(self.gate_up.way(pairs)) if len(self.ways) > 1 else self
+
+    def _by(self, tile: GateUpTile | StreamTile | PrefillTile) -> Plan:
+        return replace(self, path={StreamTile: "stream", PrefillTile: "prefill"}.get(type(tile), self.path), gate_up=tile)
 
     def __str__(self) -> str:
         g, d = self.gate_up, self.down
@@ -265,12 +288,10 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     if rows >= PREFILL_ROWS and geometry.intermediate_size >= PREFILL_STAGES * BLOCK and persistent and not route.one_launch:
         flight = 3 if rows < MEMORY_BOUND_ROWS else 2
         if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
-            stream = _stream(geometry, tokens, rows, machine)
-            # So that each program has a unit of GEMM1 at most: 8 of the headline geometry, of which one expert was measured. T = 128, 256:
-            # 60, 66 us; by tiles of 64 pairs 71, 74; prefill 72, 73 (results/h200/curve/tenth.jsonl)
-            few = machine.sm_count // (geometry.intermediate_size // stream.rows)
-            tiles = EitherTile(stream, PrefillTile(PREFILL_STAGES, 1, flight), few)
-            return Plan("either", route, tiles, pdl=pdl)
+            stream = _stream(geometry, tokens, machine)
+            # with code of their own small tiles took 10 us more at T = 901, and 1.3 at 130 to 500: registers were spilled
+            stream = replace(stream, small=replace(stream.small, stages=stream.stages))
+            return Plan("either", route, EitherTile(stream, PrefillTile(PREFILL_STAGES, 1, flight)), pdl=pdl)
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
         cluster = 2 if clusters and even and rows >= CLUSTER_ROWS else 1
@@ -278,7 +299,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
     if persistent:
-        return Plan("stream", route, _stream(geometry, tokens, rows, machine), pdl=pdl)
+        return Plan("stream", route, _stream(geometry, tokens, machine), pdl=pdl)
     if rows <= 6:
         # 3 and 4 stages of gate_up: T = 16: 206 us and 208; 32: 335 and 344; 55: 390 and 391; 80: 509 and 513
         return Plan("sorted", route, GateUpTile(64, 16, 3, 4), DownTile(64, 16, 5, 4), pdl)
@@ -308,8 +329,8 @@ def _even(geometry: MoEGeometry) -> bool:
     return geometry.intermediate_size % (2 * BLOCK) == 0
 
 
-def _stream(geometry: MoEGeometry, tokens: int, rows: float, machine: Machine) -> StreamTile:
-    """The tile for so many tokens, `rows` an expert: tall enough for skewed routing too, where that costs nothing under uniform routing."""
+def _stream(geometry: MoEGeometry, tokens: int, machine: Machine) -> StreamTile:
+    """The tile for so many tokens: tall enough for skewed routing too, where that costs nothing under uniform routing."""
     even = _even(geometry)
     if machine.hbm3e:
         # On an H200, of whole calls (results/h200/operator/bursts.txt): T = 1, 7, 14, 15, 16: 0.5, 3.0, 6.1, 0.4, 6.3 us less than with 256
@@ -319,20 +340,23 @@ def _stream(geometry: MoEGeometry, tokens: int, rows: float, machine: Machine) -
         # T = 32, 52, 59, 62, 80, 120: 6.6, 7.9, 7.8, 8.6, 14.3, 12.3 us less than with 256 bytes, one at a time, three in flight; with 128
         # bytes, one at a time, three in flight T = 32, 52, 59, 62, 80: 5.8, 4.6, 6.9, 4.7, 10.4. On an H100 256 bytes were the better: TMA
         # alone read W1 in 310 us, two at a time without in 317.
-        if even:
-            # T = 80, 120 by tiles of 64 and of 32 pairs: 323, 319; 312, 309
-            n, stages = (64, 5) if rows >= PREFILL_ROWS else (32, 6)
-            return StreamTile(128, n, stages, promotion=128, burst=2)
-        return StreamTile(128, 32, 6, promotion=128, flight=3)
-    if tokens <= STREAM_DENSE_TOKENS and even:
+        small = StreamTile(128, 32, 6, promotion=128, burst=2) if even else StreamTile(128, 32, 6, promotion=128, flight=3)
+    elif tokens <= STREAM_DENSE_TOKENS and even:
         # T = 1, 7, 14, 15: 54.6, 98.5, 169.5, 87.6 us; all stages in flight 57.7, 103.8, 174.8, 87.9. On an H200: 45.0, 76.8, 126.7, 69.7;
         # with two consumers, more stages for last units, and idle programs that let others draw 42.3 (by these alone), 72.4, 124.2, 63.4
         return StreamTile(64, 16, 10, dense=True, flight=3)
-    # T = 55, 80: 340.3, 469.1 us; 128x16 341.0, 469.2; 256x16 340.5, 470.0. T = 128: 446.6, 128x16 446.5; all on the same eight
-    # experts: 201.7, 413.6
-    # With 6 stages, 3 of them in flight (and the last sum in two column groups) T = 16, 32, 80: 185.9, 298.9, 472.0; with 5, all in
-    # flight (and one), 188.6, 302.6, 473.9
-    return StreamTile(128, 32, 6, flight=3)
+    else:
+        # T = 55, 80: 340.3, 469.1 us; 128x16 341.0, 469.2; 256x16 340.5, 470.0. T = 128: 446.6, 128x16 446.5; all on the same eight
+        # experts: 201.7, 413.6
+        # With 6 stages, 3 of them in flight (and the last sum in two column groups) T = 16, 32, 80: 185.9, 298.9, 472.0; with 5, all in
+        # flight (and one), 188.6, 302.6, 473.9
+        small = StreamTile(128, 32, 6, flight=3)
+    if tokens <= small.block_n:  # no expert has more
+        return small
+    # few: so that each program has a unit of GEMM1 at most, 8 of the headline geometry, of which one expert was measured. T = 128, 256: 60,
+    # 66 us; by tiles of 64 pairs 71, 74; prefill 72, 73 (results/h200/curve/tenth.jsonl)
+    few = machine.sm_count // (geometry.intermediate_size // BLOCK)
+    return replace(small, block_n=64, stages=5, small=small, few=few)
 
 
 def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, machine: Machine, pdl: bool) -> Plan:

@@ -309,13 +309,13 @@ def choose_kernel(
 @triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count"])
 def place_kernel(
     token_weight, chunk_count, chunk_kinds, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, slot_token, slot_count, counters, before, skewed, chunks, tokens, chunk_tokens, counter_count,
-    LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, FEW_N: tl.constexpr, FEW: tl.constexpr,
-    BLOCK_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, PREFILL: tl.constexpr, PDL: tl.constexpr,
+    token_pairs, slot_token, slot_count, counters, before, way, chunks, tokens, chunk_tokens, counter_count,
+    LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, SMALL_N: tl.constexpr, FEW: tl.constexpr,
+    BLOCK_N: tl.constexpr, PREFILL_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, and are for prefill where
-    PREFILL. Where FEW_N they have FEW_N pairs and are not, but where that makes many tiles of few experts, which is noted (`skewed`); or
-    half of FEW_N where that makes FEW tiles at most (`EitherTile`)."""
+    """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, or, where that
+    is 0, PREFILL_N for prefill. Where SMALL_N, they have SMALL_N, BLOCK_N or PREFILL_N if that is not 0, as the counts decide
+    (`StreamTile.way`, `EitherTile.way`); which is noted, as 0, 1 or 2 (`way`)."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     zero_counters(counters, chunk, chunks, counter_count)
@@ -340,20 +340,25 @@ def place_kernel(
     before_these = tl.sum(earlier, 0)
     in_all = tl.sum(every, 0)
     count_slots(slot_count, in_all)
-    prefill = PREFILL
-    block_n = BLOCK_N
-    if FEW_N > 0:
-        tiles = tl.sum((total + FEW_N - 1) // FEW_N, 0)
-        few = tl.sum((total + FEW_N // 2 - 1) // (FEW_N // 2), 0) <= FEW
-        prefill = (tiles > MOST * tl.sum((total > 0).to(tl.float32), 0)) & (few == 0)
-        block_n = tl.where(prefill, BLOCK_N, tl.where(few, FEW_N // 2, FEW_N))
-        tl.store(skewed, prefill.to(tl.int32))
+    prefill = BLOCK_N == 0
+    block_n = PREFILL_N if BLOCK_N == 0 else BLOCK_N
+    if SMALL_N > 0:
+        most = MOST * tl.sum((total > 0).to(tl.float32), 0)
+        tiles = tl.sum((total + SMALL_N - 1) // SMALL_N, 0)
+        large = (tiles > FEW) & (tiles > most)
+        block_n = tl.where(large, BLOCK_N, SMALL_N)
+        taken = large.to(tl.int32)
+        if PREFILL_N > 0:
+            prefill = large & (tl.sum((total + BLOCK_N - 1) // BLOCK_N, 0) > most)
+            block_n = tl.where(prefill, PREFILL_N, block_n)
+            taken += prefill.to(tl.int32)
+        tl.store(way, taken)
     base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
     for _ in range(0, 1 if ONCE else chunk_tokens, BLOCK_T):
         kinds = kinds_of(weight, TOP_K)
         list_rows(
             weight, token, slots_of(kinds, token, before_these, in_all), token < past, base, pair_token, pair_weight, token_pair,
-            token_pairs, slot_token, before, prefill, TOP_K, BLOCK_N,
+            token_pairs, slot_token, before, prefill, TOP_K, PREFILL_N,
         )  # fmt: skip
         if not ONCE:
             base += tl.sum((weight != 0.0).to(tl.int32), 0)
@@ -380,11 +385,20 @@ def _tile(g: MoEGeometry, plan: Plan, logits: Slot, bias: Slot) -> tuple[int, in
     return experts, lanes, whole and one_each and experts <= LARGEST_EACH * 32
 
 
+def _heights(plan: Plan) -> tuple[tuple[int, int], int, int]:
+    """Pairs of small tiles, up to how many these are few, pairs of tiles, of prefill's; 0 for what the plan has not."""
+    stream = plan.gate_up.stream if plan.path == "either" else plan.gate_up
+    small = (stream.small.block_n, stream.few) if getattr(stream, "small", None) else (0, 0)
+    if plan.path == "prefill":
+        return small, 0, plan.gate_up.block_n
+    return small, stream.block_n, plan.gate_up.prefill.block_n if plan.path == "either" else 0
+
+
 def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) -> list[Launch]:
     """One launch or two, as the plan says. `bias` may be anything where routing is renormalize."""
     g, plan, sizes, b = round.geometry, round.plan, round.sizes, round.memory
-    tile, block_n, local = plan.route, plan.ways[-1].gate_up.block_n, g.num_local_experts
-    few_n, few = (plan.gate_up.stream.block_n, plan.gate_up.few) if len(plan.ways) > 1 else (0, 0)
+    tile, local = plan.route, g.num_local_experts
+    small, height, filling = _heights(plan)
     deepseek, cells = g.routing == "deepseek_v3", max(32, power_of_two_at_least(local))
     experts, lanes, by_warp = _tile(g, plan, logits, bias if deepseek else logits)
     choosing = (g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, deepseek, by_warp, tile.block_t)
@@ -393,18 +407,18 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     if tile.one_launch:
         assert sizes.tokens <= tile.block_t, f"one launch routes {tile.block_t} tokens, not {sizes.tokens}"
         arguments = (logits, bias, *lists, b["counters"], sizes.tokens, offset, factor, g.top_k, counter_count)
-        constants = (*choosing, g.top_k, block_n, plan.dense, plan.pdl)
+        constants = (*choosing, g.top_k, height, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"], b["chunk_kinds"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     constants = (*choosing, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
-    skewed = b.get("skewed", b["tile_count"])
+    way = b.get("way", b["tile_count"])
     arguments = (
-        *weights, *lists, b["counters"], b["before"], skewed, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
+        *weights, *lists, b["counters"], b["before"], way, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
     )  # fmt: skip
     counts = max(1, min(128, 4096 // cells))
-    constants = (local, cells, g.top_k, tile.place_t, few_n, few, block_n, counts, tile.once, plan.path == "prefill", plan.pdl)
+    constants = (local, cells, g.top_k, tile.place_t, *small, height, filling, counts, tile.once, plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
     return [choose, place]

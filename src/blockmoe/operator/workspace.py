@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -34,8 +35,7 @@ class Sizes:
 def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
     if len(plan.ways) > 1:
         every = [astuple(sizes(geometry, tokens, way)) for way in plan.ways]
-        found = Sizes(*map(max, *every))
-        return replace(found, tiles=max(found.tiles, plan.gate_up.few))
+        return Sizes(*map(max, *every))
     per_token = min(geometry.top_k, geometry.num_local_experts)
     pairs = tokens * per_token
     block_n = plan.gate_up.block_n
@@ -63,8 +63,8 @@ MAIL_SLOTS = 8  # of units that a cluster's first program of the prefill kernel 
 def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
     """What the programs of a persistent kernel count in, one after the other in memory; routing sets them to zero."""
     if len(plan.ways) > 1:
-        streaming, filling = (counters(bound, way) for way in plan.ways)
-        return {name: max(streaming.get(name, 0), filling.get(name, 0)) for name in streaming | filling}
+        every = [counters(bound, way) for way in plan.ways]
+        return {name: max(found.get(name, 0) for found in every) for name in reduce(or_, every)}
     if plan.path == "stream":
         return {"ticket": 1, "part": 1, "written": 2, "finished": bound.tiles}
     if plan.path == "prefill":
@@ -74,16 +74,17 @@ def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
 
 
 def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[int, torch.dtype]]:
-    """Element count and type of every buffer, by name; of several ways the larger, and rows for any routing that takes stream's."""
+    """Element count and type of every buffer, by name; of several ways the largest."""
     if len(plan.ways) > 1:
-        tile = plan.gate_up
-        found: dict[str, tuple[int, torch.dtype]] = {"skewed": (1, torch.int32)}
-        found |= {f"tile_{name}": (tile.few, torch.int32) for name in ("expert", "group", "begin", "end")}
+        found: dict[str, tuple[int, torch.dtype]] = {"way": (1, torch.int32)}
         for way in plan.ways:
             for name, (count, dtype) in _fields(geometry, tokens, way).items():
                 found[name] = (max(count, found[name][0] if name in found else 0), dtype)
-        most = max(int(MOST_TILES * geometry.num_local_experts) * tile.stream.block_n, tile.few * tile.half)  # pairs
-        return found | {"rows": (min(found["rows"][0], most * geometry.hidden_size), torch.bfloat16)}
+        if plan.path == "either":  # more pairs take prefill's way
+            tile = plan.gate_up.stream
+            most = max(int(MOST_TILES * geometry.num_local_experts) * tile.block_n, tile.few * tile.ways[0].block_n)
+            found["rows"] = min(found["rows"][0], most * geometry.hidden_size), torch.bfloat16
+        return found
     bound = sizes(geometry, tokens, plan)
     local, block_i, prefill = geometry.num_local_experts, plan.gate_up.block_i, plan.path == "prefill"
     fields: dict[str, tuple[int, torch.dtype]] = {

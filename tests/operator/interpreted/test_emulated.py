@@ -55,12 +55,13 @@ def test_routings(name, routing, emulated):
         ("dense", MoEGeometry(24, 24, 3, 768, 256, "renormalize"), 15),
         ("dense", MoEGeometry(8, 8, 2, 512, 768), 16),  # three stages of GEMM2 a tile: the consumers' turn changes
         ("stream 256x32", MoEGeometry(8, 8, 2, 256, 128), 40),
-        ("either", MoEGeometry(8, 8, 2, 768, 512), 33),
-        ("either", MoEGeometry(8, 2, 2, 512, 768), 200),  # two tiles of 64 an expert: prefill's way
+        ("either, small", MoEGeometry(8, 8, 2, 768, 512), 33),
+        ("either, prefill", MoEGeometry(8, 2, 2, 512, 768), 200),  # two tiles of 64 an expert
         ("stream 256x32", MoEGeometry(8, 8, 2, 768, 128), 90),  # three row blocks: one group of columns
-        ("stream 256x32 by twos", MoEGeometry(8, 3, 2, 512, 256), 70),
+        ("stream, small", MoEGeometry(8, 3, 2, 512, 256), 70),
+        ("stream, large", MoEGeometry(8, 2, 2, 512, 256), 170),
         ("stream 256x32", MoEGeometry(8, 6, 5, 512, 128), 60),  # tokens with two rows at most, and with more
-        ("either", MoEGeometry(16, 12, 4, 768, 512), 40),
+        ("either, small", MoEGeometry(16, 12, 4, 768, 512), 40),
     ],
 )
 def test_sizes(name, geometry, tokens, emulated):

@@ -30,8 +30,8 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
     assert count <= bound.tiles
     chosen = plan.way(layer.pairs_of(inputs, g, offset))
     if len(plan.ways) > 1:
-        assert lists["skewed"] == [chosen.path == "prefill"]
-    height = plan.gate_up.pairs_of_tile(layer.pairs_of(inputs, g, offset)) if len(plan.ways) > 1 else plan.gate_up.block_n
+        assert lists["way"] == [plan.ways.index(chosen)]
+    height = chosen.gate_up.block_n
     every, plan = plan, chosen
     pairs, row_of = {}, {}
     tiles = list(zip(lists["tile_expert"], lists["tile_begin"], lists["tile_end"], strict=True))[:count]
@@ -98,28 +98,32 @@ def test_prefill(tokens, once):
     agree(layer.make(g, tokens, seed=tokens), g, 8, plan)
 
 
-@pytest.mark.parametrize(("tokens", "favour", "path"), [(60, 0, "stream"), (300, 0, "stream"), (300, 9, "prefill"), (700, 0, "prefill")])
-def test_of_both_ways_one_is_chosen(tokens, favour, path):
+@pytest.mark.parametrize("name", ["stream, small", "either, small"])
+@pytest.mark.parametrize(("few", "tokens", "favour", "height"), [
+    (0, 60, 0, 32), (0, 60, 9, 32), (0, 128, 9, 128), (0, 300, 0, 64), (0, 300, 9, 128), (0, 700, 0, 128),
+    (8, 60, 9, 32), (8, 128, 9, 32), (8, 129, 9, 128), (8, 300, 0, 64),
+])  # fmt: skip
+def test_tiles_are_as_large_as_routing_makes_them(name, few, tokens, favour, height):
+    """Of eight experts that all tokens choose alike, or of two that all choose, if `favour`."""
     g = replace(TINY, hidden_size=256, intermediate_size=512)
-    inputs, plan = layer.make(g, tokens, seed=tokens), layer.PERSISTENT["either"]
-    inputs[0][:, 9:11] += favour
-    assert plan.way(layer.pairs_of(inputs, g, 8)).path == path
-    agree(inputs, g, 8, plan)
-    assert plan.way([0] * 8).path == plan.way([64] * 4 + [65] + [0] * 3).path == "stream"
-    assert plan.way([64] * 2 + [65]).path == plan.way([1, 129]).path == "prefill"
-
-
-@pytest.mark.parametrize(("tokens", "favour", "height"), [(60, 0, 32), (300, 0, 64), (60, 9, 32), (128, 9, 32), (129, 9, 128)])
-def test_few_tiles_are_of_half_the_pairs(tokens, favour, height):
-    """Where 8 are few: eight experts of some pairs each, two that take all; else tiles are of 64 or, where those are too many, 128."""
-    g = replace(TINY, hidden_size=256, intermediate_size=512)
-    inputs, plan = layer.make(g, tokens, seed=tokens), layer.PERSISTENT["either, few"]
-    plan = replace(plan, gate_up=replace(plan.gate_up, few=8))
+    inputs, plan = layer.make(g, tokens, seed=tokens), layer.PERSISTENT[name]
+    stream = replace(plan.gate_up if plan.path == "stream" else plan.gate_up.stream, few=few)
+    plan = replace(plan, gate_up=stream if plan.path == "stream" else replace(plan.gate_up, stream=stream))
     inputs[0][:, 8:16] -= 10 * favour
     inputs[0][:, 9:11] += 20 * favour
-    pairs = layer.pairs_of(inputs, g, 8)
-    assert plan.gate_up.pairs_of_tile(pairs) == height, pairs
+    chosen = plan.way(layer.pairs_of(inputs, g, 8))
+    assert chosen.gate_up.block_n == min(height, plan.ways[-1].gate_up.block_n), layer.pairs_of(inputs, g, 8)
+    assert chosen.path == ("prefill" if chosen.gate_up.block_n == 128 else "stream")
     agree(inputs, g, 8, plan)
+
+
+def test_which_tiles():
+    plan = layer.PERSISTENT["either, small"]
+    for pairs, height in (
+        ([0] * 8, 32), ([32] * 8, 32), ([32] * 4 + [33] + [0] * 3, 32), ([32] * 2 + [33], 64), ([64] * 4 + [65] + [0] * 3, 64),
+        ([64] * 2 + [65], 128), ([1, 129], 128),
+    ):  # fmt: skip
+        assert plan.way(pairs).gate_up.block_n == height, pairs
 
 
 @pytest.mark.parametrize("g", layer.GEOMETRIES, ids=lambda g: g.definition_name[-30:])

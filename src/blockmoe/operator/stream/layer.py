@@ -96,12 +96,33 @@ def give_up(places):
 
 
 @gluon.jit
+def streams(
+    way, places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
+    SMALL_N: gl.constexpr, SMALL_STAGES: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
+    REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
+):  # fmt: skip
+    """`stream` by tiles of N pairs, or, where SMALL_N, of so many if `way` is 0."""
+    if SMALL_N > 0 and way == 0:
+        stream(
+            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
+            HIDDEN, INTER, TOP_K, ROWS, SMALL_N, SMALL_STAGES, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
+        )  # fmt: skip
+    else:
+        stream(
+            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
+            HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
+        )  # fmt: skip
+
+
+@gluon.jit
 def stream(
     places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing, by all roles: `stream_kernel`. GATHERERS: warps that gather pairs; four are the program's first ones."""
+    IN_FLIGHT: gl.constexpr = FLIGHT if FLIGHT > 0 and FLIGHT < STAGES else STAGES
     stages, units, between = places  # `between`: consumers, or the consumer and the teller
     asked, full, empty = stages
     queue, told, heard = units
@@ -123,7 +144,7 @@ def stream(
             [
                 (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
                 (consumer, (1, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, FLIGHT, BURST)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, IN_FLIGHT, BURST)),
                 (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
             ],
             [WARPS, 1, GATHERERS],
@@ -134,7 +155,7 @@ def stream(
             [
                 (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
                 (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, FLIGHT, BURST)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, IN_FLIGHT, BURST)),
                 (teller, (said, HIDDEN, INTER, ROWS)),
             ],
             [WARPS, 1, 1],
@@ -144,7 +165,7 @@ def stream(
         gl.warp_specialize(
             [
                 (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, FLIGHT, BURST)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, IN_FLIGHT, BURST)),
                 (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
                 (teller, (said, HIDDEN, INTER, ROWS)),
             ],
@@ -156,9 +177,10 @@ def stream(
 @gluon.jit(do_not_specialize=["tokens"])
 def stream_kernel(
     w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, tile_count, tile_expert, tile_group, tile_begin, tile_end,
-    pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count, ticket, part, finished, written, tokens,
+    pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count, way, ticket, part, finished, written, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    SMALL_N: gl.constexpr, SMALL_STAGES: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
+    REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
 
@@ -166,18 +188,19 @@ def stream_kernel(
     in bfloat16; the sum over a token's pairs in float32, of products where DENSE, else of `rows` [pairs, H] in bfloat16.
 
     Descriptors: w1 [L * 2 I, H], w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]. ticket, part, finished [tiles] and written [2]
-    begin at 0.
+    begin at 0. Where SMALL_N, tiles have so many pairs if `way` is 0.
     """
     GATHERERS: gl.constexpr = 1 if DENSE else 2  # warps: of 64 pairs one would hold more addresses than registers
-    places = meeting_places(ROWS, N, STAGES, DENSE, GATHERERS)
+    places = meeting_places(ROWS, N, max(STAGES, SMALL_STAGES), DENSE, GATHERERS)
     if PDL:
         gdc_wait()
     lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight)
     slots = (token_pair, token_pairs, slot_token, slot_count)
     counters = (ticket, part, finished, written)
-    stream(
-        places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
-        HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
+    taken = gl.load(way) if SMALL_N > 0 else 0
+    streams(
+        taken, places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
+        HIDDEN, INTER, TOP_K, ROWS, N, STAGES, SMALL_N, SMALL_STAGES, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
     )  # fmt: skip
 
 
@@ -194,14 +217,15 @@ def constants_of(tile: StreamTile, round: Round) -> tuple:
     assert g.hidden_size % (tile.rows if tile.dense else 2 * tile.rows) == 0, "a unit's columns of the output"
     assert not tile.dense or g.intermediate_size % (2 * BLOCK) == 0, "a stage is two K blocks of GEMM2"
     assert g.hidden_size % (tile.burst * BLOCK) == 0 == g.intermediate_size % (tile.burst * BLOCK), "K blocks that are asked for together"
-    constants = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, tile.dense)
-    return (*constants, tile.flight or tile.stages, tile.burst)
+    small = (tile.small.block_n, tile.small.stages) if tile.small and tile.small.stages != tile.stages else (0, 0)
+    sizes = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, *small)
+    return (*sizes, tile.dense, tile.flight or 0, tile.burst)
 
 
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
     tile, b = round.plan.gate_up, round.memory
-    lists = tuple(b[n] for n in (*LISTS, "ticket", "part", "finished", "written"))
+    lists = (*(b[n] for n in LISTS), b.get("way", b["tile_count"]), *(b[n] for n in ("ticket", "part", "finished", "written")))
     inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], out if tile.dense else b["rows"], out)
     arguments = (*boxes_of(w1, w2, tile, round), *inputs, *lists, round.sizes.tokens)
     constants = (*constants_of(tile, round), REGISTERS, tile.num_warps, round.plan.pdl)
