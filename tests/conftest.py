@@ -18,15 +18,17 @@ def the_same_numbers_every_time():
 
 @pytest.fixture(scope="session")
 def interpreted(request):
-    """Passes if a file's tests pass in a child session under Triton's interpreter, which has to be chosen before triton is imported.
+    """Passes if a file's tests pass in a child session under Triton's interpreter, which has to be chosen before triton is imported. Of
+    those it runs what this session would, by their marks.
 
     The children of all selected tests begin at once: each keeps one core busy.
     """
-    files = [item.callspec.params["file"] for item in request.session.items if "interpreted" in item.fixturenames]
+    files = dict.fromkeys(item.callspec.params["file"] for item in request.session.items if "interpreted" in item.fixturenames)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     children = {}
     for file in files:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        command += ["-m", request.config.option.markexpr, str(file)]
         text = tempfile.TemporaryFile("w+")  # noqa: SIM115
         child = subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1])
         children[file] = child, text

@@ -2,6 +2,8 @@
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 HONEST = ("honest", "honest_into", "honest_inference")
 
 VERDICTS = {

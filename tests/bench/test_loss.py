@@ -61,6 +61,7 @@ def traces(folder):
     return [(trace.workload.uuid, trace.solution, trace.evaluation.status.value, trace.evaluation.extra["run"]) for trace in found], faults
 
 
+@pytest.mark.slow
 def test_parent_killed(tree, tmp_path, monkeypatch):
     temporary = tmp_path / "tmp"
     temporary.mkdir()
@@ -107,6 +108,7 @@ def test_interrupted_and_resumed_by_the_hint(tree, tmp_path):
     assert after[:4] == before and len(after) == 6
 
 
+@pytest.mark.slow
 def test_worker_killed_in_a_timed_block(tmp_path):
     """From outside, as the kernel's out-of-memory killer does; the others and the next workload go on."""
     pid = tmp_path / "pid"
@@ -127,6 +129,7 @@ def test_worker_killed_in_a_timed_block(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_full_disk(tree, tmp_path):
     """A limit on file size stands for it: it too fails a write in the middle."""
 
@@ -146,6 +149,7 @@ def test_full_disk(tree, tmp_path):
     assert after[: len(before)] == before and {entry[0] for entry in after if entry[1] == "slow"} == {"aaaa", "bbbb", "cccc"}
 
 
+@pytest.mark.slow
 def test_retry_failed(tmp_path):
     switch = tmp_path / "works"
     toy.make_tree(tmp_path / "tree", {"moody": f"import os\nif not os.path.exists({str(switch)!r}): raise OSError('no')\n" + toy.GOOD})

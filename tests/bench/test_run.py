@@ -214,6 +214,7 @@ def test_a_skip_counts_where_it_was_named():
 # --- the reference fails ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reference_that_fails_is_not_blamed_on_solutions_and_the_next_workload_goes_on(tmp_path):
     """The first workload's tensor is missing; then a definition's reference dies at its sixth call, and a third can't be imported."""
     tree = toy.make_tree(tmp_path / "tree", {"good": toy.GOOD, "raises": "def run(x):\n    raise ValueError\n"}, ())
@@ -260,6 +261,7 @@ def test_a_solution_that_cannot_be_imported_is_tried_once_and_a_crash_costs_one_
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rounds_where_contenders_do_not_fit_together(tmp_path, monkeypatch):
     """The small definition of this project with room for one process at a time; each is warmed again before it is timed."""
     log = tmp_path / "calls"
@@ -284,7 +286,9 @@ def test_rounds_where_contenders_do_not_fit_together(tmp_path, monkeypatch):
 # --- processes --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("together", "workloads"), [(True, ((8, "aaaa"), (9, "bbbb"))), (False, ((8, "aaaa"),))])
+@pytest.mark.parametrize(
+    ("together", "workloads"), [(True, ((8, "aaaa"), (9, "bbbb"))), pytest.param(False, ((8, "aaaa"),), marks=pytest.mark.slow)]
+)
 def test_fresh_processes(together, workloads, tmp_path, monkeypatch):
     """Every trial of every workload in processes of its own, warmed up there."""
     log = tmp_path / "calls"
@@ -303,6 +307,7 @@ def test_fresh_processes(together, workloads, tmp_path, monkeypatch):
     assert evaluation.extra["settings"]["fresh_processes"] is True
 
 
+@pytest.mark.slow
 def test_fresh_processes_have_the_whole_timeout_each(tmp_path):
     tree = toy.make_tree(tmp_path / "tree", {"slow": "import time\ntime.sleep(2)\n" + toy.GOOD})
     settings = dataclasses.replace(QUICK, num_trials=3, timeout=5.0, fresh_processes=True)

@@ -66,8 +66,8 @@ def test_blackwell(key):
 SIZES = [*((HEADLINE, t) for t in (1, 7, 60, 14107)), (MoEGeometry(384, 48, 8, 7168, 2048), 500), (RENORMALIZE, 901), (TINY, 16)]
 TYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 ROUTING = [
-    pytest.param(g, tokens, logits, bias, id=f"{g.num_experts}-{tokens}-{logits.itemsize}-{bias.itemsize}")
-    for (g, tokens), (logits, bias) in itertools.product(SIZES, TYPES)
+    pytest.param(g, tokens, *types, id=f"{g.num_experts}-{tokens}-{types[0].itemsize}-{types[1].itemsize}", marks=marks)
+    for (g, tokens), (types, marks) in itertools.product(SIZES, zip(TYPES, ([], pytest.mark.slow, pytest.mark.slow), strict=True))
 ]
 
 

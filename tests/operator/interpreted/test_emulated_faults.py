@@ -23,7 +23,7 @@ FAULTS = [
     ("cluster", "drain", "mbarrier.wait(empty", "(empty", "not known to be done"),
     ("prefill", "prefill_kernel", "gdc_wait()", "pass", "behind the kernel before"),
     ("stream 256x32", "stream_kernel", "gdc_wait()", "pass", "behind the kernel before"),
-    ("either", "either_kernel", "gdc_wait()", "pass", "behind the kernel before"),
+    ("either, small", "either_kernel", "gdc_wait()", "pass", "behind the kernel before"),
     ("prefill", "gathered", "fence_async_shared()", "pass", "without a fence between"),
     ("prefill", "gather", "async_copy.wait_group(LATER)", "pass", "not known to be done"),
     ("prefill", "gather", "async_copy.wait_group(LATER - 1 - left)", "async_copy.wait_group(LATER - left)", "not known to be done"),
@@ -59,7 +59,7 @@ FAULTS = [
     ("dense", "two_sums", "mbarrier.wait(asked", "(asked", "not known to be done"),
     ("dense", "one_sum", "mbarrier.wait(full", "(full", "not known to be done"),
     ("dense", "load_weights", "mbarrier.wait(empty", "(empty", "may not have read that yet"),
-    ("stream 256x32 by twos", "load_weights", "empty.index((it + j) % STAGES), (((it + j) // STAGES)",
+    ("stream, small", "load_weights", "empty.index((it + j) % STAGES), (((it + j) // STAGES)",
      "empty.index(it % STAGES), ((it // STAGES)", "may not have read that yet"),
     ("dense", "tiles_finished", "barrier()", "pass", "not known to be done"),
     ("dense", "tiles_finished", "known <= tile", "known < 0", "not known to be done"),
@@ -67,7 +67,7 @@ FAULTS = [
     ("stream 256x32", "teller", "mbarrier.wait(stored", "(stored", "not known to be done"),
     ("stream 256x32", "teller", 'finished + tile, 1, sem="release"', 'finished + tile, 1, sem="relaxed"', "not known to be done"),
     ("stream 256x32", "teller", '0, 1), 1, sem="release"', '0, 1), 1, sem="relaxed"', "not known to be done"),
-    ("stream 256x64 by twos", "pairs_producer", "wait_until(finished", "(finished", "not known to be done"),
+    ("stream, large", "pairs_producer", "wait_until(finished", "(finished", "not known to be done"),
     ("stream 256x32", "last_sum", "wait_until(written + group", "(written + group", "reads workspace"),
     ("stream 256x32", "pairs_producer", "wait_until(finished", "(finished", "not known to be done"),
     ("stream 256x32", "add_part", "pair >= 0", "pair >= -1", "is not within"),
@@ -90,7 +90,10 @@ def first_fault(inputs, plan, said, emulated) -> None:
     assert said in found[-1], found
 
 
-@pytest.mark.parametrize(("name", "function", "old", "new", "said"), FAULTS)
+@pytest.mark.parametrize(
+    ("name", "function", "old", "new", "said"),
+    [pytest.param(*fault, marks=[pytest.mark.slow] if n % 6 else []) for n, fault in enumerate(FAULTS)],
+)
 def test_a_fault_is_found(name, function, old, new, said, emulated):
     emulated["changes"] = {function: (old, new)}
     first_fault(layer.make(SMALL, TOKENS[name]), PLANS[name], said, emulated)
@@ -110,6 +113,7 @@ def test_a_role_that_looks_in_vain_is_found(emulated):
     first_fault(layer.make(SMALL, 9), PLANS["dense"], "waits for ever: counters of workspace", emulated)
 
 
+@pytest.mark.slow
 def test_fences_are_missed_where_neither_side_has_one(emulated):
     """The writer's or the reader's is enough; that of shared memory alone is neither."""
     inputs = layer.make(SMALL, 150)
