@@ -48,10 +48,10 @@ MOST_TILES = 1.25  # of 64 pairs, of an expert that has any, on average: with mo
 # 348, 354, 365, 380, 424, 469 us, without 323, 344, 346, 351, 364, 379, 427, 491. Where all choose the same eight experts, whose tiles
 # then share weights, T = 256: 178.5, 181.8; without 190.2, 187.3 (curve/fourth-first.jsonl, fourth.jsonl).
 CLUSTER_ROWS = 8
-# Mean rows below which prefill waits for weights, and has three stages' hidden states on their way instead of two. On an H200, T = 512,
-# 901, 2048, 4096: 351.2, 364.1, 384.9, 461.6 us, with two 357.2, 371.9, 393.8, 486.0; 6000: 563.0, 575.5 (582, 582 in two other calls);
-# 8192: 709.4, 703.8.
-MEMORY_BOUND_ROWS = 192
+# With this many tiles for each expert, or fewer, prefill waits for weights, and has three stages' hidden states on their way, else two. On
+# an H200, T = 512, 901, 2048, 4096: 351.2, 364.1, 384.9, 461.6 us, always with two 357.2, 371.9, 393.8, 486.0; 6000 (two tiles): 563.0,
+# 575.5 (582, 582 in two other calls); 8192 (three): 709.4, 703.8. All local, T = 4,096: 3,421 thousand cycles, with three 3,493.
+MEMORY_BOUND, FLIGHT = 2.25, 3
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
@@ -182,11 +182,13 @@ class StreamTile:
 @dataclass(frozen=True)
 class PrefillTile:
     """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory (GEMM2: one less), of which `flight` may have hidden states on
-    their way; programs in clusters of `cluster`, 1 or 2, which share weights by multicast."""
+    their way, or 2 where there are more than `many` tiles (0: never); programs in clusters of `cluster`, 1 or 2, which share weights by
+    multicast."""
 
     stages: int
     cluster: int = 1
     flight: int = 2
+    many: int = 0
     block_i = block_n = BLOCK
     dense = False
 
@@ -196,7 +198,9 @@ class PrefillTile:
         assert self.cluster in (1, 2), "two programs; four were slower: T = 14107: 1473 us, two 1398"
 
     def __str__(self) -> str:
-        return f"128x256 {self.stages}s {self.flight} in flight{f' cluster {self.cluster}' if self.cluster > 1 else ''}"
+        more = f" (above {self.many} tiles 2)" if self.many else ""
+        more += f" cluster {self.cluster}" if self.cluster > 1 else ""
+        return f"128x256 {self.stages}s {self.flight} in flight{more}"
 
 
 @dataclass(frozen=True)
@@ -286,16 +290,15 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
         return _dense(geometry, tokens, route, machine, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
     if rows >= PREFILL_ROWS and geometry.intermediate_size >= PREFILL_STAGES * BLOCK and persistent and not route.one_launch:
-        flight = 3 if rows < MEMORY_BOUND_ROWS else 2
         if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
             stream = _stream(geometry, tokens, machine)
             # with code of their own small tiles took 10 us more at T = 901, and 1.3 at 130 to 500: registers were spilled
             stream = replace(stream, small=replace(stream.small, stages=stream.stages))
-            return Plan("either", route, EitherTile(stream, PrefillTile(PREFILL_STAGES, 1, flight)), pdl=pdl)
+            return Plan("either", route, EitherTile(stream, PrefillTile(PREFILL_STAGES, 1, FLIGHT)), pdl=pdl)
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
         cluster = 2 if clusters and even and rows >= CLUSTER_ROWS else 1
-        return Plan("prefill", route, PrefillTile(PREFILL_STAGES, cluster, flight), pdl=pdl)
+        return Plan("prefill", route, PrefillTile(PREFILL_STAGES, cluster, FLIGHT, int(MEMORY_BOUND * geometry.num_local_experts)), pdl=pdl)
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
     if persistent:

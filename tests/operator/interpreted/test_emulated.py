@@ -51,7 +51,7 @@ def test_routings(name, routing, emulated):
         ("prefill", MoEGeometry(8, 2, 2, 768, 768), 129),
         ("cluster", MoEGeometry(8, 3, 2, 1536, 768), 150),
         ("cluster", MoEGeometry(16, 1, 2, 1024, 512), 400),
-        ("cluster 2 in flight", MoEGeometry(8, 3, 2, 512, 768), 150),
+        ("cluster, many", MoEGeometry(8, 3, 2, 512, 768), 150),
         ("dense", MoEGeometry(24, 24, 3, 768, 256, "renormalize"), 15),
         ("dense", MoEGeometry(8, 8, 2, 512, 768), 16),  # three stages of GEMM2 a tile: the consumers' turn changes
         ("stream 256x32", MoEGeometry(8, 8, 2, 256, 128), 40),

@@ -69,14 +69,20 @@ def consume(
 @gluon.jit
 def carry(
     x, x_scale, w1_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, done, taken,
-    queue, told, heard, pair_token, before, added, tokens,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, FLIGHT: gl.constexpr,
+    queue, told, heard, tile_count, pair_token, before, added, tokens,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, FLIGHT: gl.constexpr, MANY: gl.constexpr,
 ):  # fmt: skip
     """Four warps: hidden states to the stages of GEMM1, then finished rows of GEMM2 to the output."""
-    n, unit = gather(
-        x, x_scale, w1_scale, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, queue, told, heard, pair_token, tokens,
-        HIDDEN, INTER, STAGES, FLIGHT,
-    )  # fmt: skip
+    if MANY > 0 and gl.load(tile_count) > MANY:
+        n, unit = gather(
+            x, x_scale, w1_scale, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, queue, told, heard, pair_token, tokens,
+            HIDDEN, INTER, STAGES, 2,
+        )  # fmt: skip
+    else:
+        n, unit = gather(
+            x, x_scale, w1_scale, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, queue, told, heard, pair_token, tokens,
+            HIDDEN, INTER, STAGES, FLIGHT,
+        )  # fmt: skip
     add_rows(
         out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, HIDDEN
     )
@@ -139,7 +145,7 @@ def meeting_places(STAGES: gl.constexpr, CLUSTER: gl.constexpr):
 def prefill(
     places, boxes, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready, ticket,
     mail, finished, tiles, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr, MANY: gl.constexpr,
     CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing, by all roles: `prefill_kernel`."""
@@ -168,7 +174,7 @@ def prefill(
             )),
             (carry, (
                 x, x_scale, w1_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, done, taken,
-                queue, told, heard, pair_token, before, added, tokens, HIDDEN, INTER, STAGES, FLIGHT,
+                queue, told, heard, tile_count, pair_token, before, added, tokens, HIDDEN, INTER, STAGES, FLIGHT, MANY,
             )),
             (load, (
                 w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, begun, there,
@@ -193,14 +199,15 @@ def prefill(
 def prefill_kernel(
     w1, middle, middle_boxes, w2, runs, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before,
     added, ready, ticket, mail, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr, MANY: gl.constexpr,
     CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
 
     GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[i / 128, p] its scale times the pair's routing weight. GEMM2: out[t, h]
     in bfloat16, the sum over the token's pairs (`token_pairs`: how many), in the order of their experts, rounded after each; 0 where it has
-    none. GEMM1 has STAGES stages, of which FLIGHT may have their hidden states on their way, GEMM2 one less.
+    none. GEMM1 has STAGES stages, of which FLIGHT may have their hidden states on their way, or 2 if there are more than MANY tiles (0:
+    never); GEMM2 one less.
 
     Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I], runs: `out` [T * H / 256, 256] in
     bfloat16. x [T, H]; x_scale [H / 128, T]; out [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that
@@ -214,7 +221,7 @@ def prefill_kernel(
     tiles = (tile_count, tile_expert, tile_group, tile_begin, tile_end)
     prefill(
         places, boxes, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready,
-        ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, STAGES, CLUSTER, FLIGHT, CONSUMERS, LOADERS, CARRIERS,
+        ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, STAGES, CLUSTER, FLIGHT, MANY, CONSUMERS, LOADERS, CARRIERS,
     )  # fmt: skip
 
 
@@ -238,7 +245,7 @@ def constants_of(tile: PrefillTile, round: Round) -> tuple:
     assert g.intermediate_size >= tile.stages * BLOCK, "with fewer K blocks than stages it was never tried"
     assert g.hidden_size >= (tile.flight - 1) * BLOCK, "a unit's last stages are said to be full behind all of its K blocks"
     assert g.intermediate_size // BLOCK % tile.cluster == 0 == g.hidden_size % (2 * BLOCK * tile.cluster), "a cluster's columns"
-    return g.hidden_size, g.intermediate_size, tile.stages, tile.cluster, tile.flight, *REGISTERS
+    return g.hidden_size, g.intermediate_size, tile.stages, tile.cluster, tile.flight, tile.many, *REGISTERS
 
 
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
