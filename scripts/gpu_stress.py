@@ -28,6 +28,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import gpu_session
 import layer
@@ -49,8 +50,8 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 class Stress:
     """The sections. `quick`: sizes for trying the script without a GPU."""
 
-    def __init__(self, session: gpu_session.Session, device: torch.device, seed: int) -> None:
-        self.session, self.device, self.seed = session, device, seed
+    def __init__(self, session: gpu_session.Session, device: torch.device, seed: int, machine: str | None = None) -> None:
+        self.session, self.device, self.seed, self.machine = session, device, seed, machine
         self.quick = device.type == "cpu"
         self.oracle = not self.quick or INTERPRETED  # the call without kernels rounds nothing
         self.g = TINY if self.quick else HEADLINE
@@ -88,6 +89,9 @@ class Stress:
     def _compile(self, g: MoEGeometry) -> subprocess.Popen:
         """Another process fills Triton's cache meanwhile."""
         code = f"from blockmoe.geometry import GEOMETRIES as g; from blockmoe.operator import warmup; warmup(g[{g.definition_name!r}])"
+        if self.machine:
+            here = str(Path(__file__).parent)
+            code = f"import sys; sys.path.insert(0, {here!r}); import stress_checks as s; s.plan_as_for({self.machine!r}); {code}"
         return subprocess.Popen([sys.executable, "-c", code])
 
     def _other(self, g: MoEGeometry, mode: str) -> Layer:
@@ -117,7 +121,7 @@ class Stress:
     def special(self) -> None:
         most = 12  # tokens for the oracle
         last = self.g.num_experts - self.g.num_local_experts  # 224
-        for tokens in (3, 12) if self.quick else (5, 40, 150, 200, 300, 901, 1600, 4096):
+        for tokens in (3, 12) if self.quick else (5, 40, 100, 150, 200, 300, 901, 1600, 4096):
             tensors, _ = self.layer("trace").open(tokens)
             offset = self.g.num_local_experts
             for name in checks.SPECIALS:
@@ -305,6 +309,7 @@ def main() -> int:
     parser.add_argument("--sections", type=lambda s: s.split(","), default=list(SECTIONS), help=",".join(SECTIONS))
     parser.add_argument("--sanitizer", action="store_true")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--machine", choices=checks.MACHINES, help="whose plans: default the GPU's own")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if unknown := set(arguments.sections) - set(SECTIONS):
@@ -320,11 +325,13 @@ def main() -> int:
         warp.install()
     session = gpu_session.Session("gpu_sanitizer" if arguments.sanitizer else "gpu_stress", arguments.seconds)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-    session.say("device", name=name, torch=torch.__version__, seed=arguments.seed)
+    session.say("device", name=name, torch=torch.__version__, seed=arguments.seed, plans_of=arguments.machine or "the device")
+    if arguments.machine:
+        checks.plan_as_for(arguments.machine)
     if arguments.sanitizer:
         sanitizer(session, device)
         return session.finish()
-    stress = Stress(session, device, arguments.seed)
+    stress = Stress(session, device, arguments.seed, arguments.machine)
     for section in arguments.sections:
         session.section(section)
         session.attempt(section, getattr(stress, section))
