@@ -11,8 +11,8 @@ by the bench's timer (CUPTI where it is installed), with the graph replay and th
 
 At every T the plans of T/2, T - 1, T + 1 and 2T, and each way of a plan of which routing chooses one, run interleaved with the chosen
 one where their paths or tiles differ (routing stays); where one seems faster by more than 3 %, both are measured again. Before a point is
-measured its call runs for a fifth of a second, so that the clock, which power limits, is one that lasts; it is noted. (The graph's
-replays come later, few at a time: above some thousand pairs they meet a higher clock.) Exit code 1 where another plan stays faster by
+measured its call runs for a fifth of a second, or three fifths if it takes more than a millisecond, so that the clock, which power limits,
+is one that lasts; it is noted. (The graph's replays come later, few at a time: above some thousand pairs they meet a higher clock.) Exit code 1 where another plan stays faster by
 more than 3 %, where time per pair is more than 5 % above that of a smaller T of the family, or where a point failed or was cut off.
 
     python scripts/gpu_curve.py --plot RESULT.jsonl --to results/h100/curve/curve.svg      # on any machine; prints the table too
@@ -36,7 +36,7 @@ import curve_report
 FAMILIES = ("uniform", "zipf", "one expert", "same experts", "all local")
 LOCAL_PAIRS = (1, 1, 0, 2, 1, 0, 1, 2)  # of the tokens in turn: T pairs for every power of two, and tokens without
 REPEATS, FEW_REPEATS, LONG_US = 11, 5, 5000.0
-WARM_US = 200_000.0
+WARM_US, HOT_FROM_US, HOT_US = 200_000.0, 1000.0, 600_000.0
 FACTOR = 2.5
 
 
@@ -179,8 +179,8 @@ class Curve:
         return statistics.median(samples[""]) > curve_report.SLOWER * statistics.median(samples[label])
 
     def warm(self, call: Callable, us: float) -> None:
-        """The call again and again, as it is measured, until the device has been at it for WARM_US."""
-        for _ in range(int(WARM_US / us)):
+        """The call again and again, as it is measured, until the device has been at it for WARM_US, or HOT_US."""
+        for _ in range(int((WARM_US if us < HOT_FROM_US else HOT_US) / us)):
             self.timer.flush()
             call()
 
