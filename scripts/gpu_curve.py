@@ -9,11 +9,12 @@ by the bench's timer (CUPTI where it is installed), with the graph replay and th
     same experts  every choice of every token is local, on the same eight experts
     all local     every choice of every token is local, over all local experts alike
 
-At every T the plans of T/2, T - 1, T + 1 and 2T, and each way of a plan of which routing chooses one, run interleaved with the chosen
-one where their paths or tiles differ (routing stays); where one seems faster by more than 3 %, both are measured again. Before a point is
-measured its call runs for a fifth of a second, or three fifths if it takes more than a millisecond, so that the clock, which power limits,
-is one that lasts; it is noted. (The graph's replays come later, few at a time: above some thousand pairs they meet a higher clock.) Exit code 1 where another plan stays faster by
-more than 3 %, where time per pair is more than 5 % above that of a smaller T of the family, or where a point failed or was cut off.
+At every T the plans of T/2, T - 1, T + 1 and 2T, and each way of a plan of which routing chooses one, run interleaved with
+the chosen one where their paths or tiles differ (routing stays); where one seems faster by more than 3 %, both are measured
+again. Before a point is measured its call runs for a fifth of a second, or three fifths if it takes more than a millisecond,
+so that the clock, which power limits, is one that lasts; it is noted. (The graph's replays come later, few at a time: above
+some thousand pairs they meet a higher clock.) Exit code 1 where another plan stays faster by more than 3 %, where time per
+pair is more than 5 % above that of a smaller T of the family, or where a point failed or was cut off.
 
     python scripts/gpu_curve.py --plot RESULT.jsonl --to results/h100/curve/curve.svg      # on any machine; prints the table too
 """
