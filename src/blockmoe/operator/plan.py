@@ -127,8 +127,8 @@ class StreamTile:
     lists all tokens, and `rows` columns are summed over all experts (10 stages at most: a second consumer's sums lie beside them).
     `promotion`: bytes that the L2 reads at once (128 or 256). `burst`: K blocks of weights asked for together, 1 or 2.
 
-    Where there are `small` tiles too, routing lists those if they are `few` at most, or not many of an expert (`many`). With other
-    stages they have other buffers, and code of their own; else those of the larger.
+    Where there are `small` tiles too, routing lists those if they are `few` at most, or one of an expert. With other stages they have other
+    buffers, and code of their own; else those of the larger.
     """
 
     rows: int
@@ -174,7 +174,7 @@ class StreamTile:
 
     def way(self, pairs: Sequence[int]) -> StreamTile:
         """The tile where each expert has so many."""
-        if self.small and sum(tiles_of(pairs, self.small.block_n)) > self.few and many(pairs, self.small.block_n):
+        if self.small and sum(tiles_of(pairs, self.small.block_n)) > self.few and max(pairs) > self.small.block_n:
             return self.ways[-1]
         return self.ways[0]
 

@@ -343,12 +343,11 @@ def place_kernel(
     prefill = BLOCK_N == 0
     block_n = PREFILL_N if BLOCK_N == 0 else BLOCK_N
     if SMALL_N > 0:
-        most = MOST * tl.sum((total > 0).to(tl.float32), 0)
-        tiles = tl.sum((total + SMALL_N - 1) // SMALL_N, 0)
-        large = (tiles > FEW) & (tiles > most)
+        large = (tl.sum((total + SMALL_N - 1) // SMALL_N, 0) > FEW) & (tl.max(total, 0) > SMALL_N)
         block_n = tl.where(large, BLOCK_N, SMALL_N)
         taken = large.to(tl.int32)
         if PREFILL_N > 0:
+            most = MOST * tl.sum((total > 0).to(tl.float32), 0)
             prefill = large & (tl.sum((total + BLOCK_N - 1) // BLOCK_N, 0) > most)
             block_n = tl.where(prefill, PREFILL_N, block_n)
             taken += prefill.to(tl.int32)

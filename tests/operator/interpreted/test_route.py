@@ -120,7 +120,7 @@ def test_tiles_are_as_large_as_routing_makes_them(name, few, tokens, favour, hei
 def test_which_tiles():
     plan = layer.PERSISTENT["either, small"]
     for pairs, height in (
-        ([0] * 8, 32), ([32] * 8, 32), ([32] * 4 + [33] + [0] * 3, 32), ([32] * 2 + [33], 64), ([64] * 4 + [65] + [0] * 3, 64),
+        ([0] * 8, 32), ([32] * 8, 32), ([32] * 7 + [33], 64), ([33] + [0] * 7, 64), ([64] * 4 + [65] + [0] * 3, 64),
         ([64] * 2 + [65], 128), ([1, 129], 128),
     ):  # fmt: skip
         assert plan.way(pairs).gate_up.block_n == height, pairs
