@@ -29,7 +29,7 @@ def test_layer_in_any_order(name, emulated):
 
 
 @pytest.mark.parametrize("name", PLANS)
-@pytest.mark.parametrize("routing", ["one expert", "no pair", "skewed"])
+@pytest.mark.parametrize("routing", ["one expert", "no pair", pytest.param("skewed", marks=pytest.mark.slow)])
 def test_routings(name, routing, emulated):
     inputs, emulated["seed"] = layer.make(SMALL, TOKENS[name]), 2
     inputs[1].zero_()
@@ -43,6 +43,7 @@ def test_routings(name, routing, emulated):
     assert out.any() == (routing != "no pair")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "geometry", "tokens"),
     [

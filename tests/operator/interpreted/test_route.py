@@ -90,7 +90,7 @@ def test_as_the_reference(g, name, tokens):
 
 
 @pytest.mark.parametrize("once", [False, True])
-@pytest.mark.parametrize("tokens", [1, 50, 700])
+@pytest.mark.parametrize("tokens", [1, 50, pytest.param(700, marks=pytest.mark.slow)])
 def test_prefill(tokens, once):
     """Aligned tiles, the order of addition, how many pairs a token has."""
     plan = Plan("prefill", RouteTile(16, 16, 16, False, once), PrefillTile(4))
@@ -100,7 +100,8 @@ def test_prefill(tokens, once):
 
 @pytest.mark.parametrize("name", ["stream, small", "either, small"])
 @pytest.mark.parametrize(("few", "tokens", "favour", "height"), [
-    (0, 60, 0, 32), (0, 60, 9, 32), (0, 128, 9, 128), (0, 300, 0, 64), (0, 300, 9, 128), (0, 700, 0, 128),
+    (0, 60, 0, 32), (0, 60, 9, 32), (0, 128, 9, 128), (0, 300, 0, 64), (0, 300, 9, 128),
+    pytest.param(0, 700, 0, 128, marks=pytest.mark.slow),
     (8, 60, 9, 32), (8, 128, 9, 32), (8, 129, 9, 128), (8, 300, 0, 64),
 ])  # fmt: skip
 def test_tiles_are_as_large_as_routing_makes_them(name, few, tokens, favour, height):
