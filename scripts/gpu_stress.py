@@ -309,11 +309,13 @@ def main() -> int:
     parser.add_argument("--sections", type=lambda s: s.split(","), default=list(SECTIONS), help=",".join(SECTIONS))
     parser.add_argument("--sanitizer", action="store_true")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--machine", choices=checks.MACHINES, help="whose plans: default the GPU's own")
+    parser.add_argument("--machine", choices=checks.MACHINES, help="whose plans, by its memory: default the GPU's own")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if unknown := set(arguments.sections) - set(SECTIONS):
         parser.error(f"--sections: expected some of {','.join(SECTIONS)}, got {','.join(sorted(unknown))}")
+    if arguments.machine and arguments.device != "cuda":
+        parser.error(f"--machine: expected --device cuda, got {arguments.device}")
     device = torch.device(arguments.device, 0) if arguments.device == "cuda" else torch.device(arguments.device)
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.manual_seed(arguments.seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import gpu_session  # noqa: F401  (puts `layer` on the path)
@@ -118,9 +119,10 @@ MACHINES = {"h100": H100, "h200": H200}
 
 
 def plan_as_for(name: str) -> None:
-    """From here on this process chooses the plans of another machine: such kernels run on any GPU of its compute capability."""
+    """From here on this process chooses plans as for another machine's memory: such kernels run on any GPU of its compute capability."""
     global of_gpu
-    of_gpu = api.of_gpu = pipeline.of_gpu = lambda *_: MACHINES[name]
+    own = of_gpu
+    of_gpu = api.of_gpu = pipeline.of_gpu = lambda *given: replace(own(*given), hbm3e=MACHINES[name].hbm3e)
 
 
 def machine(device: torch.device) -> Machine:

@@ -33,19 +33,21 @@ EITHER = EitherTile(replace(BOTH, small=replace(BY_TWOS, stages=5)), PrefillTile
 PERSISTENT = {  # for the emulator
     "prefill": Plan("prefill", IN_TWO, PrefillTile(4, 1, flight=3)),
     "cluster": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3)),
-    "cluster, many": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3, many=3)),
+    "cluster, many": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3, many=2)),
     "dense": Plan("stream", RouteTile(16, 16, 16, True), StreamTile(64, 16, 10, dense=True, flight=3)),
     "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3)),
-    # of the ways of the last five, the first to the third, as their tokens have it
     "stream, small": Plan("stream", IN_TWO, BOTH),
+    "stream, few": Plan("stream", IN_TWO, replace(BOTH, few=8)),
     "stream, large": Plan("stream", IN_TWO, BOTH),
     "either, small": Plan("either", IN_TWO, EITHER),
+    "either, few": Plan("either", IN_TWO, replace(EITHER, stream=replace(EITHER.stream, few=8))),
     "either, large": Plan("either", IN_TWO, EITHER),
     "either, prefill": Plan("either", IN_TWO, EITHER),
 }
 EMULATED_TOKENS = {
     "prefill": 150, "cluster": 280, "cluster, many": 140, "dense": 9, "stream 256x32": 60,
-    "stream, small": 60, "stream, large": 120, "either, small": 60, "either, large": 120, "either, prefill": 180,
+    "stream, small": 60, "stream, few": 120, "stream, large": 120,
+    "either, small": 60, "either, few": 120, "either, large": 120, "either, prefill": 180,
 }  # fmt: skip
 SMALL = MoEGeometry(8, 4, 3, 512, 512)
 

@@ -1,7 +1,7 @@
 """One kernel with both ways through the layer after routing: the roles of `stream`, or those of `prefill` where few experts take much.
 
-Which is faster, the sizes alone don't tell: stream reads an expert's weights once for each of its tiles, of 64 pairs, or of 32 where these
-are few. Routing does, which counts them (`place_kernel`); a launch of each, one of them with nothing to do, took 5 to 8 us more.
+Which is faster, the sizes alone don't tell: stream reads an expert's weights once for each of its tiles, of 64 pairs or 32
+(`StreamTile.way`). Routing does, which counts them (`place_kernel`); a launch of each, one of them with nothing to do, took 5 to 8 us more.
 """
 
 from __future__ import annotations

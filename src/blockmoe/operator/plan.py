@@ -43,7 +43,7 @@ PREFILL_ROWS = 4
 # eight experts, T = 128, 256, 512: 154, 271, 516, prefill 124, 181, 300; where all choices are local, 331, 411, 608, prefill 360, 381, 472
 # (curve/seventh-first.jsonl).
 EITHER_ROWS = 54
-MOST_TILES = 1.25  # of 64 pairs, of an expert that has any, on average: with more it is prefill, but where tiles are `EitherTile.few`
+MOST_TILES = 1.25  # of 64 pairs, of an expert that has any, on average: with more it is prefill, unless small ones do (`StreamTile.way`)
 # Mean rows from which its programs are clusters. On an H200, uniform routing, T = 128, 200, 300, 500, 901, 2048, 3072, 4096: 326, 346,
 # 348, 354, 365, 380, 424, 469 us, without 323, 344, 346, 351, 364, 379, 427, 491. Where all choose the same eight experts, whose tiles
 # then share weights, T = 256: 178.5, 181.8; without 190.2, 187.3 (curve/fourth-first.jsonl, fourth.jsonl).
@@ -246,7 +246,8 @@ class Plan:
     def __post_init__(self) -> None:
         assert isinstance(self.gate_up, TILES.get(self.path, GateUpTile)) and (self.down is None) == (self.path in TILES)
         assert self.down is None or self.gate_up.block_n == self.down.block_n, "both GEMMs walk one tile list"
-        assert self.path not in ("prefill", "either") or not self.route.one_launch, "with two, tiles begin at multiples of 128"
+        assert self.path != "prefill" or not self.route.one_launch, "with two, tiles begin at multiples of 128"
+        assert len(getattr(self.gate_up, "ways", (None,))) == 1 or not self.route.one_launch, "with two, routing says which way it is"
         assert self.path != "wide" or self.gate_up.block_i == self.gate_up.block_n == self.down.block_m == BLOCK
 
     @property

@@ -386,11 +386,11 @@ def _tile(g: MoEGeometry, plan: Plan, logits: Slot, bias: Slot) -> tuple[int, in
 
 def _heights(plan: Plan) -> tuple[tuple[int, int], int, int]:
     """Pairs of small tiles, up to how many these are few, pairs of tiles, of prefill's; 0 for what the plan has not."""
-    stream = plan.gate_up.stream if plan.path == "either" else plan.gate_up
-    small = (stream.small.block_n, stream.few) if getattr(stream, "small", None) else (0, 0)
+    tile = plan.gate_up.stream if plan.path == "either" else plan.gate_up
+    small = (tile.small.block_n, tile.few) if getattr(tile, "small", None) else (0, 0)  # which stream's have
     if plan.path == "prefill":
-        return small, 0, plan.gate_up.block_n
-    return small, stream.block_n, plan.gate_up.prefill.block_n if plan.path == "either" else 0
+        return small, 0, tile.block_n
+    return small, tile.block_n, plan.gate_up.prefill.block_n if plan.path == "either" else 0
 
 
 def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) -> list[Launch]:

@@ -21,7 +21,11 @@ def bits(out: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", PLANS)
 def test_layer_in_any_order(name, emulated):
     """By another number of programs too."""
-    inputs = layer.make(SMALL, TOKENS[name])
+    inputs, plan = layer.make(SMALL, TOKENS[name]), PLANS[name]
+    if ", " in name and len(plan.ways) > 1:  # of several ways the one of that name
+        way = {"small": 0, "few": 0, "large": 1, "prefill": 2}[name.split(", ")[1]]
+        pairs = layer.pairs_of(inputs, SMALL, 2)
+        assert plan.way(pairs) == plan.ways[way] and (max(pairs) > 32) == (not name.endswith("small"))
     first = bits(check(inputs, SMALL, 2, PLANS[name]))
     assert first.any()
     emulated.update(programs=2, seed=1)
