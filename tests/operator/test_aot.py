@@ -30,6 +30,12 @@ CHOSEN = [*plans(HEADLINE, H100), *plans(HEADLINE, H200)]
 HOPPER = launches(HEADLINE, [*CHOSEN, choose_plan(HEADLINE, 14107, clusters=False), choose_plan(HEADLINE, 901, tma=False)])
 HOPPER |= launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
 BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, Machine(capability=100)) for t in (1, 80, 8192)])
+QUICK = {*launches(HEADLINE, plans(HEADLINE, H200)), *list(BLACKWELL)[-2:]}  # the others, which are much like these, are slow tests
+
+
+def keys(found: dict) -> list:
+    marks = {key: [] if key in QUICK else pytest.mark.slow for key in found}
+    return [pytest.param(key, id=f"{key[0]}-{'x'.join(str(c) for c in key[1])}", marks=marks[key]) for key in found]
 
 
 SIZES_OF = {"map": 128, "i32": 4, "i64": 8, "fp32": 4}  # of pointers, and of Triton's two scratch memories: 8
@@ -43,7 +49,7 @@ def parameter_sizes(ptx: str) -> list[int]:
     return [int(array or bits) // (1 if array else 8) for array, bits in found]
 
 
-@pytest.mark.parametrize("key", HOPPER, ids=lambda key: f"{key[0]}-{'x'.join(str(c) for c in key[1])}")
+@pytest.mark.parametrize("key", keys(HOPPER))
 def test_hopper(key):
     usage = aot.compiled(HOPPER[key], 90)
     # the persistent kernels keep a few arguments of their warps on the stack, and a counter a stage
@@ -56,7 +62,7 @@ def test_hopper(key):
         assert "UTMALDG.2D.MULTICAST" in usage.sass and "SYNCS.ARRIVE.TRANS64.RED" in usage.sass
 
 
-@pytest.mark.parametrize("key", BLACKWELL, ids=lambda key: f"{key[0]}-{'x'.join(str(c) for c in key[1])}")
+@pytest.mark.parametrize("key", keys(BLACKWELL))
 def test_blackwell(key):
     usage = aot.compiled(BLACKWELL[key], 100)
     if usage.kernel.startswith(("gate_up", "down")):
