@@ -26,10 +26,8 @@ from emulator.machine import MOST_PROGRAMS  # noqa: E402
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE  # noqa: E402
 from blockmoe.operator import launch  # noqa: E402
-from blockmoe.operator.machine import H100, H200  # noqa: E402
+from blockmoe.operator.machine import BY_NAME  # noqa: E402
 from blockmoe.operator.plan import choose_plan  # noqa: E402
-
-MACHINES = {"h100": H100, "h200": H200}
 
 
 def main() -> int:
@@ -37,7 +35,7 @@ def main() -> int:
     parser.add_argument(
         "--definition", default=HEADLINE.definition_name, choices=sorted(GEOMETRIES), metavar="NAME", help="default: the headline"
     )
-    parser.add_argument("--machine", default="h100", choices=MACHINES, help="whose plan: default h100")
+    parser.add_argument("--machine", default="h100", choices=BY_NAME, help="whose plan: default h100")
     parser.add_argument("--tokens", type=int, default=7)
     parser.add_argument("--programs", type=int, default=8, help="even where the plan has clusters")
     parser.add_argument("--orders", type=int, default=2)
@@ -50,7 +48,7 @@ def main() -> int:
     if asked.programs > MOST_PROGRAMS:
         parser.error(f"--programs: expected at most {MOST_PROGRAMS}, got {asked.programs}")
     geometry, how = GEOMETRIES[asked.definition], {"programs": asked.programs}
-    plan = choose_plan(geometry, asked.tokens, MACHINES[asked.machine])
+    plan = choose_plan(geometry, asked.tokens, BY_NAME[asked.machine])
     if asked.programs % getattr(plan.gate_up, "cluster", 1):
         parser.error(f"--programs: expected an even number for {plan}, got {asked.programs}")
     launch.interpret = lambda launches, tensors: interpret(launches, tensors, **how)

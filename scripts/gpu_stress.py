@@ -309,7 +309,7 @@ def main() -> int:
     parser.add_argument("--sections", type=lambda s: s.split(","), default=list(SECTIONS), help=",".join(SECTIONS))
     parser.add_argument("--sanitizer", action="store_true")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--machine", choices=checks.MACHINES, help="whose plans, by its memory: default the GPU's own")
+    parser.add_argument("--machine", choices=checks.BY_NAME, help="whose plans, by its memory: default the GPU's own")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     if unknown := set(arguments.sections) - set(SECTIONS):

@@ -17,7 +17,7 @@ from blockmoe.bench.schema import Workload
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator import api, pipeline, ptx
 from blockmoe.operator.launch import interpreted
-from blockmoe.operator.machine import H100, H200, Machine, of_gpu
+from blockmoe.operator.machine import BY_NAME, H100, Machine, of_gpu
 from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan
 from blockmoe.operator.workspace import layout, rounds
 from blockmoe.reference import moe_reference, route
@@ -115,14 +115,11 @@ def passes(found: dict[str, float]) -> bool:
     return found["rel_l2"] <= REFERENCE_LIMIT and found["token"] <= TOKEN_LIMIT and not found["nan"] and not found["not_zero"]
 
 
-MACHINES = {"h100": H100, "h200": H200}
-
-
 def plan_as_for(name: str) -> None:
     """From here on this process chooses plans as for another machine's memory: such kernels run on any GPU of its compute capability."""
     global of_gpu
     own = of_gpu
-    of_gpu = api.of_gpu = pipeline.of_gpu = lambda *given: replace(own(*given), hbm3e=MACHINES[name].hbm3e)
+    of_gpu = api.of_gpu = pipeline.of_gpu = lambda *given: replace(own(*given), hbm3e=BY_NAME[name].hbm3e)
 
 
 def machine(device: torch.device) -> Machine:

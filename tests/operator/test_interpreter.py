@@ -6,10 +6,14 @@ import pytest
 
 pytest.importorskip("triton")
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
-SLOW = [file for file in FILES if "mark.slow" in file.read_text(encoding="utf-8")]
-SLOW = [pytest.param(file, marks=pytest.mark.slow, id=f"{file.stem}, slow") for file in SLOW]
+QUICK = [pytest.param(file, id=file.stem) for file in FILES]
+SLOW = [
+    pytest.param(file, marks=pytest.mark.slow, id=f"{file.stem}, slow")
+    for file in FILES
+    if "mark.slow" in file.read_text(encoding="utf-8")
+]
 
 
-@pytest.mark.parametrize("file", [*(pytest.param(file, id=file.stem) for file in FILES), *SLOW])
+@pytest.mark.parametrize("file", [*QUICK, *SLOW])
 def test_interpreted(file, interpreted):
     interpreted(file)

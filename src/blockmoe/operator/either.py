@@ -60,7 +60,7 @@ def either_kernel(
             ready, ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, P_STAGES, P_CLUSTER, P_FLIGHT, P_MANY,
             P_CONSUMERS, P_LOADERS, P_CARRIERS,
         )  # fmt: skip
-        if taken > 2:  # never: up to here the compiler leaves their memory to these barriers
+        if taken > 2:  # never
             give_up(places)
 
 

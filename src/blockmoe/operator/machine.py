@@ -17,6 +17,7 @@ class Machine:
 
 
 H100, H200 = Machine(), Machine(hbm3e=True)
+BY_NAME = {"h100": H100, "h200": H200}
 
 
 @lru_cache(maxsize=16)

@@ -50,7 +50,8 @@ MOST_TILES = 1.25  # of 64 pairs, of an expert that has any, on average: with mo
 CLUSTER_ROWS = 8
 # With this many tiles for each expert, or fewer, prefill waits for weights, and has three stages' hidden states on their way, else two. On
 # an H200, T = 512, 901, 2048, 4096: 351.2, 364.1, 384.9, 461.6 us, always with two 357.2, 371.9, 393.8, 486.0; 6000 (two tiles): 563.0,
-# 575.5 (582, 582 in two other calls); 8192 (three): 709.4, 703.8. All local, T = 4,096: 3,421 thousand cycles, with three 3,493.
+# 575.5 (582, 582 in two other calls); 8192 (three): 709.4, 703.8. All local, T = 4,096: 3,421 thousand cycles, with three 3,493
+# (results/h200/operator/tiles.txt).
 MEMORY_BOUND, FLIGHT = 2.25, 3
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
@@ -62,14 +63,9 @@ def power_of_two_at_least(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def tiles_of(pairs: Sequence[int], block_n: int) -> list[int]:
-    """How many of `block_n` each expert has of so many pairs."""
-    return [-(-n // block_n) for n in pairs]
-
-
-def many(pairs: Sequence[int], block_n: int) -> bool:
-    """Whether experts would have more than MOST_TILES such tiles on average, but for those without a pair."""
-    return sum(tiles_of(pairs, block_n)) > MOST_TILES * sum(n > 0 for n in pairs)
+def tiles_of(pairs: Sequence[int], block_n: int) -> int:
+    """How many of `block_n` pairs there are where each expert has so many."""
+    return sum(-(-n // block_n) for n in pairs)
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ class StreamTile:
 
     def way(self, pairs: Sequence[int]) -> StreamTile:
         """The tile where each expert has so many."""
-        if self.small and sum(tiles_of(pairs, self.small.block_n)) > self.few and max(pairs) > self.small.block_n:
+        if self.small and tiles_of(pairs, self.small.block_n) > self.few and max(pairs) > self.small.block_n:
             return self.ways[-1]
         return self.ways[0]
 
@@ -224,8 +220,8 @@ class EitherTile:
 
     def way(self, pairs: Sequence[int]) -> StreamTile | PrefillTile:
         """The tile where each expert has so many."""
-        found = self.stream.way(pairs)
-        return self.prefill if found == self.stream.ways[-1] and many(pairs, found.block_n) else found
+        found, most = self.stream.way(pairs), MOST_TILES * sum(n > 0 for n in pairs)
+        return self.prefill if found == self.stream.ways[-1] and tiles_of(pairs, found.block_n) > most else found
 
 
 WIDE = (GateUpTile(128, 128, 4, 8), DownTile(128, 128, 4, 8))  # T = 14107, stages: (4, 4) 2725 us, (4, 3) 2790, (3, 3) 2933
@@ -294,6 +290,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
         if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
             stream = _stream(geometry, tokens, machine)
             # with code of their own small tiles took 10 us more at T = 901, and 1.3 at 130 to 500: registers were spilled
+            # (results/h200/operator/tiles.txt, call 2)
             stream = replace(stream, small=replace(stream.small, stages=stream.stages))
             return Plan("either", route, EitherTile(stream, PrefillTile(PREFILL_STAGES, 1, FLIGHT)), pdl=pdl)
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
@@ -357,6 +354,8 @@ def _stream(geometry: MoEGeometry, tokens: int, machine: Machine) -> StreamTile:
         small = StreamTile(128, 32, 6, flight=3)
     if tokens <= small.block_n:  # no expert has more
         return small
+    # On an H200, beside tiles of 32 alone: T = 52, 80: 0, +0.1 us; all on the same eight experts at 64, 100: -17.5, -34.4; one at 64: +0.1.
+    # By tiles of 64 alone +2.2, -0.2; -20.4, -37.0; +2.2 (results/h200/operator/tiles.txt, calls 2 and 1)
     # few: so that each program has a unit of GEMM1 at most, 8 of the headline geometry, of which one expert was measured. T = 128, 256: 60,
     # 66 us; by tiles of 64 pairs 71, 74; prefill 72, 73 (results/h200/curve/tenth.jsonl)
     few = machine.sm_count // (geometry.intermediate_size // BLOCK)

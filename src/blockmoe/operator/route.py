@@ -413,9 +413,8 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
     constants = (*choosing, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
-    way = b.get("way", b["tile_count"])
     arguments = (
-        *weights, *lists, b["counters"], b["before"], way, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
+        *weights, *lists, b["counters"], b["before"], round.way_taken, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
     )  # fmt: skip
     counts = max(1, min(128, 4096 // cells))
     constants = (local, cells, g.top_k, tile.place_t, *small, height, filling, counts, tile.once, plan.pdl)

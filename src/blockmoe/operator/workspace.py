@@ -175,6 +175,11 @@ class Round:
         """The same for each of the plan's ways, in the same memory."""
         return [replace(self, plan=way, sizes=sizes(self.geometry, self.sizes.tokens, way)) for way in self.plan.ways]
 
+    @property
+    def way_taken(self) -> Slot:
+        """Where routing notes which it is; anything where it has no choice."""
+        return self.memory.get("way", self.memory["tile_count"])
+
     def launch(self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int, *, cluster: int = 1) -> Launch:
         """`arguments` are TMA descriptors, then slots, then numbers."""
         described = sum(isinstance(a, Descriptor) for a in arguments)

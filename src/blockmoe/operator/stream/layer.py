@@ -88,7 +88,7 @@ def invalidate(barriers):
 
 @gluon.jit
 def give_up(places):
-    """Nobody has met there (not DENSE). Up to here the compiler leaves the memory to these barriers."""
+    """Of places where nobody has met (not DENSE). In a branch that may come here the compiler leaves their memory to these barriers."""
     stages, units, stored = places
     barriers = (stages[0], stages[1], stages[2], units[1], units[2], stored)
     for kind in gl.static_range(len(barriers)):
@@ -122,7 +122,7 @@ def stream(
     DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing, by all roles: `stream_kernel`. GATHERERS: warps that gather pairs; four are the program's first ones."""
-    IN_FLIGHT: gl.constexpr = FLIGHT if FLIGHT > 0 and FLIGHT < STAGES else STAGES
+    IN_FLIGHT: gl.constexpr = FLIGHT if FLIGHT > 0 else STAGES
     stages, units, between = places  # `between`: consumers, or the consumer and the teller
     asked, full, empty = stages
     queue, told, heard = units
@@ -225,7 +225,7 @@ def constants_of(tile: StreamTile, round: Round) -> tuple:
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
     tile, b = round.plan.gate_up, round.memory
-    lists = (*(b[n] for n in LISTS), b.get("way", b["tile_count"]), *(b[n] for n in ("ticket", "part", "finished", "written")))
+    lists = (*(b[n] for n in LISTS), round.way_taken, *(b[n] for n in ("ticket", "part", "finished", "written")))
     inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], out if tile.dense else b["rows"], out)
     arguments = (*boxes_of(w1, w2, tile, round), *inputs, *lists, round.sizes.tokens)
     constants = (*constants_of(tile, round), REGISTERS, tile.num_warps, round.plan.pdl)
