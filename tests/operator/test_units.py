@@ -105,13 +105,13 @@ class Drawing:
             load=lambda at, mask=True, other=0: at if mask else other, program_id=lambda axis: rank, to_tensor=int,
             where=lambda a, b, c: b if a else c, atomic_add=self.atomic_add, atomic_xchg=self.atomic_xchg,
         )  # fmt: skip
-        begun = there = SimpleNamespace(index=lambda i: None)
+        wanted = there = SimpleNamespace(index=lambda i: None)
         told = dict(wait_until=self.wait_until, tell=lambda queue, told, heard, n, words: self.told[rank].append(words[:2]))
         told |= dict(unit_at=lambda unit, groups, columns, cluster: (unit, 0, 0), wait_until_finished=lambda *_: None, barrier=lambda: None)
         barriers = dict(mbarrier=SimpleNamespace(wait=lambda barrier, parity: None, arrive=lambda barrier, count: None))
         for name, value in dict(gl=language, **told, **barriers, **NUMBERS).items():
             monkeypatch.setitem(units.draw.fn.__globals__, name, value)
-        units.draw.fn(0, 0, None, None, None, begun, there, 0, tiles, 0, 0, 0, 0, hidden, inter, cluster)
+        units.draw.fn(0, 0, None, None, None, wanted, there, 0, tiles, 0, 0, 0, 0, hidden, inter, cluster)
         return self.told[rank]
 
 

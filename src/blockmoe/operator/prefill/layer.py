@@ -90,17 +90,17 @@ def carry(
 
 @gluon.jit
 def load(
-    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, begun, there,
+    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, wanted, there,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: what TMA loads."""
     step, n, unit = load_gate_up(
-        w1, w_buffers, full_1, empty_1, queue, told, heard, begun, HIDDEN, INTER, STAGES, CLUSTER
+        w1, w_buffers, full_1, empty_1, queue, told, heard, wanted, HIDDEN, INTER, STAGES, CLUSTER
     )
     drain(empty_1, step, STAGES)
     boxes = x_buffers._reinterpret(gl.float8e4nv, [2 * CLUSTER * STAGES, ROWS // CLUSTER, K], CODES)
     step = load_down(
-        middle, w2, boxes, w_buffers, full_2, empty_2, queue, told, heard, begun, n, unit, there,
+        middle, w2, boxes, w_buffers, full_2, empty_2, queue, told, heard, wanted, n, unit, there,
         HIDDEN, INTER, STAGES - 1, CLUSTER,
     )  # fmt: skip
     drain(empty_2, step, STAGES - 1)
@@ -121,7 +121,7 @@ def serve(
 
 @gluon.jit
 def meeting_places(STAGES: gl.constexpr, CLUSTER: gl.constexpr):
-    """Where a program's roles meet: barriers of both GEMMs' stages, of codes, of finished rows and of loads that have begun, units, and
+    """Where a program's roles meet: barriers of both GEMMs' stages, of codes, of finished rows and of a unit that is wanted, units, and
     whose rows are there."""
     first = stage_barriers(STAGES, CLUSTER)
     second = stage_barriers(STAGES - 1, CLUSTER)
@@ -129,16 +129,16 @@ def meeting_places(STAGES: gl.constexpr, CLUSTER: gl.constexpr):
     taken = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     coded = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     sent = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    begun = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    wanted = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     units = unit_queue(6, WORDS)
     there = rows_there()
-    mbarrier.init(begun.index(0), count=1)
+    mbarrier.init(wanted.index(0), count=1)
     for i in gl.static_range(2):
         mbarrier.init(coded.index(i), count=1)
         mbarrier.init(sent.index(i), count=1)
         mbarrier.init(done.index(i), count=1)
         mbarrier.init(taken.index(i), count=1)
-    return first, second, (coded, sent), (done, taken), begun, units, there
+    return first, second, (coded, sent), (done, taken), wanted, units, there
 
 
 @gluon.jit
@@ -151,7 +151,7 @@ def prefill(
     """The layer after routing, by all roles: `prefill_kernel`."""
     w1, middle, middle_boxes, w2, runs = boxes
     tile_count, tile_expert, tile_group, tile_begin, tile_end = tiles
-    first, second, codes_there, rows_done, begun, units, there = places
+    first, second, codes_there, rows_done, wanted, units, there = places
     full_1, empty_1 = first
     full_2, empty_2 = second
     coded, sent = codes_there
@@ -177,7 +177,7 @@ def prefill(
                 queue, told, heard, tile_count, pair_token, before, added, tokens, HIDDEN, INTER, STAGES, FLIGHT, MANY,
             )),
             (load, (
-                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, begun, there,
+                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, wanted, there,
                 HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (serve, (
@@ -185,7 +185,7 @@ def prefill(
                 queue, told, heard, there, pitch, HIDDEN, INTER, STAGES,
             )),
             (draw, (
-                ticket, mail, queue, told, heard, begun, there, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+                ticket, mail, queue, told, heard, wanted, there, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end,
                 HIDDEN, INTER, CLUSTER,
             )),
             (write_zeros, (runs, page, token_pairs, queue, told, heard, tile_count, tokens, HIDDEN, INTER)),

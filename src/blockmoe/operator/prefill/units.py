@@ -90,13 +90,14 @@ def wait_for_rows(there, n):
 
 @gluon.jit
 def draw(
-    ticket, mail, queue, told, heard, begun, there, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end,
+    ticket, mail, queue, told, heard, wanted, there, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: tells this program's roles every unit, then END; of a unit of GEMM2 also when its rows are `there`.
 
-    A unit is drawn when loads for the one before it begin (`begun`): early enough to be known in time, and late enough to even out what
-    units cost. tile_count tiles have INTER / K / CLUSTER units of GEMM1 each, HIDDEN / (2 * K) / CLUSTER of GEMM2.
+    A unit is drawn when few K blocks of the one before it are left to be asked for (`wanted`; EARLY_1, EARLY_2): early enough to be known
+    in time, and late enough to even out what units cost. tile_count tiles have INTER / K / CLUSTER units of GEMM1 each, HIDDEN / (2 * K) /
+    CLUSTER of GEMM2.
 
     mail [clusters, MAIL] begins at 0 and holds units plus one. A slot's new value is larger than the last one read: units ascend. It
     is not overwritten unread: the first program asks for nothing of a unit before the cluster's consumers have freed nearly all
@@ -110,7 +111,7 @@ def draw(
     n = 0
     downs = gl.to_tensor(0)
     while unit < units:
-        mbarrier.wait(begun.index(0), (n & 1) ^ 1)
+        mbarrier.wait(wanted.index(0), (n & 1) ^ 1)
         if gl.program_id(0) % CLUSTER == 0:
             unit = gl.atomic_add(ticket, 1, sem="relaxed")
             if CLUSTER > 1:
