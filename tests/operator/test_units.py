@@ -233,27 +233,61 @@ class Ticket:
 
     def language(self, program: int, programs: int) -> SimpleNamespace:
         return SimpleNamespace(
-            num_programs=lambda axis: programs, program_id=lambda axis: program, load=lambda at: at, arange=lambda *given, layout: 1,
+            num_programs=lambda axis: programs, program_id=lambda axis: program, arange=lambda *given, layout: 1,
             BlockedLayout=lambda *given: None, to_tensor=int, max=lambda value, axis: value, int32=None,
             inline_asm_elementwise=lambda asm, constraints, given, **more: given[0].look(),
         )  # fmt: skip
 
 
+@pytest.fixture
+def counted(monkeypatch):
+    """`stream.units.unit_counts` for so many programs, given the number of tiles."""
+    language = SimpleNamespace(load=lambda at: at, to_tensor=int, where=lambda a, b, c: b if a else c)
+    monkeypatch.setitem(stream_units.unit_counts.fn.__globals__, "gl", language)
+    monkeypatch.setitem(stream_units.unit_counts.fn.__globals__, "SPLIT_TILES", stream_units.SPLIT_TILES.value)
+
+    def count(programs: int, *given) -> tuple[int, int, int, int]:
+        language.num_programs = lambda axis: programs
+        return stream_units.unit_counts.fn(*given)
+
+    return count
+
+
+@pytest.mark.parametrize(
+    ("programs", "tiles", "rows", "split", "dense", "shares"),
+    [
+        (132, 1, 64, 4, True, 1), (114, 1, 64, 4, True, 0), (132, 2, 64, 4, True, 0), (132, 0, 64, 4, True, 2),
+        (132, 1, 128, 4, False, 2), (132, 2, 128, 4, False, 2), (132, 3, 128, 4, False, 1), (132, 4, 128, 4, False, 1),
+        (132, 5, 128, 4, False, 0), (255, 5, 128, 4, False, 0), (114, 4, 128, 4, False, 0), (132, 1, 128, 2, False, 1),
+        (132, 1, 128, 1, False, 0),
+    ],
+)  # fmt: skip
+def test_shares_of_k(programs, tiles, rows, split, dense, shares, counted):
+    """Row blocks are split while the shares are no more than programs, of few tiles; units are as many more."""
+    assert split == 4 or shares <= split // 2
+    out = 7168 // 64 if dense else tiles * 7168 // 256
+    units = tiles * (2048 // rows) << shares
+    assert counted(programs, tiles, 7168, 2048, rows, split, dense) == (tiles, shares, units, units + out)
+    assert sorted({stream_units.share_of.fn(unit, shares) for unit in range(units)}) == list(range(1 << shares if tiles else 0))
+
+
 @pytest.mark.parametrize("programs", [132, 114])
 @pytest.mark.parametrize("tiles", [0, 1, 2, 3, 5])
-def test_some_let_others_draw(programs, tiles, monkeypatch):
+def test_some_let_others_draw(programs, tiles, counted, monkeypatch):
     """As many as have no unit of GEMM1 look until the others have drawn, or 16 times; any 33 neighbours have an even share, but for
     two."""
-    looks = {}
+    looks, split = {}, 4
+    units = counted(programs, tiles, 7168, 2048, 64, split, True)[2]
+    monkeypatch.setitem(load.let_others_draw.fn.__globals__, "unit_counts", lambda *given: counted(programs, *given))
     for growth in (0, 50):
         for program in range(programs):
             ticket = Ticket(growth)
             monkeypatch.setitem(load.let_others_draw.fn.__globals__, "gl", ticket.language(program, programs))
-            load.let_others_draw.fn(ticket, tiles, 32)
+            load.let_others_draw.fn(ticket, tiles, 7168, 2048, 64, split)
             looks[growth, program] = ticket.looks
     waiting = [program for program in range(programs) if looks[0, program]]
-    assert len(waiting) == (max(0, programs - 32 * tiles) if tiles else 0)
-    assert all(looks[0, program] == 16 and looks[50, program] == -(-32 * tiles // 50) for program in waiting)
+    assert len(waiting) == (max(0, programs - units) if tiles else 0)
+    assert all(looks[0, program] == 16 and looks[50, program] == -(-units // 50) for program in waiting)
     for first in range(0, programs - 33):
         share = sum(first <= program < first + 33 for program in waiting)
         assert abs(share - 33 * len(waiting) / programs) < 2

@@ -28,12 +28,12 @@ LOADERS = 40  # registers of a thread of stream's single warps
 @gluon.jit(do_not_specialize=["tokens", "pitch"])
 def either_kernel(
     w1, w2, p_w1, p_middle, p_middle_boxes, p_w2, p_runs,
-    x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, words,
+    x, x_scale, w1_scale, w2_scale, middle, middle_scale, partial, rows, out, words,
     tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count,
-    before, way, ticket, part, finished, written, added, ready, mail, tokens, pitch,
+    before, way, ticket, part, finished, written, summed, added, ready, mail, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    SMALL_N: gl.constexpr, SMALL_STAGES: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
-    LOADERS: gl.constexpr, WARPS: gl.constexpr,
+    SMALL_N: gl.constexpr, SMALL_STAGES: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr,
+    BURST: gl.constexpr, LOADERS: gl.constexpr, WARPS: gl.constexpr,
     P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr, P_FLIGHT: gl.constexpr, P_MANY: gl.constexpr, P_CONSUMERS: gl.constexpr,
     P_LOADERS: gl.constexpr, P_CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -47,10 +47,10 @@ def either_kernel(
     if taken < 2:
         lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight)
         slots = (token_pair, token_pairs, slot_token, slot_count)
-        counters = (ticket, part, finished, written)
+        counters = (ticket, part, finished, written, summed)
         streams(
-            taken, places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
-            HIDDEN, INTER, TOP_K, ROWS, N, STAGES, SMALL_N, SMALL_STAGES, DENSE, FLIGHT, BURST, LOADERS, WARPS, GATHERERS,
+            taken, places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, partial, rows, out, lists, slots, counters,
+            tokens, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, SMALL_N, SMALL_STAGES, SPLIT, DENSE, FLIGHT, BURST, LOADERS, WARPS, GATHERERS,
         )  # fmt: skip
     else:
         boxes = (p_w1, p_middle, p_middle_boxes, p_w2, p_runs)
@@ -67,8 +67,8 @@ def either_kernel(
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
     tile, b, (*_, streaming, filling) = round.plan.gate_up, round.memory, round.ways
-    inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], b["rows"], out, Slot(out.tensor, torch.int64))
-    lists = (*LISTS, "before", "way", "ticket", "part", "finished", "written", "added", "ready", "mail")
+    inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], b["partial"], b["rows"], out, Slot(out.tensor, torch.int64))
+    lists = (*LISTS, "before", "way", "ticket", "part", "finished", "written", "summed", "added", "ready", "mail")
     boxes = (*by_stream.boxes_of(w1, w2, tile.stream, streaming), *by_prefill.boxes_of(w1, w2, out, tile.prefill, filling))
     arguments = (*boxes, *inputs, *(b[n] for n in lists), round.sizes.tokens, filling.sizes.rows)
     constants = (*by_stream.constants_of(tile.stream, streaming), LOADERS, tile.stream.num_warps)

@@ -57,6 +57,7 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
 
 
 MOST_PROGRAMS = 256  # of a persistent kernel: one a multiprocessor
+SPLIT_PAIRS = 32  # at most, of a tile of stream whose products are summed by shares of K
 MAIL_SLOTS = 8  # of units that a cluster's first program of the prefill kernel passes on: at most three are unread
 
 
@@ -66,7 +67,7 @@ def counters(bound: Sizes, plan: Plan) -> dict[str, int]:
         every = [counters(bound, way) for way in plan.ways]
         return {name: max(found.get(name, 0) for found in every) for name in reduce(or_, every)}
     if plan.path == "stream":
-        return {"ticket": 1, "part": 1, "written": 2, "finished": bound.tiles}
+        return {"ticket": 1, "part": 1, "written": 2, "finished": bound.tiles, "summed": MOST_PROGRAMS}
     if plan.path == "prefill":
         mail, added = MOST_PROGRAMS // 2 * MAIL_SLOTS, bound.tiles * bound.blocks // 2
         return {"ticket": 1, "mail": mail, "ready": MOST_PROGRAMS, "finished": bound.tiles, "added": added}
@@ -106,6 +107,9 @@ def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[i
         "middle": (bound.rows * geometry.intermediate_size, torch.float8_e4m3fn),
         "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),
     }
+    if plan.path == "stream":  # sums of shares of K, of all programs but those that add them
+        tile = plan.gate_up
+        fields["partial"] = (3 * MOST_PROGRAMS // 4 * 2 * tile.rows * SPLIT_PAIRS, torch.float32)
     if not plan.dense and not prefill:
         fields["rows"] = (bound.rows * bound.blocks * BLOCK, torch.bfloat16)
     elif plan.path == "dense" and plan.down.split > 1:

@@ -12,6 +12,7 @@ from layer import PERSISTENT as PLANS
 from layer import SMALL, check
 
 from blockmoe.geometry import MoEGeometry
+from blockmoe.operator.workspace import layout
 
 
 def bits(out: torch.Tensor) -> torch.Tensor:
@@ -84,6 +85,25 @@ def test_fewer_units_than_programs(seed, emulated):
     assert check(inputs, geometry, 3, PLANS["dense"]).any()
     inputs[0][:, 3] -= 99.0
     assert not check(inputs, geometry, 3, PLANS["dense"]).any()
+
+
+@pytest.mark.parametrize(("name", "tokens", "pairs", "blocks", "others"), [
+    ("dense", 9, 9, 4, 1), ("dense", 9, 0, 0, 0), ("stream 256x32", 40, 20, 2, 3), ("stream 256x32", 40, 40, 4, 3),
+    ("stream, few", 100, 70, 6, 1), ("stream, large", 140, 140, 0, 0), ("either, few", 60, 20, 4, 3),
+])  # fmt: skip
+def test_few_row_blocks(name, tokens, pairs, blocks, others, emulated):
+    """Row blocks of GEMM1 of an expert with so many pairs are more units, each of a share of K: `others` leave their sums to the last."""
+    emulated.update(seed=tokens + pairs, programs=18)
+    geometry, plan = MoEGeometry(8, 2, 2, 2048, 512 if name.startswith("either") else 256), PLANS[name]
+    inputs = layer.make(geometry, tokens)
+    inputs[1].zero_()
+    inputs[0][:, 2:4] = -50.0
+    inputs[0][:pairs, 3] = 50.0
+    placed, size = layout(geometry, tokens, plan)
+    memory = torch.full((size,), 255, dtype=torch.uint8)
+    assert check(inputs, geometry, 2, plan, workspace=memory).any() == (pairs > 0)
+    begin, count, dtype = placed["summed"]
+    assert memory[begin : begin + count * dtype.itemsize].view(dtype).tolist() == [others] * blocks + [0] * (count - blocks)
 
 
 EXAMPLES = int(os.environ.get("EMULATED_EXAMPLES", "10"))  # with more, others each time

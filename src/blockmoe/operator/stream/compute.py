@@ -10,17 +10,16 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from blockmoe.operator.persistent import barrier, hear, reciprocals
-from blockmoe.operator.stream.sums import STORED, last_sum
-from blockmoe.operator.stream.units import WORDS, unit_counts
+from blockmoe.operator.persistent import GENERIC, barrier, hear, reciprocals, wait_until
+from blockmoe.operator.stream.sums import STORED, last_sum, tell_stored
+from blockmoe.operator.stream.units import MOST_SPLIT, WORDS, share_of, unit_counts
 
 
 @gluon.jit
 def two_sums(
-    it, stages, GROUP: gl.constexpr, N: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    M: gl.constexpr,
-):  # fmt: skip
-    """Scaled sums of both runs of weight rows with a tile's first N pairs, [ROWS, N] each, over this consumer's of COUNT stages from `it`
+    it, count, stages, GROUP: gl.constexpr, N: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr, M: gl.constexpr
+):
+    """Scaled sums of both runs of weight rows with a tile's first N pairs, [ROWS, N] each, over this consumer's of `count` stages from `it`
     on."""
     w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty = stages
     S: gl.constexpr = gl.SliceLayout(0, M)
@@ -29,7 +28,7 @@ def two_sums(
     zero = gl.zeros([ROWS, N], gl.float32, M)
     first = gl.zeros([ROWS, N], gl.float32, M)
     second = gl.zeros([ROWS, N], gl.float32, M)
-    for step in range(own_first(it, GROUP, DENSE), it + COUNT, 2 if DENSE else 1):
+    for step in range(own_first(it, GROUP, DENSE), it + count, 2 if DENSE else 1):
         at = step % STAGES
         mbarrier.wait(asked.index(at), (step // STAGES) & 1)
         mbarrier.wait(full.index(at), (step // STAGES) & 1)
@@ -45,7 +44,7 @@ def two_sums(
         mbarrier.arrive(empty.index(at), count=1)
         first += d_first * gl.expand_dims(s_first, 0)
         second += d_second * gl.expand_dims(s_second, 0)
-    return first, second, it + COUNT
+    return first, second, it + count
 
 
 @gluon.jit
@@ -152,22 +151,56 @@ def store_rows(
 
 
 @gluon.jit
+def sums_at(partial, place, ROWS: gl.constexpr, N: gl.constexpr, M: gl.constexpr):
+    """Where the `place`-th sums of a share of K stand in `partial`, two [ROWS, N] behind each other: the first's addresses."""
+    row = gl.expand_dims(gl.arange(0, ROWS, layout=gl.SliceLayout(1, M)), 1)
+    return partial + place * (2 * ROWS * MOST_SPLIT) + (row * N + gl.expand_dims(gl.arange(0, N, layout=gl.SliceLayout(0, M)), 0))
+
+
+@gluon.jit
+def add_shares(
+    up, gate, unit, shares, partial, summed, ROWS: gl.constexpr, N: gl.constexpr, WARPS: gl.constexpr, M: gl.constexpr
+):
+    """Both sums of a unit's last share of K and, added in their order, those of the others, which have lower numbers."""
+    others = (1 << shares) - 1
+    block = unit >> shares
+    once = gl.zeros([32 * WARPS], gl.int32, gl.BlockedLayout([1], [32], [WARPS], [0]))
+    wait_until(summed + block + once, once + others, once + 50, GENERIC)
+    barrier()
+    for share in range(others):
+        at = sums_at(partial, block * others + share, ROWS, N, M)
+        up += gl.load(at, cache_modifier=".cg")
+        gate += gl.load(at + ROWS * N, cache_modifier=".cg")
+    return up, gate
+
+
+@gluon.jit
 def gate_up_unit(
-    it, n, begin, end, block, stages, exchange, pair_weight, middle, middle_scale,
+    it, n, unit, shares, begin, end, block, stages, exchange, pair_weight, middle, middle_scale, partial, summed,
     GROUP: gl.constexpr, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, WARPS: gl.constexpr,
+    SPLIT: gl.constexpr, DENSE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """A unit of GEMM1, of a tile's first N pairs."""
+    """A unit of GEMM1, of a tile's first N pairs; where SPLIT > 1 perhaps of a share of K."""
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
     s_pair = begin + gl.arange(0, N, layout=gl.SliceLayout(0, M))
     weight = gl.load(pair_weight + s_pair, mask=s_pair < end, other=0.0)
-    up, gate, it = two_sums(it, stages, GROUP, N, HIDDEN // 128, ROWS, STAGES, DENSE, M)
+    count = HIDDEN // 128 >> shares if SPLIT > 1 else HIDDEN // 128
+    up, gate, it = two_sums(it, count, stages, GROUP, N, ROWS, STAGES, DENSE, M)
     if GROUP == 1:
         hand_over((up, gate), exchange, n)
     else:
         if DENSE:
             up, gate = join((up, gate), exchange, n, M)
-        store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, not DENSE, M)
+        share = share_of(unit, shares)
+        others = (1 << shares) - 1
+        if SPLIT > 1 and share < others:
+            at = sums_at(partial, (unit >> shares) * others + share, ROWS, N, M)
+            gl.store(at, up)
+            gl.store(at + ROWS * N, gate)
+        else:
+            if SPLIT > 1 and others > 0:
+                up, gate = add_shares(up, gate, unit, shares, partial, summed, ROWS, N, WARPS, M)
+            store_middle(up, gate, weight, begin, end, block, middle, middle_scale, INTER, ROWS, N, WARPS, not DENSE, M)
     return it
 
 
@@ -178,7 +211,7 @@ def down_unit(
 ):  # fmt: skip
     """A unit of GEMM2 of sorted pairs: 2 * ROWS columns from `column` on, of a tile's first N pairs."""
     M: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, N, 32])
-    first, second, it = two_sums(it, stages, 0, N, INTER // 128, ROWS, STAGES, False, M)
+    first, second, it = two_sums(it, INTER // 128, stages, 0, N, ROWS, STAGES, False, M)
     store_rows(first, begin, end, column, rows, HIDDEN, ROWS, N, WARPS, True)
     store_rows(second, begin, end, column + ROWS, rows, HIDDEN, ROWS, N, WARPS, True)
     return it
@@ -188,9 +221,10 @@ def down_unit(
 def consumer(
     GROUP: gl.constexpr, parameters,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, WARPS: gl.constexpr,
+    SPLIT: gl.constexpr, DENSE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `written` a column group's of GEMM2; `slots`: see `sums.py`.
+    """ROWS / 16 warps. `finished` counts a tile's units of GEMM1, `summed` a row block's of which `partial` has sums, `written` a column
+    group's of GEMM2; `slots`: see `sums.py`.
 
     Where DENSE there are two, and each multiplies every other stage: one alone takes some 580 cycles for a stage of GEMM2, longer than the
     memory where few programs have units left. What the second has summed it hands to the first, which does all else.
@@ -201,28 +235,28 @@ def consumer(
     """
     (
         between, stages, queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_end, pair_weight, slots, tokens,
+        finished, written, summed, partial, tile_count, tile_end, pair_weight, slots, tokens,
     ) = parameters
     FEW: gl.constexpr = max(16, N // 2)
-    tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, DENSE)
+    tiles, shares, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, SPLIT, DENSE)
     it = 0
     n = 0
     unit, tile, block, begin, end, _ = hear(queue, told, heard, n, WARPS, WORDS)
     while unit < units_1:
         if N > FEW and end - begin <= FEW:
             it = gate_up_unit(
-                it, n, begin, end, block, stages, between, pair_weight, middle, middle_scale,
-                GROUP, HIDDEN, INTER, ROWS, FEW, STAGES, DENSE, WARPS,
+                it, n, unit, shares, begin, end, block, stages, between, pair_weight, middle, middle_scale, partial, summed,
+                GROUP, HIDDEN, INTER, ROWS, FEW, STAGES, SPLIT, DENSE, WARPS,
             )  # fmt: skip
         else:
             it = gate_up_unit(
-                it, n, begin, end, block, stages, between, pair_weight, middle, middle_scale,
-                GROUP, HIDDEN, INTER, ROWS, N, STAGES, DENSE, WARPS,
+                it, n, unit, shares, begin, end, block, stages, between, pair_weight, middle, middle_scale, partial, summed,
+                GROUP, HIDDEN, INTER, ROWS, N, STAGES, SPLIT if N <= MOST_SPLIT else 1, DENSE, WARPS,
             )  # fmt: skip
         if GROUP == 0:
             barrier()
             if DENSE:
-                gl.atomic_add(finished + tile, 1, sem="release")
+                tell_stored(unit, tile, shares, finished, summed)
             else:
                 mbarrier.arrive(between.index(n % STORED), count=1)
         n += 1

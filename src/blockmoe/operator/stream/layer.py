@@ -7,7 +7,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_wait
 
-from blockmoe.geometry import BLOCK
+from blockmoe.geometry import BLOCK, MoEGeometry
 from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
 from blockmoe.operator.persistent import unit_queue
 from blockmoe.operator.plan import StreamTile
@@ -15,7 +15,7 @@ from blockmoe.operator.route import LISTS
 from blockmoe.operator.stream.compute import consumer
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.stream.sums import STORED, teller
-from blockmoe.operator.stream.units import WORDS
+from blockmoe.operator.stream.units import SPLIT_TILES, WORDS
 from blockmoe.operator.workspace import Round
 
 REGISTERS = 56  # a thread of the producers
@@ -97,29 +97,30 @@ def give_up(places):
 
 @gluon.jit
 def streams(
-    way, places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
+    way, places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, partial, rows, out, lists, slots, counters, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    SMALL_N: gl.constexpr, SMALL_STAGES: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
-    REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
+    SMALL_N: gl.constexpr, SMALL_STAGES: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr,
+    BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
 ):  # fmt: skip
     """`stream` by tiles of N pairs, or, where SMALL_N, of so many if `way` is 0."""
     if SMALL_N > 0 and way == 0:
         stream(
-            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
-            HIDDEN, INTER, TOP_K, ROWS, SMALL_N, SMALL_STAGES, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
+            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, partial, rows, out, lists, slots, counters, tokens,
+            HIDDEN, INTER, TOP_K, ROWS, SMALL_N, SMALL_STAGES, SPLIT, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
         )  # fmt: skip
     else:
         stream(
-            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
-            HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
+            places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, partial, rows, out, lists, slots, counters, tokens,
+            HIDDEN, INTER, TOP_K, ROWS, N, STAGES, SPLIT if SMALL_N == 0 else 1, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
         )  # fmt: skip
 
 
 @gluon.jit
 def stream(
-    places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
+    places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, partial, rows, out, lists, slots, counters, tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, GATHERERS: gl.constexpr,
+    SPLIT: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr,
+    GATHERERS: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing, by all roles: `stream_kernel`. GATHERERS: warps that gather pairs; four are the program's first ones."""
     IN_FLIGHT: gl.constexpr = FLIGHT if FLIGHT > 0 else STAGES
@@ -128,24 +129,24 @@ def stream(
     queue, told, heard = units
     w_bufs, x_bufs, s_bufs, w_s_bufs = stage_buffers(ROWS, N, STAGES, DENSE)
     tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight = lists
-    ticket, part, finished, written = counters
+    ticket, part, finished, written, summed = counters
     multiplied = (
         between, (w_bufs, x_bufs, s_bufs, w_s_bufs, asked, full, empty), queue, told, heard, middle, middle_scale, rows, out,
-        finished, written, tile_count, tile_end, pair_weight, slots, tokens,
+        finished, written, summed, partial, tile_count, tile_end, pair_weight, slots, tokens,
     )  # fmt: skip
     weights = (w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, lists, slots[3], tokens)
     pairs = (
         x, x_scale, w1_scale, middle, middle_scale, w2_scale, x_bufs, s_bufs, w_s_bufs, full, empty, queue, told, heard, finished,
         lists, tokens,
     )  # fmt: skip
-    said = (between, queue, told, heard, finished, written, tile_count)
+    said = (between, queue, told, heard, finished, written, summed, tile_count)
     if DENSE:
         gl.warp_specialize(
             [
-                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
-                (consumer, (1, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, IN_FLIGHT, BURST)),
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
+                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, SPLIT, DENSE, WARPS)),
+                (consumer, (1, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, SPLIT, DENSE, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, SPLIT, DENSE, IN_FLIGHT, BURST)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, SPLIT, DENSE, GATHERERS)),
             ],
             [WARPS, 1, GATHERERS],
             [SECOND_REGISTERS, REGISTERS, REGISTERS],
@@ -153,10 +154,10 @@ def stream(
     elif GATHERERS == 4:
         gl.warp_specialize(
             [
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
-                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, IN_FLIGHT, BURST)),
-                (teller, (said, HIDDEN, INTER, ROWS)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, SPLIT, DENSE, GATHERERS)),
+                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, SPLIT, DENSE, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, SPLIT, DENSE, IN_FLIGHT, BURST)),
+                (teller, (said, HIDDEN, INTER, ROWS, SPLIT)),
             ],
             [WARPS, 1, 1],
             [CONSUMER_REGISTERS, REGISTERS, REGISTERS],
@@ -164,10 +165,10 @@ def stream(
     else:
         gl.warp_specialize(
             [
-                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, DENSE, WARPS)),
-                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, DENSE, IN_FLIGHT, BURST)),
-                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, DENSE, GATHERERS)),
-                (teller, (said, HIDDEN, INTER, ROWS)),
+                (consumer, (0, multiplied, HIDDEN, INTER, TOP_K, ROWS, N, STAGES, SPLIT, DENSE, WARPS)),
+                (weights_producer, (weights, HIDDEN, INTER, ROWS, N, STAGES, SPLIT, DENSE, IN_FLIGHT, BURST)),
+                (pairs_producer, (pairs, HIDDEN, INTER, ROWS, N, STAGES, SPLIT, DENSE, GATHERERS)),
+                (teller, (said, HIDDEN, INTER, ROWS, SPLIT)),
             ],
             [1, GATHERERS, 1],
             [REGISTERS, REGISTERS, REGISTERS],
@@ -176,19 +177,20 @@ def stream(
 
 @gluon.jit(do_not_specialize=["tokens"])
 def stream_kernel(
-    w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, tile_count, tile_expert, tile_group, tile_begin, tile_end,
-    pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count, way, ticket, part, finished, written, tokens,
+    w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, partial, rows, out, tile_count, tile_expert, tile_group, tile_begin,
+    tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token, slot_count, way, ticket, part, finished, written, summed,
+    tokens,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
-    SMALL_N: gl.constexpr, SMALL_STAGES: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
-    REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
+    SMALL_N: gl.constexpr, SMALL_STAGES: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr,
+    BURST: gl.constexpr, REGISTERS: gl.constexpr, WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
 
     GEMM1: middle[p, i] = silu(gate) * up as e4m3, middle_scale[p, i / ROWS] its scale times the pair's routing weight. GEMM2: out[t, h]
     in bfloat16; the sum over a token's pairs in float32, of products where DENSE, else of `rows` [pairs, H] in bfloat16.
 
-    Descriptors: w1 [L * 2 I, H], w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]. ticket, part, finished [tiles] and written [2]
-    begin at 0. Where SMALL_N, tiles have so many pairs if `way` is 0.
+    Descriptors: w1 [L * 2 I, H], w2 [L * H, I]. x [T, H]; x_scale [H / 128, T]. ticket, part, finished [tiles], written [2] and summed
+    [programs] begin at 0. partial: float32 sums of shares of GEMM1's K. Where SMALL_N, tiles have so many pairs if `way` is 0.
     """
     GATHERERS: gl.constexpr = 1 if DENSE else 2  # warps: of 64 pairs one would hold more addresses than registers
     places = meeting_places(ROWS, N, max(STAGES, SMALL_STAGES), DENSE, GATHERERS)
@@ -196,11 +198,11 @@ def stream_kernel(
         gdc_wait()
     lists = (tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight)
     slots = (token_pair, token_pairs, slot_token, slot_count)
-    counters = (ticket, part, finished, written)
+    counters = (ticket, part, finished, written, summed)
     taken = gl.load(way) if SMALL_N > 0 else 0
     streams(
-        taken, places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, rows, out, lists, slots, counters, tokens,
-        HIDDEN, INTER, TOP_K, ROWS, N, STAGES, SMALL_N, SMALL_STAGES, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
+        taken, places, w1, w2, x, x_scale, w1_scale, w2_scale, middle, middle_scale, partial, rows, out, lists, slots, counters, tokens,
+        HIDDEN, INTER, TOP_K, ROWS, N, STAGES, SMALL_N, SMALL_STAGES, SPLIT, DENSE, FLIGHT, BURST, REGISTERS, WARPS, GATHERERS,
     )  # fmt: skip
 
 
@@ -211,6 +213,14 @@ def boxes_of(w1: Slot, w2: Slot, tile: StreamTile, round: Round) -> tuple[Descri
     return tuple(descriptor(w, shape, box, WEIGHT_LAYOUT, tile.promotion) for w, shape in zip((w1, w2), first, strict=True))
 
 
+def split_of(tile: StreamTile, geometry: MoEGeometry) -> int:
+    """By how many units the K blocks of one of GEMM1 may be shared: each has four at least, before the last of which the next is drawn."""
+    blocks = geometry.hidden_size // BLOCK
+    if tile.small and tile.few < 2 * SPLIT_TILES.value:  # of larger tiles there may be so few
+        return 1
+    return next((split for split in (4, 2) if blocks % (split * tile.burst) == 0 and blocks // split >= 4), 1)
+
+
 def constants_of(tile: StreamTile, round: Round) -> tuple:
     """The kernel's but the last three."""
     g = round.geometry
@@ -219,14 +229,14 @@ def constants_of(tile: StreamTile, round: Round) -> tuple:
     assert g.hidden_size % (tile.burst * BLOCK) == 0 == g.intermediate_size % (tile.burst * BLOCK), "K blocks that are asked for together"
     small = (tile.small.block_n, tile.small.stages) if tile.small and tile.small.stages != tile.stages else (0, 0)
     sizes = (g.hidden_size, g.intermediate_size, g.top_k, tile.rows, tile.block_n, tile.stages, *small)
-    return (*sizes, tile.dense, tile.flight or 0, tile.burst)
+    return (*sizes, split_of(tile, g), tile.dense, tile.flight or 0, tile.burst)
 
 
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
     tile, b = round.plan.gate_up, round.memory
-    lists = (*(b[n] for n in LISTS), round.way_taken, *(b[n] for n in ("ticket", "part", "finished", "written")))
-    inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], out if tile.dense else b["rows"], out)
+    lists = (*(b[n] for n in LISTS), round.way_taken, *(b[n] for n in ("ticket", "part", "finished", "written", "summed")))
+    inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], b["partial"], out if tile.dense else b["rows"], out)
     arguments = (*boxes_of(w1, w2, tile, round), *inputs, *lists, round.sizes.tokens)
     constants = (*constants_of(tile, round), REGISTERS, tile.num_warps, round.plan.pdl)
     return [round.launch(stream_kernel, round.sm_count, arguments, constants, tile.num_warps)]

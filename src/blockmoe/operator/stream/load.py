@@ -11,25 +11,24 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from blockmoe.operator.persistent import GENERIC, barrier, hear, tell, wait_until
-from blockmoe.operator.stream.units import END, WORDS, pairs_at, parts_drawn, second_unit, unit_at, unit_counts
+from blockmoe.operator.stream.units import END, WORDS, pairs_at, parts_drawn, second_unit, share_of, unit_at, unit_counts
 
 
 @gluon.jit
 def load_weights(
-    w, w_bufs, asked, empty, ticket, it, row, flight,
-    OTHER_ROWS: gl.constexpr, OTHER_K: gl.constexpr, COUNT: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
+    w, w_bufs, asked, empty, ticket, it, row, begin, count, flight,
+    OTHER_ROWS: gl.constexpr, OTHER_K: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
     BURST: gl.constexpr, DRAW: gl.constexpr,
 ):  # fmt: skip
-    """COUNT stages, BURST at a time, boxes side by side in memory one after the other; a stage's second box lies OTHER_ROWS rows below the
-    first, or OTHER_K columns right of it.
+    """`count` stages, from the one numbered `begin` on, BURST at a time, boxes side by side in memory one after the other; a stage's second
+    box lies OTHER_ROWS rows below the first, or OTHER_K columns right of it.
 
     At most `flight` stages are on their way: more would wait in the memory's queues, and everything else behind them. DRAW: also the
     program's next unit, which is drawn before the last stages and so known when they have been asked for.
     """
-    EARLY: gl.constexpr = 4 if COUNT >= 4 else COUNT
     drawn = gl.to_tensor(0)
-    for k in range(0, COUNT, BURST):
-        if DRAW and k == COUNT - EARLY:
+    for k in range(0, count, BURST):
+        if DRAW and k == gl.maximum(count - 4, 0):
             drawn = gl.atomic_add(ticket, 1, sem="relaxed")
         for j in gl.static_range(BURST):
             mbarrier.wait(empty.index((it + j) % STAGES), (((it + j) // STAGES) & 1) ^ 1)
@@ -41,7 +40,7 @@ def load_weights(
         for half in gl.static_range(2):
             for j in gl.static_range(BURST):
                 at = (it + j) % STAGES
-                box = [row + half * OTHER_ROWS, (k + j) * (128 + OTHER_K) + half * OTHER_K]
+                box = [row + half * OTHER_ROWS, (begin + k + j) * (128 + OTHER_K) + half * OTHER_K]
                 tma.async_copy_global_to_shared(w, box, asked.index(at), w_bufs.index(2 * at + half))
         it += BURST
     return it, drawn
@@ -69,7 +68,7 @@ def touch(list):
 
 
 @gluon.jit
-def let_others_draw(ticket, tile_count, IN: gl.constexpr):
+def let_others_draw(ticket, tile_count, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, SPLIT: gl.constexpr):
     """Where GEMM1 has fewer units than there are programs, those that get none are to be spread over the chip: where 40 neighbours in a row
     have units and others none, GEMM1's weights come up to a fifth more slowly, perhaps by a path that they share. So every so many programs
     let the others draw first, by turns, which are all different where 7 does not divide the programs: of 132 with 64 or 96 units two
@@ -77,8 +76,8 @@ def let_others_draw(ticket, tile_count, IN: gl.constexpr):
     33.8, 33.7, 42.9.) They look 16 times at most: nobody may rely on programs that may not run yet."""
     programs = gl.num_programs(0)
     turn = gl.program_id(0) * 49 % programs
-    if turn >= IN:  # GEMM1 has as many units at least, or none
-        units_1 = gl.load(tile_count) * IN
+    if turn >= INTER // ROWS:  # GEMM1 has as many units at least, or none
+        _, _, units_1, _ = unit_counts(tile_count, HIDDEN, INTER, ROWS, SPLIT, True)
         if turn >= units_1:
             lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
             drawn = gl.to_tensor(0)
@@ -91,8 +90,8 @@ def let_others_draw(ticket, tile_count, IN: gl.constexpr):
 @gluon.jit
 def weights_producer(
     parameters,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    FLIGHT: gl.constexpr, BURST: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+    DENSE: gl.constexpr, FLIGHT: gl.constexpr, BURST: gl.constexpr,
 ):  # fmt: skip
     """One warp: draws units and tells the other roles, loads the weights. Units of GEMM1 come before those of GEMM2."""
     w1, w2, w_bufs, asked, empty, queue, told, heard, ticket, part, lists, slot_count, tokens = parameters
@@ -102,16 +101,17 @@ def weights_producer(
     touch(tile_expert)
     touch(tile_group)
     if DENSE:
-        let_others_draw(ticket, tile_count, INTER // ROWS)
+        let_others_draw(ticket, tile_count, HIDDEN, INTER, ROWS, SPLIT)
     else:
         touch(tile_begin)
         touch(tile_end)
     unit = gl.atomic_add(ticket, 1, sem="relaxed")
-    tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, DENSE)
+    tiles, shares, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, SPLIT, DENSE)
+    count = HIDDEN // 128 >> shares
     it = 0
     n = 0
     while unit < units_1:
-        tile, block = unit_at(unit, tile_group, IN, DENSE)
+        tile, block = unit_at(unit >> shares, tile_group, IN, DENSE)
         begin, end = pairs_at(tile, tile_begin, tile_end, tokens, N, DENSE)
         expert = gl.load(tile_expert + tile)
         tell(queue, told, heard, n, (unit, tile, block, begin, end, expert))
@@ -119,7 +119,8 @@ def weights_producer(
         row = expert * (2 * INTER) + block * ROWS
         flight = share_of_flight(unit, units_1, FLIGHT, STAGES) if DENSE else FLIGHT
         it, drawn = load_weights(
-            w1, w_bufs, asked, empty, ticket, it, row, flight, INTER, 0, HIDDEN // 128, ROWS, STAGES, BURST, not DENSE
+            w1, w_bufs, asked, empty, ticket, it, row, share_of(unit, shares) * count, count, flight, INTER, 0, ROWS, STAGES, BURST,
+            not DENSE,
         )
         unit = gl.atomic_add(ticket, 1, sem="relaxed") if DENSE else drawn
     while unit < units:
@@ -131,7 +132,7 @@ def weights_producer(
             for tile in range(tiles):
                 row = gl.load(tile_expert + tile) * HIDDEN + block * ROWS
                 it, _ = load_weights(
-                    w2, w_bufs, asked, empty, ticket, it, row, flight, 0, 128, INTER // 256, ROWS, STAGES, BURST, False
+                    w2, w_bufs, asked, empty, ticket, it, row, 0, INTER // 256, flight, 0, 128, ROWS, STAGES, BURST, False
                 )  # fmt: skip
             # Who has loaded a whole unit beforehand and can't multiply yet leaves the next to those who come from GEMM1. (One expert,
             # 1, 8 and 16 tokens: 26.2, 26.8, 27.6 to 24.7, 24.7, 25.5 us.)
@@ -145,7 +146,7 @@ def weights_producer(
             tell(queue, told, heard, n, (unit, tile, block, gl.load(tile_begin + tile), gl.load(tile_end + tile), expert))
             row = expert * HIDDEN + block * (2 * ROWS)
             it, unit = load_weights(
-                w2, w_bufs, asked, empty, ticket, it, row, FLIGHT, ROWS, 0, INTER // 128, ROWS, STAGES, BURST, True
+                w2, w_bufs, asked, empty, ticket, it, row, 0, INTER // 128, FLIGHT, ROWS, 0, ROWS, STAGES, BURST, True
             )  # fmt: skip
         n += 1
     if DENSE == 0:
@@ -177,10 +178,10 @@ def draw_parts(queue, told, heard, n, units, it, empty, ticket, parts, STAGES: g
 @gluon.jit
 def load_pairs(
     x_bufs, s_bufs, w_s_bufs, full, empty, it, x_at, inside, s_at, s_inside, s_step, w_s_at, w_s_other,
-    COUNT: gl.constexpr, HALVES: gl.constexpr, PARTS: gl.constexpr, X_BUFS: gl.constexpr, S_BUFS: gl.constexpr, STAGES: gl.constexpr,
+    count, HALVES: gl.constexpr, PARTS: gl.constexpr, X_BUFS: gl.constexpr, S_BUFS: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """COUNT stages of HALVES K blocks each, with PARTS scales a pair and block (`s_step` apart), and two scales of weights."""
-    for k in range(COUNT):
+    """`count` stages of HALVES K blocks each, with PARTS scales a pair and block (`s_step` apart), and two scales of weights."""
+    for k in range(count):
         at = it % STAGES
         mbarrier.wait(empty.index(at), ((it // STAGES) & 1) ^ 1)
         for half in gl.static_range(HALVES):
@@ -211,8 +212,8 @@ def tiles_finished(finished, tile, tiles, known, enough):
 @gluon.jit
 def pairs_producer(
     parameters,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, DENSE: gl.constexpr,
-    WARPS: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
+    DENSE: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     """By cp.async the pairs' codes, gathered by token in GEMM1, and all scales."""
     (
@@ -231,7 +232,8 @@ def pairs_producer(
     S_BUFS: gl.constexpr = HALVES * PARTS
     zeros = gl.zeros([32 * WARPS], gl.int32, V)
     k = gl.expand_dims(gl.arange(0, 128, layout=gl.SliceLayout(0, X)), 0)
-    tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, DENSE)
+    tiles, shares, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, SPLIT, DENSE)
+    count = H_BLOCKS >> shares
     it = 0
     n = 0
     known = gl.to_tensor(0)
@@ -249,10 +251,12 @@ def pairs_producer(
             token = gl.load(pair_token + line, mask=inside, other=0)
             s_token = gl.load(pair_token + s_line, mask=s_inside, other=0)
         row = expert * (2 * INTER) + block * ROWS
-        w_s_at = w1_scale + (row // 128) * H_BLOCKS + gl.arange(0, 1, layout=V)
+        first = share_of(unit, shares) * count
+        w_s_at = w1_scale + (row // 128) * H_BLOCKS + first + gl.arange(0, 1, layout=V)
         it = load_pairs(
-            x_bufs, s_bufs, w_s_bufs, full, empty, it, x + gl.expand_dims(token * HIDDEN, 1) + k, gl.expand_dims(inside, 1),
-            x_scale + s_token, s_inside, tokens, w_s_at, w_s_at + I_BLOCKS * H_BLOCKS, H_BLOCKS, 1, 1, X_BUFS, S_BUFS, STAGES,
+            x_bufs, s_bufs, w_s_bufs, full, empty, it, x + gl.expand_dims(token * HIDDEN + first * 128, 1) + k, gl.expand_dims(inside, 1),
+            x_scale + (s_token + first * tokens), s_inside, tokens, w_s_at, w_s_at + I_BLOCKS * H_BLOCKS, count, 1, 1, X_BUFS, S_BUFS,
+            STAGES,
         )  # fmt: skip
         n += 1
         unit, tile, block, begin, end, expert = hear(queue, told, heard, n, WARPS, WORDS)

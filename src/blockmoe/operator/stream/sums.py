@@ -16,7 +16,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from blockmoe.operator.persistent import GENERIC, QUEUE, barrier, hear, wait_until
 from blockmoe.operator.stream.stay import let_go, may_leave
-from blockmoe.operator.stream.units import END, RUN, WORDS, blocks_before, parts_drawn, runs_of, unit_counts
+from blockmoe.operator.stream.units import END, RUN, WORDS, blocks_before, parts_drawn, runs_of, share_of, unit_counts
 
 # Barriers by which a program's consumer says, in turn, that a unit is stored: it hears of no unit before the teller has heard of the one
 # QUEUE before it, and so has waited for all that came before that.
@@ -24,17 +24,26 @@ STORED = gl.constexpr(QUEUE.value + 1)
 
 
 @gluon.jit
-def teller(parameters, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr):
+def tell_stored(unit, tile, shares, finished, summed):
+    """Of a unit of GEMM1: its rows of the intermediate, or its sums of a share of K."""
+    if share_of(unit, shares) == (1 << shares) - 1:
+        gl.atomic_add(finished + tile, 1, sem="release")
+    else:
+        gl.atomic_add(summed + (unit >> shares), 1, sem="release")
+
+
+@gluon.jit
+def teller(parameters, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, SPLIT: gl.constexpr):
     """One warp: tells other programs of each unit that it is stored, when the consumer has said so, which waiting for its stores to come to
     the L2 would keep from its next unit. (H200, T = 130, 500, 901: 4.5, 4.6, 4.0 us of 316, 341, 364; results/h200/operator/teller.txt)"""
-    stored, queue, told, heard, finished, written, tile_count = parameters
-    tiles, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, False)
+    stored, queue, told, heard, finished, written, summed, tile_count = parameters
+    tiles, shares, units_1, units = unit_counts(tile_count, HIDDEN, INTER, ROWS, SPLIT, False)
     first = blocks_before(tiles, HIDDEN // (2 * ROWS))
     n = 0
     unit, tile, block, _, _, _ = hear(queue, told, heard, n, 1, WORDS)
     while unit < units_1:
         mbarrier.wait(stored.index(n % STORED), (n // STORED) & 1)
-        gl.atomic_add(finished + tile, 1, sem="release")
+        tell_stored(unit, tile, shares, finished, summed)
         n += 1
         unit, tile, block, _, _, _ = hear(queue, told, heard, n, 1, WORDS)
     while unit < units:

@@ -5,11 +5,15 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from blockmoe.operator.workspace import SPLIT_PAIRS
+
 RUN = gl.constexpr(512)  # columns of a token that the last sum adds at a time
 END = gl.constexpr(1 << 30)  # told instead of a unit: there is none any more
 # Told of a unit: its number, its tile and block of columns, the tile's first row and that behind its last, and its expert. Of parts of
 # the output, and of END, the number alone; of GEMM2 where tokens are few (dense) the number and the block.
 WORDS = gl.constexpr(6)
+# The most tiles whose row blocks are split by K, and the most pairs of one. Of 64 pairs, which have no code for it, there are more tiles.
+SPLIT_TILES, MOST_SPLIT = gl.constexpr(4), gl.constexpr(SPLIT_PAIRS)
 
 
 @gluon.jit
@@ -59,12 +63,31 @@ def parts_drawn(some, tokens, tiles, BLOCKS: gl.constexpr, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def unit_counts(tile_count, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, DENSE: gl.constexpr):
-    """How many tiles there are, units of GEMM1, and units of both GEMMs."""
+def unit_counts(tile_count, HIDDEN: gl.constexpr, INTER: gl.constexpr, ROWS: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr):
+    """How many tiles there are, by how many shares of K each row block of GEMM1 is units (their logarithm), and how many units there are of
+    GEMM1, and of both GEMMs.
+
+    A multiprocessor reads 80 GB a second at most: where row blocks are few, each is 2 or up to SPLIT units with as many shares of K. Where
+    DENSE half of the programs are enough for the memory. (One expert, 1, 16, 17, 32, 64, 100, 128 tokens: 24.1, 25.3, 51.0, 50.0, 51.9,
+    54.4, 57.9 us to 23.5, 24.8, 39.6, 40.5, 42.5, 45.1, 47.9; by half of the programs 64 and 100 to 45.3 and 55.8.)
+    """
     OUT: gl.constexpr = HIDDEN // ROWS if DENSE else HIDDEN // (2 * ROWS)
     tiles = gl.load(tile_count)
-    units_1 = tiles * (INTER // ROWS)
-    return tiles, units_1, units_1 + (OUT if DENSE else tiles * OUT)
+    blocks = tiles * (INTER // ROWS)
+    programs = gl.num_programs(0) // (2 if DENSE else 1)
+    shares = gl.to_tensor(0)
+    if SPLIT >= 2:
+        shares = gl.where((2 * blocks <= programs) & (tiles <= SPLIT_TILES), 1, 0)
+    if SPLIT >= 4:
+        shares = gl.where((4 * blocks <= programs) & (tiles <= SPLIT_TILES), 2, shares)
+    units_1 = blocks << shares
+    return tiles, shares, units_1, units_1 + (OUT if DENSE else tiles * OUT)
+
+
+@gluon.jit
+def share_of(unit, shares):
+    """Which share of K a unit of GEMM1 is; the last one's program adds the others' sums."""
+    return unit & ((1 << shares) - 1)
 
 
 @gluon.jit
