@@ -121,7 +121,7 @@ class Stress:
     def special(self) -> None:
         most = 12  # tokens for the oracle
         last = self.g.num_experts - self.g.num_local_experts  # 224
-        for tokens in (3, 12) if self.quick else (5, 40, 100, 150, 200, 300, 901, 1600, 4096):
+        for tokens in (3, 12) if self.quick else (5, 20, 40, 100, 128, 150, 200, 300, 901, 1600, 4096):
             tensors, _ = self.layer("trace").open(tokens)
             offset = self.g.num_local_experts
             for name in checks.SPECIALS:
