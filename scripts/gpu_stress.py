@@ -278,16 +278,20 @@ def sanitizer(session: gpu_session.Session, device: torch.device) -> None:
     cases += [(200, choose_plan(HEADLINE, t, machine)) for t in (128, 901, 14107)]  # tiles that are full; of both ways prefill's
     cases += [(200, replace(choose_plan(HEADLINE, t, machine, tma=False), row_buffer=1)) for t in (901, 14107)]  # columns in blocks
     cases += [(t, None) for t in (1, 0, 33, 900)]  # 900: the large-T path as the call chooses it
-    for tokens, plan in cases:
+    one = [(t, choose_plan(HEADLINE, t, machine), replace(SMALL, hidden_size=2048)) for t in (9, 20, 60, 128)]
+    for tokens, plan, g in [*((t, plan, SMALL) for t, plan in cases), *one]:
 
-        def work(tokens: int = tokens, plan=plan) -> None:
-            chosen = plan or checks.plan_of(SMALL, max(1, tokens), device)
-            inputs = layer.make(SMALL, tokens, seed=tokens)
-            inputs[0][::2, 9] = 6.0  # an expert with several tiles beside ragged ones
-            ignored = checks.near_ties(inputs[0], inputs[1], SMALL)
-            memory = {name: t.to(device) for name, t in checks.poisoned(SMALL, tokens, torch.device("cpu"), chosen).items()}
-            out = layer.call([t.to(device) for t in inputs], SMALL, 8, FACTOR, plan, **memory).cpu()
-            found = compare(out, moe_reference(*inputs, 8, FACTOR, geometry=SMALL), ignored)
+        def work(tokens: int = tokens, plan=plan, g=g) -> None:
+            chosen = plan or checks.plan_of(g, max(1, tokens), device)
+            inputs = layer.make(g, tokens, seed=tokens)
+            if g == SMALL:
+                inputs[0][::2, 9] = 6.0  # an expert with several tiles beside ragged ones
+            else:  # one with few, whose row blocks are shares of K
+                checks.SPECIALS["all tokens on one expert"](inputs, 8, g)
+            ignored = checks.near_ties(inputs[0], inputs[1], g)
+            memory = {name: t.to(device) for name, t in checks.poisoned(g, tokens, torch.device("cpu"), chosen).items()}
+            out = layer.call([t.to(device) for t in inputs], g, 8, FACTOR, plan, **memory).cpu()
+            found = compare(out, moe_reference(*inputs, 8, FACTOR, geometry=g), ignored)
             worst = {name: found.pop(name) for name in ("rel_l2", "token")}
             session.check(f"T={tokens}", passes(found | worst), worst, **found, plan=str(chosen))
 
