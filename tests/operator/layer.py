@@ -36,6 +36,7 @@ PERSISTENT = {  # for the emulator
     "cluster, many": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3, many=2)),
     "dense": Plan("stream", RouteTile(16, 16, 16, True), StreamTile(64, 16, 10, dense=True, flight=3)),
     "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3)),
+    "stream 256x64": Plan("stream", IN_TWO, replace(BOTH, small=None)),
     "stream, small": Plan("stream", IN_TWO, BOTH),
     "stream, few": Plan("stream", IN_TWO, replace(BOTH, few=8)),
     "stream, large": Plan("stream", IN_TWO, BOTH),
@@ -45,7 +46,7 @@ PERSISTENT = {  # for the emulator
     "either, prefill": Plan("either", IN_TWO, EITHER),
 }
 EMULATED_TOKENS = {
-    "prefill": 150, "cluster": 280, "cluster, many": 140, "dense": 9, "stream 256x32": 60,
+    "prefill": 150, "cluster": 280, "cluster, many": 140, "dense": 9, "stream 256x32": 60, "stream 256x64": 70,
     "stream, small": 60, "stream, few": 120, "stream, large": 120,
     "either, small": 60, "either, few": 120, "either, large": 120, "either, prefill": 180,
 }  # fmt: skip

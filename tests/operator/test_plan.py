@@ -10,11 +10,13 @@ import torch
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE, MoEGeometry
 from blockmoe.operator.machine import H100, H200, Machine, of_gpu
-from blockmoe.operator.plan import CLUSTER_ROWS, EITHER_ROWS, PREFILL_ROWS, PrefillTile, StreamTile, choose_plan, plans
+from blockmoe.operator.plan import CLUSTER_ROWS, EITHER_ROWS, PREFILL_ROWS, PrefillTile, StreamTile, choose_plan, plans, tiles_of
 
 pytest.importorskip("triton")
 from blockmoe.operator.pipeline import stages  # noqa: E402
-from blockmoe.operator.workspace import counters, layout, sizes, slots, workspace_size  # noqa: E402
+from blockmoe.operator.stream.layer import split_of  # noqa: E402
+from blockmoe.operator.stream.units import SPLIT_TILES  # noqa: E402
+from blockmoe.operator.workspace import SPLIT_PAIRS, counters, layout, sizes, slots, workspace_size  # noqa: E402
 
 
 @pytest.mark.parametrize("machine", [Machine(capability=89), H100, H200, Machine(capability=100)], ids=str)
@@ -157,6 +159,26 @@ def test_few_tiles_of_half_the_pairs_have_room():
         if few:
             assert min(bound.tiles, *(placed[name][1] for name in ("tile_begin", "tile_expert", "finished"))) >= -(-tokens // 32)
             assert placed["rows"][1] >= tokens * one.hidden_size
+
+
+@pytest.mark.parametrize("machine", [H100, H200, Machine(sm_count=114), Machine(sm_count=255, hbm3e=True)], ids=str)
+def test_row_blocks_are_shared_only_where_there_is_code_for_it(machine):
+    """Few tiles have at most as many pairs as the products of shares of K, by any plan or a way of its own, of any size."""
+    draw = random.Random(0)
+    drawn = [[0] * draw.randint(0, 31) + [draw.randint(0, 70) for _ in range(draw.randint(1, 6))] for _ in range(400)]
+    for g in (*GEOMETRIES.values(), replace(HEADLINE, intermediate_size=256)):
+        chosen = {choose_plan(g, tokens, machine) for tokens in range(1, 1000, 7)}
+        for plan in chosen | {way for several in chosen for way in several.ways}:
+            if plan.path not in ("stream", "either"):
+                continue
+            tile = plan.gate_up if plan.path == "stream" else plan.gate_up.stream
+            split = split_of(tile, g)
+            apart = tile.small and tile.small.stages != tile.stages
+            assert split == 1 or not tile.dense or tile.block_n <= SPLIT_PAIRS
+            for pairs in drawn:
+                taken = tile.way(pairs)
+                if split > 1 and not (apart and taken.block_n == tile.block_n) and tiles_of(pairs, taken.block_n) <= SPLIT_TILES.value:
+                    assert taken.block_n <= SPLIT_PAIRS, (str(plan), pairs)
 
 
 def test_workspace():

@@ -53,6 +53,21 @@ def test_one_wrong_token_among_many_fails_though_the_norm_hides_it():
     assert checks.passes(checks.compare(out, expected, torch.arange(4096) == 1000))
 
 
+@pytest.mark.parametrize("all_off", [False, True])
+def test_an_oracle_of_few_tokens_that_are_off_is_asked_of_many(all_off, monkeypatch):
+    tensors, offset = checks.Layer(TINY, "trace", torch.device("cpu"), 0).open(40)
+    asked = []
+
+    def off(out, tensors, ignored, g, offset, plan, index):
+        asked.append(len(index))
+        return 0.0021 if all_off or len(asked) == 1 else 0.0001
+
+    monkeypatch.setattr(checks, "off_oracle", off)
+    ok, worst, facts = checks.verify(tensors, TINY, offset, most=6)
+    assert asked[0] <= 6 and asked[1:] == [40] and facts["oracle_of_few"] == 0.0021
+    assert ok == (not all_off) and worst["oracle"] == (0.0021 if all_off else 0.0001)
+
+
 def test_near_ties():
     logits, bias = torch.randn(6, 256), torch.zeros(256)
     logits[0] = 0.0  # exact ties are decided by the index

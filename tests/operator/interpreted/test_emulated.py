@@ -89,7 +89,7 @@ def test_fewer_units_than_programs(seed, emulated):
 
 @pytest.mark.parametrize(("name", "tokens", "pairs", "blocks", "others"), [
     ("dense", 9, 9, 4, 1), ("dense", 9, 0, 0, 0), ("stream 256x32", 40, 20, 2, 3), ("stream 256x32", 40, 40, 4, 3),
-    ("stream, few", 100, 70, 6, 1), ("stream, large", 140, 140, 0, 0), ("either, few", 60, 20, 4, 3),
+    ("stream, few", 100, 70, 6, 1), ("stream, large", 140, 140, 0, 0), ("either, few", 60, 20, 4, 3), ("stream 256x64", 60, 40, 0, 0),
 ])  # fmt: skip
 def test_few_row_blocks(name, tokens, pairs, blocks, others, emulated):
     """Row blocks of GEMM1 of an expert with so many pairs are more units, each of a share of K: `others` leave their sums to the last."""

@@ -16,7 +16,7 @@ from blockmoe.operator.stream.compute import consumer
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.stream.sums import STORED, teller
 from blockmoe.operator.stream.units import SPLIT_TILES, WORDS
-from blockmoe.operator.workspace import Round
+from blockmoe.operator.workspace import SPLIT_PAIRS, Round
 
 REGISTERS = 56  # a thread of the producers
 SECOND_REGISTERS = gl.constexpr(168)  # a thread of the second consumer, where there is one
@@ -216,7 +216,7 @@ def boxes_of(w1: Slot, w2: Slot, tile: StreamTile, round: Round) -> tuple[Descri
 def split_of(tile: StreamTile, geometry: MoEGeometry) -> int:
     """By how many units the K blocks of one of GEMM1 may be shared: each has four at least, before the last of which the next is drawn."""
     blocks = geometry.hidden_size // BLOCK
-    if tile.small and tile.few < 2 * SPLIT_TILES.value:  # of larger tiles there may be so few
+    if tile.block_n > SPLIT_PAIRS and not (tile.small and tile.few >= 2 * SPLIT_TILES.value):  # these may be few
         return 1
     return next((split for split in (4, 2) if blocks % (split * tile.burst) == 0 and blocks // split >= 4), 1)
 

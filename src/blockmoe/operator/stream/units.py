@@ -12,7 +12,8 @@ END = gl.constexpr(1 << 30)  # told instead of a unit: there is none any more
 # Told of a unit: its number, its tile and block of columns, the tile's first row and that behind its last, and its expert. Of parts of
 # the output, and of END, the number alone; of GEMM2 where tokens are few (dense) the number and the block.
 WORDS = gl.constexpr(6)
-# The most tiles whose row blocks are split by K, and the most pairs of one. Of 64 pairs, which have no code for it, there are more tiles.
+# The most tiles whose row blocks are split by K, and the most pairs of one. Of 64 pairs, which have no code for it, there are more tiles
+# wherever a kernel splits (`layer.split_of`).
 SPLIT_TILES, MOST_SPLIT = gl.constexpr(4), gl.constexpr(SPLIT_PAIRS)
 
 
