@@ -58,9 +58,15 @@ def main() -> int:
     print(f"T = {asked.tokens}: {plan}; {asked.programs} programs", flush=True)
     inputs, offset, found = layer.make(geometry, asked.tokens), (geometry.num_experts - geometry.num_local_experts) // 2, []
     if asked.favour:
-        inputs[0][:, offset : offset + geometry.num_local_experts] -= 9.0
-        inputs[0][:, offset : offset + asked.favour] += 18.0
-    way = plan.way(layer.pairs_of(inputs, geometry, offset))
+        inputs[0] -= 4.0  # their groups too
+        inputs[0][:, offset : offset + geometry.num_local_experts] = -50.0
+        inputs[0][:, offset : offset + asked.favour] = 20.0
+        if inputs[1] is not None:
+            inputs[1].zero_()
+    pairs = layer.pairs_of(inputs, geometry, offset)
+    if asked.favour:
+        print(f"pairs of each expert: {', '.join(str(n) for n in pairs if n)}", flush=True)
+    way = plan.way(pairs)
     if way != plan:
         print(f"routing takes {way}", flush=True)
     oracle = layer.oracle(inputs, geometry, offset, 2.5, plan)

@@ -161,7 +161,7 @@ def test_few_tiles_of_half_the_pairs_have_room():
             assert placed["rows"][1] >= tokens * one.hidden_size
 
 
-@pytest.mark.parametrize("machine", [H100, H200, Machine(sm_count=114), Machine(sm_count=255, hbm3e=True)], ids=str)
+@pytest.mark.parametrize("machine", [H100, H200, Machine(114), Machine(114, hbm3e=True), Machine(78, hbm3e=True), Machine(255, hbm3e=True)])
 def test_row_blocks_are_shared_only_where_there_is_code_for_it(machine):
     """Few tiles have at most as many pairs as the products of shares of K, by any plan or a way of its own, of any size."""
     draw = random.Random(0)
@@ -174,7 +174,6 @@ def test_row_blocks_are_shared_only_where_there_is_code_for_it(machine):
             tile = plan.gate_up if plan.path == "stream" else plan.gate_up.stream
             split = split_of(tile, g)
             apart = tile.small and tile.small.stages != tile.stages
-            assert split == 1 or not tile.dense or tile.block_n <= SPLIT_PAIRS
             for pairs in drawn:
                 taken = tile.way(pairs)
                 if split > 1 and not (apart and taken.block_n == tile.block_n) and tiles_of(pairs, taken.block_n) <= SPLIT_TILES.value:

@@ -59,13 +59,22 @@ def test_an_oracle_of_few_tokens_that_are_off_is_asked_of_many(all_off, monkeypa
     asked = []
 
     def off(out, tensors, ignored, g, offset, plan, index):
-        asked.append(len(index))
+        asked.append(set(index.tolist()))
         return 0.0021 if all_off or len(asked) == 1 else 0.0001
 
     monkeypatch.setattr(checks, "off_oracle", off)
+    monkeypatch.setattr(checks, "MANY_TOKENS", 10)
     ok, worst, facts = checks.verify(tensors, TINY, offset, most=6)
-    assert asked[0] <= 6 and asked[1:] == [40] and facts["oracle_of_few"] == 0.0021
+    few, many = asked
+    assert {0, 39} <= few < many and len(few) <= 6 < 10 <= len(many) <= 16 and facts["oracle_of_few"] == 0.0021
     assert ok == (not all_off) and worst["oracle"] == (0.0021 if all_off else 0.0001)
+
+
+def test_few_tokens_that_are_far_off_the_oracle_fail_at_once(monkeypatch):
+    tensors, offset = checks.Layer(TINY, "trace", torch.device("cpu"), 0).open(40)
+    asked = []
+    monkeypatch.setattr(checks, "off_oracle", lambda *given: asked.append(1) or 0.0051)
+    assert not checks.verify(tensors, TINY, offset, most=6)[0] and len(asked) == 1
 
 
 def test_near_ties():

@@ -19,7 +19,7 @@ from blockmoe.operator.route import LISTS
 from blockmoe.operator.stream import layer as by_stream
 from blockmoe.operator.stream.layer import give_up, streams
 from blockmoe.operator.stream.layer import meeting_places as stream_places
-from blockmoe.operator.workspace import Round
+from blockmoe.operator.workspace import MOST_PROGRAMS, Round
 
 GATHERERS = gl.constexpr(4)  # of stream: the kernel's first warps, which are four as prefill's first consumer
 LOADERS = 40  # registers of a thread of stream's single warps
@@ -66,6 +66,7 @@ def either_kernel(
 
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
+    assert round.sm_count <= MOST_PROGRAMS, "counters and partial sums are of so many"
     tile, b, (*_, streaming, filling) = round.plan.gate_up, round.memory, round.ways
     inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], b["partial"], b["rows"], out, Slot(out.tensor, torch.int64))
     lists = (*LISTS, "before", "way", "ticket", "part", "finished", "written", "summed", "added", "ready", "mail")

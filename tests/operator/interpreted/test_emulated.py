@@ -87,6 +87,16 @@ def test_fewer_units_than_programs(seed, emulated):
     assert not check(inputs, geometry, 3, PLANS["dense"]).any()
 
 
+@pytest.mark.parametrize("name", ["prefill", pytest.param("cluster", marks=pytest.mark.slow)])
+def test_units_drawn_at_the_last_k_block(name, emulated):
+    """As these few K blocks are, the next unit is else drawn at the first."""
+    emulated.update(seed=3, changes={"load_gate_up": ("EARLY_1", "1"), "load_down": ("EARLY_2", "1")})
+    inputs = layer.make(SMALL, TOKENS[name])
+    late = bits(check(inputs, SMALL, 2, PLANS[name]))
+    emulated["changes"] = {}
+    assert late.any() and torch.equal(late, bits(check(inputs, SMALL, 2, PLANS[name])))
+
+
 @pytest.mark.parametrize(("name", "tokens", "pairs", "blocks", "others"), [
     ("dense", 9, 9, 4, 1), ("dense", 9, 0, 0, 0), ("stream 256x32", 40, 20, 2, 3), ("stream 256x32", 40, 40, 4, 3),
     ("stream, few", 100, 70, 6, 1), ("stream, large", 140, 140, 0, 0), ("either, few", 60, 20, 4, 3), ("stream 256x64", 60, 40, 0, 0),

@@ -3,6 +3,7 @@ share the work."""
 
 import layer
 import pytest
+import torch
 from emulator import Fault
 from emulator.language import arange
 from layer import EMULATED_TOKENS as TOKENS
@@ -65,7 +66,7 @@ FAULTS = [
     ("dense", "tiles_finished", "known <= tile", "known < 0", "not known to be done"),
     ("dense", "consumer", "barrier()\n            if DENSE", "if DENSE", "not known to be done"),
     ("stream 256x32", "teller", "mbarrier.wait(stored", "(stored", "not known to be done"),
-    ("stream 256x32", "teller", 'finished + tile, 1, sem="release"', 'finished + tile, 1, sem="relaxed"', "not known to be done"),
+    ("stream 256x32", "tell_stored", 'finished + tile, 1, sem="release"', 'finished + tile, 1, sem="relaxed"', "not known to be done"),
     ("stream 256x32", "teller", '0, 1), 1, sem="release"', '0, 1), 1, sem="relaxed"', "not known to be done"),
     ("stream, large", "pairs_producer", "wait_until(finished", "(finished", "not known to be done"),
     ("stream 256x32", "last_sum", "wait_until(written + group", "(written + group", "reads workspace"),
@@ -77,13 +78,13 @@ FAULTS = [
 ]  # fmt: skip
 
 
-def first_fault(inputs, plan, said, emulated) -> None:
+def first_fault(inputs, plan, said, emulated, geometry=SMALL) -> None:
     """In one of a dozen orders at the latest the emulator says that."""
     found = []
     while len(found) < 12 and not any(said in text for text in found):
         emulated["seed"] = len(found)
         try:
-            layer.call(inputs, SMALL, 2, plan=plan)
+            layer.call(inputs, geometry, 2, plan=plan)
             found.append("none")
         except Fault as fault:
             found.append(str(fault))
@@ -99,6 +100,26 @@ def test_a_fault_is_found(name, function, old, new, said, emulated):
     first_fault(layer.make(SMALL, TOKENS[name]), PLANS[name], said, emulated)
 
 
+@pytest.mark.parametrize(
+    ("function", "old", "new", "said"),
+    [
+        ("add_shares", "wait_until(summed", "(summed", "not known to be done"),
+        pytest.param("add_shares", "once + others, once", "once + others - 1, once", "not known to be done", marks=pytest.mark.slow),
+        ("tell_stored", '>> shares), 1, sem="release"', '>> shares), 1, sem="relaxed"', "not known to be done"),
+        pytest.param("gate_up_unit", "* others + share, ROWS", "* others, ROWS", "a store writes workspace", marks=pytest.mark.slow),
+    ],
+)
+def test_a_fault_of_shares_is_found(function, old, new, said, emulated):
+    """Of an expert with one tile, whose two row blocks are four shares of K each."""
+    geometry = MoEGeometry(8, 2, 2, 2048, 256)
+    inputs = layer.make(geometry, 20)
+    inputs[1].zero_()
+    inputs[0][:, 2:4] = torch.tensor([-50.0, 50.0])
+    emulated["programs"] = 18
+    emulated["changes"] = {function: (old, new)}
+    first_fault(inputs, PLANS["stream 256x32"], said, emulated, geometry)
+
+
 def test_a_program_that_ends_too_early_is_found(emulated):
     """Without a pair all zeros are written at the end."""
     inputs = layer.make(SMALL, 60)
@@ -109,7 +130,7 @@ def test_a_program_that_ends_too_early_is_found(emulated):
 
 
 def test_a_role_that_looks_in_vain_is_found(emulated):
-    emulated["changes"] = {"consumer": ('gl.atomic_add(finished + tile, 1, sem="release")', "pass")}
+    emulated["changes"] = {"tell_stored": ('gl.atomic_add(finished + tile, 1, sem="release")', "pass")}
     first_fault(layer.make(SMALL, 9), PLANS["dense"], "waits for ever: counters of workspace", emulated)
 
 

@@ -21,10 +21,10 @@ What programs wait for from each other, by counters in global memory:
 and within a cluster, in both GEMMs, for stages that the other's consumers free.
 
 Why this ends. Only programs that run have units, and a cluster's programs start together. Both have the same units in the same order, and
-of their tiles neither waits for the other, so stages become free in both. A unit is drawn and told when most of the one before it has been
-asked for, which all roles have heard of before (`draw`; the writer of zeros waits for nothing but what it hears), so what a cluster does
-of a unit waits for its own lower units and, of other clusters, for `finished` and `added` of lower ones. A consumer's turn waits for the
-other's product before, of the same unit or a lower one. Every cluster has ascending units. So the lowest unit of all that is not done
-waits for nothing; and while units are left, a cluster that is done draws the next. `finished` is told by a warp that waits for what its
-own program's consumers do of the unit.
+of their tiles neither waits for the other, so stages become free in both. A unit is drawn while the one before it is being asked for (at
+its first K block where it has few), and told when all roles have heard of the one before that (`draw`; the writer of zeros waits for
+nothing but what it hears), so what a cluster does of a unit waits for its own lower units and, of other clusters, for `finished` and
+`added` of lower ones. A consumer's turn waits for the other's product before, of the same unit or a lower one. Every cluster has ascending
+units. So the lowest unit of all that is not done waits for nothing; and while units are left, a cluster that is done draws the next.
+`finished` is told by a warp that waits for what its own program's consumers do of the unit.
 """

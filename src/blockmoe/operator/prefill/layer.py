@@ -28,7 +28,7 @@ from blockmoe.operator.prefill.parts import (
 from blockmoe.operator.prefill.turns import begin_turns, end_turns
 from blockmoe.operator.prefill.units import WORDS, K, draw, rows_there
 from blockmoe.operator.prefill.zeros import COLUMNS, PAGE, page_runs, write_zeros
-from blockmoe.operator.workspace import Round
+from blockmoe.operator.workspace import MOST_PROGRAMS, Round
 
 REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warps beside; with (216, 24, 56) 1 % slower
 # Bytes that the L2 reads at once of what TMA loads. T = 2048: 534 us, with 128 555; 4096: 617, 627; 11948: 991, 1000; 14107: 1377, 1383
@@ -250,6 +250,7 @@ def constants_of(tile: PrefillTile, round: Round) -> tuple:
 
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
+    assert round.sm_count <= MOST_PROGRAMS, "counters are of so many"
     tile, b = round.plan.gate_up, round.memory
     lists = ("token_pairs", "pair_token", "pair_weight", "before", "added", "ready", "ticket", "mail", "finished")
     lists = tuple(b[n] for n in (*lists, "tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end"))

@@ -30,8 +30,8 @@ from blockmoe.operator.prefill.units import DOWN, END, K, hear_unit, wait_for_ro
 ROWS = gl.constexpr(64)  # pairs of a consumer
 CODES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 PAIRS = gl.constexpr(128)  # arrivals for what does not come by TMA
-# The next unit is drawn when so many K blocks of a unit of GEMM1, of GEMM2, are left to be asked for. (T = 3,000, 4,096, 8,192: 409.3,
-# 435.1, 720.1 us; at a unit's first block 413.1, 444.4, 723.8; by 28 and 12 410.0, 437.1, 721.3.)
+# The next unit is drawn when so many K blocks of a unit of GEMM1, of GEMM2, are left to be asked for, or at the first of fewer. (T = 3,000,
+# 4,096, 8,192: 409.3, 435.1, 720.1 us; always at the first 413.1, 444.4, 723.8; by 28 and 12 410.0, 437.1, 721.3.)
 EARLY_1, EARLY_2 = gl.constexpr(16), gl.constexpr(10)
 SUMS = gl.constexpr(gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 128, 32]))
 

@@ -95,9 +95,9 @@ def draw(
 ):  # fmt: skip
     """One warp: tells this program's roles every unit, then END; of a unit of GEMM2 also when its rows are `there`.
 
-    A unit is drawn when few K blocks of the one before it are left to be asked for (`wanted`; EARLY_1, EARLY_2): early enough to be known
-    in time, and late enough to even out what units cost. tile_count tiles have INTER / K / CLUSTER units of GEMM1 each, HIDDEN / (2 * K) /
-    CLUSTER of GEMM2.
+    A unit is drawn when EARLY_1 or EARLY_2 K blocks of the one before it are left to be asked for, or all (`wanted`): early enough to be
+    known in time, and late enough to even out what units cost. tile_count tiles have INTER / K / CLUSTER units of GEMM1 each, HIDDEN /
+    (2 * K) / CLUSTER of GEMM2.
 
     mail [clusters, MAIL] begins at 0 and holds units plus one. A slot's new value is larger than the last one read: units ascend. It
     is not overwritten unread: the first program asks for nothing of a unit before the cluster's consumers have freed nearly all

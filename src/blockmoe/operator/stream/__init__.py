@@ -15,7 +15,7 @@ writes a row a pair, and the last sum, by token, comes in two column groups: of 
 
 Why nobody waits for ever: a unit of GEMM2 waits for units of GEMM1, which have lower tickets, so programs that run drew them; those
 wait for nothing (who lets others draw first has none, and looks 16 times at most), but the last share of K for the others, whose tickets
-are lower still. A part of the last sum waits for its column group's
-units of GEMM2; who has a part found no unit left, so all have been drawn. Who tells that a unit is stored waits for its own program's
-consumer alone.
+are lower still. Few tokens: who has a unit of GEMM2 draws none before it is multiplied, which waits for GEMM1 alone. A part of the last
+sum waits for its column group's units of GEMM2; who has a part found no unit left, so all have been drawn. Who tells that a unit is stored
+waits for its own program's consumer alone.
 """

@@ -16,7 +16,7 @@ from blockmoe.operator.stream.compute import consumer
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.stream.sums import STORED, teller
 from blockmoe.operator.stream.units import SPLIT_TILES, WORDS
-from blockmoe.operator.workspace import SPLIT_PAIRS, Round
+from blockmoe.operator.workspace import MOST_PROGRAMS, SPLIT_PAIRS, Round
 
 REGISTERS = 56  # a thread of the producers
 SECOND_REGISTERS = gl.constexpr(168)  # a thread of the second consumer, where there is one
@@ -216,7 +216,8 @@ def boxes_of(w1: Slot, w2: Slot, tile: StreamTile, round: Round) -> tuple[Descri
 def split_of(tile: StreamTile, geometry: MoEGeometry) -> int:
     """By how many units the K blocks of one of GEMM1 may be shared: each has four at least, before the last of which the next is drawn."""
     blocks = geometry.hidden_size // BLOCK
-    if tile.block_n > SPLIT_PAIRS and not (tile.small and tile.few >= 2 * SPLIT_TILES.value):  # these may be few
+    apart = tile.small and tile.small.stages != tile.stages  # small tiles have code of their own, which alone may split
+    if tile.block_n > SPLIT_PAIRS and not apart and not (tile.small and tile.few >= 2 * SPLIT_TILES.value):  # large ones may be few
         return 1
     return next((split for split in (4, 2) if blocks % (split * tile.burst) == 0 and blocks // split >= 4), 1)
 
@@ -234,6 +235,7 @@ def constants_of(tile: StreamTile, round: Round) -> tuple:
 
 def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: Slot, out: Slot, round: Round) -> list[Launch]:
     """Both GEMMs, SwiGLU and the output's last sum."""
+    assert round.sm_count <= MOST_PROGRAMS, "counters and partial sums are of so many"
     tile, b = round.plan.gate_up, round.memory
     lists = (*(b[n] for n in LISTS), round.way_taken, *(b[n] for n in ("ticket", "part", "finished", "written", "summed")))
     inputs = (x, x_scale, w1_scale, w2_scale, b["middle"], b["middle_scale"], b["partial"], out if tile.dense else b["rows"], out)
