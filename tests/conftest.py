@@ -16,6 +16,11 @@ def the_same_numbers_every_time():
         sys.modules["torch"].manual_seed(0)
 
 
+def pytest_collection_modifyitems(items):
+    """Who waits for the interpreter's sessions comes last."""
+    items.sort(key=lambda item: "interpreted" in item.fixturenames)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreters_begin_first(request):
     """Their child sessions run beside all other tests, of which many wait for something."""
