@@ -39,8 +39,8 @@ def interpreted(request):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     children = {}
     for file in files:
-        command = ["nice", "-n", "15", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-        command += ["-m", request.config.option.markexpr, str(file)]
+        command = ["nice", "-n", "5", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        command += ["--timeout", "900", "-m", request.config.option.markexpr, str(file)]
         text = tempfile.TemporaryFile("w+")  # noqa: SIM115
         child = subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1])
         children[file] = child, text

@@ -84,6 +84,7 @@ def test_on_hopper(monkeypatch, name, solution):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("file", sorted((Path(__file__).parent / "interpreted").glob("test_*.py")), ids=lambda file: file.stem)
 def test_interpreted(file, interpreted):
     interpreted(file)
