@@ -16,30 +16,18 @@ def the_same_numbers_every_time():
         sys.modules["torch"].manual_seed(0)
 
 
-def pytest_collection_modifyitems(items):
-    """Who waits for the interpreter's sessions comes last."""
-    items.sort(key=lambda item: "interpreted" in item.fixturenames)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def interpreters_begin_first(request):
-    """Their child sessions run beside all other tests, of which many wait for something."""
-    if any("interpreted" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("interpreted")
-
-
 @pytest.fixture(scope="session")
 def interpreted(request):
     """Passes if a file's tests pass in a child session under Triton's interpreter, which has to be chosen before triton is imported. Of
     those it runs what this session would, by their marks.
 
-    The children of all selected tests begin at once: each keeps one core busy, which others get first.
+    The children of all selected tests begin at once: each keeps one core busy.
     """
     files = dict.fromkeys(item.callspec.params["file"] for item in request.session.items if "interpreted" in item.fixturenames)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     children = {}
     for file in files:
-        command = ["nice", "-n", "5", sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
         command += ["--timeout", "900", "-m", request.config.option.markexpr, str(file)]
         text = tempfile.TemporaryFile("w+")  # noqa: SIM115
         child = subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1])

@@ -14,7 +14,7 @@ SLOW = [
 ]
 
 
-@pytest.mark.timeout(1800)  # all others may be done long before
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("file", [*QUICK, *SLOW])
 def test_interpreted(file, interpreted):
     interpreted(file)
