@@ -108,8 +108,7 @@ def _fields(geometry: MoEGeometry, tokens: int, plan: Plan) -> dict[str, tuple[i
         "middle_scale": (bound.rows * geometry.intermediate_size // block_i, torch.float32),
     }
     if plan.path == "stream":  # sums of shares of K, of all programs but those that add them
-        tile = plan.gate_up
-        fields["partial"] = (3 * MOST_PROGRAMS // 4 * 2 * tile.rows * SPLIT_PAIRS, torch.float32)
+        fields["partial"] = (3 * MOST_PROGRAMS // 4 * 2 * plan.gate_up.rows * SPLIT_PAIRS, torch.float32)
     if not plan.dense and not prefill:
         fields["rows"] = (bound.rows * bound.blocks * BLOCK, torch.bfloat16)
     elif plan.path == "dense" and plan.down.split > 1:
