@@ -9,6 +9,11 @@ from pathlib import Path
 import pytest
 
 
+def pytest_collection_modifyitems(items):
+    """Who waits for a child session (`interpreted`) comes last: until then it runs beside all other tests."""
+    items.sort(key=lambda item: "interpreted" in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(autouse=True)
 def the_same_numbers_every_time():
     """torch's generator begins with another seed in every process."""

@@ -1,7 +1,9 @@
 """Traces for the report's tests: written as a bench would, with whatever a test wants changed."""
 
 import copy
+import itertools
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -93,3 +95,19 @@ def folder(path: Path, traces, about=None) -> Path:
     if about is not None:
         (path / "run.json").write_text(about if isinstance(about, str) else json.dumps(about), encoding="utf-8")
     return path
+
+
+def times_of_a_yardstick(work) -> float:
+    """Processor time of `work()`, by that of a fixed loop of some 0.1 s which the same process runs before and after. (Seconds would say as
+    much of the machine: processor time too grows where another process has the core's other half.)"""
+    marks = []
+    for task in (yardstick, work, yardstick):
+        marks.append(time.process_time())
+        task()
+    marks.append(time.process_time())
+    before, itself, after = (end - begin for begin, end in itertools.pairwise(marks))
+    return itself / ((before + after) / 2)
+
+
+def yardstick() -> int:
+    return sum(number * number % 7 for number in range(1_500_000))
