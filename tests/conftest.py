@@ -21,12 +21,19 @@ def the_same_numbers_every_time():
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def child_sessions_begin_first(request):
+    """So they run beside all other tests."""
+    if any("interpreted" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        request.getfixturevalue("interpreted")
+
+
 @pytest.fixture(scope="session")
 def interpreted(request):
     """Passes if a file's tests pass in a child session under Triton's interpreter, which has to be chosen before triton is imported. Of
     those it runs what this session would, by their marks.
 
-    The children of all selected tests begin at once: each keeps one core busy.
+    The children of all selected tests begin at once: each keeps one core busy, where nothing else wants it.
     """
     files = dict.fromkeys(item.callspec.params["file"] for item in request.session.items if "interpreted" in item.fixturenames)
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -36,6 +43,7 @@ def interpreted(request):
         command += ["--timeout", "900", "-m", request.config.option.markexpr, str(file)]
         text = tempfile.TemporaryFile("w+")  # noqa: SIM115
         child = subprocess.Popen(command, env=environment, stdout=text, stderr=subprocess.STDOUT, cwd=Path(__file__).parents[1])
+        os.setpriority(os.PRIO_PROCESS, child.pid, 19)
         children[file] = child, text
 
     def passes(file: Path) -> None:

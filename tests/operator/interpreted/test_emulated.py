@@ -19,10 +19,11 @@ def bits(out: torch.Tensor) -> torch.Tensor:
     return out.view(torch.int16).clone()
 
 
-SLOW = ("cluster", "stream, few", "stream, large", "either, large")
+QUICK = ("prefill", "dense", "stream 256x32", "stream 256x64", "stream, small", "either, small")
+EACH = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in PLANS]
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW else []) for name in PLANS])
+@pytest.mark.parametrize("name", EACH)
 def test_layer_in_any_order(name, emulated):
     """By another number of programs too."""
     inputs, plan = layer.make(SMALL, TOKENS[name]), PLANS[name]
@@ -36,7 +37,7 @@ def test_layer_in_any_order(name, emulated):
     assert torch.equal(first, bits(check(inputs, SMALL, 2, PLANS[name])))
 
 
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("routing", ["one expert", "no pair", pytest.param("skewed", marks=pytest.mark.slow)])
 def test_routings(name, routing, emulated):
     inputs, emulated["seed"] = layer.make(SMALL, TOKENS[name]), 2
@@ -90,7 +91,8 @@ def test_fewer_units_than_programs(seed, emulated):
     assert not check(inputs, geometry, 3, PLANS["dense"]).any()
 
 
-@pytest.mark.parametrize("name", ["prefill", pytest.param("cluster", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prefill", "cluster"])
 def test_units_drawn_at_the_last_k_block(name, emulated):
     """As these few K blocks are, the next unit is else drawn at the first."""
     emulated.update(seed=3, changes={"load_gate_up": ("EARLY_1", "1"), "load_down": ("EARLY_2", "1")})
