@@ -189,11 +189,21 @@ def test_defaults_are_the_published_ones_and_quick_on_a_cpu(tree, blockmoe, plan
     assert len(tiny.workloads[TINY.definition_name]) == 6 and tiny.settings.rtol == 0 and not tiny.named
 
 
+def test_workloads_are_chosen_of_each_definition(tree, blockmoe, planned):
+    """One that has none of a size is left out, one that has some keeps them."""
+    blockmoe("run", "--no-save-results", "--definitions", "*", "--workloads", "1", "80")
+    blockmoe("run", "--no-save-results", "--definitions", "*", "--workloads", "1")
+    both, one = ({name: [w.axes["seq_len"] for w in chosen] for name, chosen in plan.workloads.items()} for plan in planned)
+    assert both == one | {HEADLINE.definition_name: [1, 80]} and len(one) > 3
+
+
 def test_resume_takes_the_newest_run(tree, blockmoe, planned):
     for name in ("20260101-000000", "20260102-000000", "20260103-000000"):
         (commands.RUNS / name).mkdir(parents=True)
-    for name in ("20260101-000000", "20260102-000000"):
+    for age, name in enumerate(("20260102-000000", "20260101-000000", "baseline")):  # a name says nothing of when
+        (commands.RUNS / name).mkdir(exist_ok=True)
         (commands.RUNS / name / "run.json").write_text("{}")
+        os.utime(commands.RUNS / name / "run.json", (1e9, 1e9 - age))
     blockmoe("run", "--local", tree, "--resume")
     assert planned[0].output == commands.RUNS / "20260102-000000" and planned[0].resume
 

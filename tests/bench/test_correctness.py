@@ -68,6 +68,14 @@ def test_one_element_that_is_no_number_fails_all(bad):
     assert math.isnan(found.correctness().max_absolute_error)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nothing_matches_a_reference_that_is_no_number(bad):
+    reference = torch.ones(4, 8)
+    reference[2, 3:] = bad
+    found = judge(torch.ones(4, 8), reference, Tolerance(0.2, 0.1, 0.9))
+    assert found.status is Status.INCORRECT_NUMERICAL and found.matched_ratio == 27 / 32
+
+
 def test_shape_and_dtype_come_first():
     reference = torch.ones(4, 8)
     found = judge(torch.full((8, 4), math.nan), reference, PUBLISHED)

@@ -86,6 +86,17 @@ FAILING = {
     "talks_to_the_bench": (
         "import os, sys\ndef run(x):\n    os.write(int(sys.argv[1]), b'[1]\\n')\n", "RUNTIME_ERROR", "the bench's own socket"
     ),
+    "answers_for_the_bench": (
+        "import os, sys\ndef run(x):\n    os.write(int(sys.argv[1]), b'{}\\n')\n", "RUNTIME_ERROR", "the bench's own socket"
+    ),
+    "answers_at_import": (
+        "import os, sys\nos.write(int(sys.argv[1]), b'{}\\n')\ndef run(x):\n    return x * 2\n",
+        "RUNTIME_ERROR", "a reply that is none of the bench's",
+    ),
+    "blames_itself": (
+        "import os, sys\ndef run(x):\n    os.write(int(sys.argv[1]), b'{\"error\": {\"kind\": \"NONE\", \"message\": 1}}\\n')\n",
+        "RUNTIME_ERROR", "a reply that is none of the bench's",
+    ),
     "wrong_shape": ("def run(x):\n    return (x * 2)[:, :63].contiguous()\n", "INCORRECT_SHAPE", "expected shape [8, 64], got [8, 63]"),
     "wrong_dtype": ("def run(x):\n    return (x * 2).double()\n", "INCORRECT_DTYPE", "expected torch.float32, got torch.float64"),
     "wrong_values": ("def run(x):\n    return x * 3\n", "INCORRECT_NUMERICAL", "matched ratio 0.0"),
@@ -216,12 +227,14 @@ def test_a_skip_counts_where_it_was_named():
 
 @pytest.mark.slow
 def test_a_reference_that_fails_is_not_blamed_on_solutions_and_the_next_workload_goes_on(tmp_path):
-    """The first workload's tensor is missing; then a definition's reference dies at its sixth call, and a third can't be imported."""
+    """The first workload's tensor is missing; then a definition's reference dies at its sixth call, a third can't be imported, and a fourth
+    gives NaN, beside which nothing is right."""
     tree = toy.make_tree(tmp_path / "tree", {"good": toy.GOOD, "raises": "def run(x):\n    raise ValueError\n"}, ())
     blob = {"x": {"type": "safetensors", "path": "x.safetensors", "tensor_key": "x"}}
     toy.write(toy.workloads_path(tree), toy.workload(8, "aaaa", inputs=blob), toy.workload(4, "bbbb"))
     mortal = "import os\ncalls = []\ndef run(x):\n    calls.append(x)\n    if len(calls) == 6: os.kill(os.getpid(), 9)\n    return x * 2\n"
-    for name, source in (("mortal", mortal), ("broken", "import no_such_package\ndef run(x): return x\n")):
+    broken, nan = "import no_such_package\ndef run(x): return x\n", "def run(x): return x * float('nan')\n"
+    for name, source in (("mortal", mortal), ("broken", broken), ("nan", nan)):
         toy.write(toy.definition_path(tree).with_name(f"{name}.json"), toy.definition(name=name, reference=source))
         toy.write(toy.workloads_path(tree).with_name(f"{name}.jsonl"), toy.workload(4, "cccc") | {"definition": name})
         toy.write(toy.solution_path(tree, name), toy.solution(f"good_{name}") | {"definition": name})
@@ -235,6 +248,8 @@ def test_a_reference_that_fails_is_not_blamed_on_solutions_and_the_next_workload
     assert found["bbbb", "good"].status is Status.PASSED, said["bbbb", "good"]
     assert said["bbbb", "raises"] == ("RUNTIME_ERROR", "ValueError:")
     assert said["cccc", "good_mortal"] == ("REFERENCE_FAILED", "the reference failed: the process died of SIGKILL (out of memory?)")
+    nothing = "the reference failed: ValueError: y: 256 of 256 elements are NaN or infinite: nothing can be held against it"
+    assert said["cccc", "good_nan"] == ("REFERENCE_FAILED", nothing)
     assert said["cccc", "good_broken"][1] == "the reference failed: ModuleNotFoundError: No module named 'no_such_package'"
 
 

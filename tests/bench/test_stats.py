@@ -157,6 +157,15 @@ def test_words(interval, word):
     assert word_for(*interval, 0.015) == word
 
 
+def test_weighted_mean():
+    """A total's error is that of its parts: 0.9 of the time is known to 0.1 %, the rest hardly."""
+    ratios = [Ratio(1.05, 1.049, 1.051, "FASTER"), Ratio(1.0, 0.5, 1.5, "UNCLEAR")]
+    mean = stats.weighted_mean(ratios, [9.0, 1.0])
+    assert mean.ratio == pytest.approx(1.045) and mean.low == pytest.approx(1.045 - 0.05, abs=1e-4)
+    assert stats.weighted_mean(ratios, [999.0, 1.0]).low > 1.048
+    assert stats.weighted_mean([*ratios, Ratio(1.0, None, None, "UNCLEAR")], [1, 1, 1]).low is None
+
+
 def test_geometric_mean():
     ratios = [Ratio(2.0, 1.9, 2.1, "FASTER"), Ratio(0.5, 0.49, 0.51, "SLOWER")]
     mean = stats.geometric_mean(ratios)

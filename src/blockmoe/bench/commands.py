@@ -179,18 +179,14 @@ def make_plan(
                 raise UsageError(f"--inputs realistic: made for FP8 block-scale MoE definitions, not for {name}")
     chosen = {name: _chosen_solutions(dataset, name, names, solutions) for name in names}
     plan = Plan(dataset, {}, {}, settings, None, named=bool(solutions))
-    faults = []
+    known = [workload for name in names for workload in dataset.workloads.get(name, [])]
+    wanted_workloads = trees.select_workloads(known, workloads) if workloads and known else known  # each pattern somewhere
     for name in names:
-        known = dataset.workloads.get(name, [])
-        try:
-            selected = trees.select_workloads(known, workloads) if workloads and known else known
-        except DatasetError as error:
-            faults.append(error)
-            continue
+        selected = [workload for workload in dataset.workloads.get(name, []) if workload in wanted_workloads]
         if selected and chosen[name]:
             plan.workloads[name], plan.solutions[name] = selected, chosen[name]
     if not plan.workloads:
-        raise faults[0] if faults else UsageError(_nothing_to_run(dataset, names))
+        raise UsageError(_nothing_to_run(dataset, names))
     return plan
 
 
@@ -221,10 +217,10 @@ def _nothing_to_run(dataset: Dataset, names: list[str]) -> str:
 
 def _output(output: Path | None, resume: bool) -> Path:
     if output is None:
-        earlier = sorted(path for path in RUNS.glob("*") if (path / "run.json").exists()) if resume else []
+        earlier = sorted(RUNS.glob("*/run.json"), key=lambda about: about.stat().st_mtime) if resume else []
         if resume and not earlier:
             raise UsageError("--resume: expected an earlier run in runs/, found none; name its folder with --output")
-        output = earlier[-1] if earlier else RUNS / f"{datetime.now():%Y%m%d-%H%M%S}"
+        output = earlier[-1].parent if earlier else RUNS / f"{datetime.now():%Y%m%d-%H%M%S}"
     try:
         prepare_output(output)
     except OSError as error:

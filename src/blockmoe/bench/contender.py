@@ -9,12 +9,14 @@ from typing import Any
 
 from blockmoe.bench.dataset import REFERENCE
 from blockmoe.bench.process import WorkerLost, WorkerProcess, WorkerTimeout
+from blockmoe.bench.replies import is_one
 from blockmoe.bench.schema import Definition, Solution, Status, Workload
 from blockmoe.bench.settings import Settings
 from blockmoe.bench.verdicts import Verdict, status_of
 
 START_TIMEOUT = 600.0  # imports and input generation: the bench's own time, not charged to the solution
 MESSAGE_CHARACTERS = 500
+ERRORS = {"BUILD", "RUNTIME", *(verdict.value for verdict in Verdict)}  # kinds that a worker reports
 
 
 class Failed(Exception):
@@ -79,7 +81,7 @@ class Contender:
         self.spent = 0.0
         self.findings = Findings()
         self._starting = self._built = False
-        self._unread = 0  # requests whose reply has not been read
+        self._unread: list[str] = []  # requests whose reply has not been read, in order
 
     @property
     def is_reference(self) -> bool:
@@ -134,7 +136,7 @@ class Contender:
         """End the worker, whatever it is doing."""
         if self.worker is not None:
             worker, self.worker, self.opened, self.warmed = self.worker, None, None, None
-            self._starting, self._unread = False, 0
+            self._starting, self._unread = False, []
             worker.close()
             self.findings.log = worker.log()
 
@@ -155,7 +157,7 @@ class Contender:
             self.worker.send(do, **arguments)
         except WorkerLost as error:
             self._lost(str(error))
-        self._unread += 1
+        self._unread.append(do)
 
     def _receive(self, timeout: float, limit: float | None = None) -> dict[str, Any]:
         """Wait `timeout` seconds for a reply; `limit` is what to call the timeout where less of it was left."""
@@ -166,18 +168,28 @@ class Contender:
             raise Failed(Status.TIMEOUT, f"no result within the timeout of {limit or timeout:g} s", whose=self) from None
         except WorkerLost as error:
             self._lost(str(error))
-        self._unread -= 1
+        asked = self._unread.pop(0)
         self.findings.log = self.worker.log()
         if error := reply.get("error"):
-            self._raise(error["kind"], error["message"])
+            self._raise(error)
+        if not is_one(asked, reply):
+            self._tampered()
         return reply
 
     def _lost(self, ending: str) -> None:
         self.close()
         raise Failed(Status.RUNTIME_ERROR, ending, whose=self) from None
 
-    def _raise(self, kind: str, message: str) -> None:
+    def _tampered(self) -> None:
+        self.close()
+        message = "the process wrote to the bench's own socket: a reply that is none of the bench's"
+        raise Failed(status_of(Verdict.BENCH_TAMPERED), message, Verdict.BENCH_TAMPERED, whose=self)
+
+    def _raise(self, error: Any) -> None:
         """An error that the worker reported. Its process is replaced: CUDA errors stick, and modules stay half imported."""
+        if not (isinstance(error, dict) and error.keys() == {"kind", "message"} and error["kind"] in ERRORS):
+            self._tampered()
+        kind, message = error["kind"], str(error["message"])
         self.close()
         if kind == "BUILD":
             raise Failed(Status.COMPILE_ERROR, message, whose=self)

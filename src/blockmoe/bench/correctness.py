@@ -59,7 +59,7 @@ class Judgement:
 
 
 def judge(output: torch.Tensor, reference: torch.Tensor, tolerance: Tolerance) -> Judgement:
-    """Compare two tensors of any device; never raises for a wrong output."""
+    """Compare two tensors of any device; never raises for a wrong output. Where the reference is NaN or infinite nothing matches."""
     if tuple(output.shape) != tuple(reference.shape):
         return Judgement(Status.INCORRECT_SHAPE, f"output: expected shape {list(reference.shape)}, got {list(output.shape)}")
     if output.dtype != reference.dtype:
@@ -75,7 +75,7 @@ def judge(output: torch.Tensor, reference: torch.Tensor, tolerance: Tolerance) -
 
 
 def _compare(output: torch.Tensor, reference: torch.Tensor, tolerance: Tolerance) -> Judgement:
-    """Both finite. output [R, C], reference of as many elements."""
+    """output [R, C], finite; reference of as many elements."""
     reference = reference.reshape(output.shape)
     rows, columns = output.shape
     step = max(1, CHUNK // max(1, columns))
@@ -86,7 +86,7 @@ def _compare(output: torch.Tensor, reference: torch.Tensor, tolerance: Tolerance
         out, ref = output[start : start + step].double(), reference[start : start + step].double()
         absolute = (out - ref).abs_()
         relative = absolute / (ref.abs() + EPSILON)
-        fails = (absolute > tolerance.atol) & (relative > tolerance.rtol)
+        fails = ~((absolute <= tolerance.atol) | (relative <= tolerance.rtol))  # a NaN is no match
         nonzero = (ref != 0).any(1)
         error_rows, ref_rows = absolute.square().sum(1), ref.square().sum(1)
         row_errors = (error_rows / ref_rows.clamp(min=1e-300)).sqrt_()

@@ -254,9 +254,12 @@ class Session:
         for number in calls:
             if number not in self._known:
                 self._prepare(number)
-                outputs = self._accept(self._invoke())
+                outputs = self._named(self._accept(self._invoke()))
                 self.outputs = []
-                self._known[number] = self._named(outputs)
+                for name, output in outputs.items():
+                    if bad := int((~torch.isfinite(output.float())).sum()):
+                        raise ValueError(f"{name}: {bad} of {output.numel()} elements are NaN or infinite: nothing can be held against it")
+                self._known[number] = outputs
             digests[number] = digest_tensors(self._known[number])
         return {"outputs": digests}
 

@@ -142,6 +142,18 @@ def geometric_mean(ratios: Sequence[Ratio], *, margin: float = MARGIN) -> Ratio:
     return Ratio(math.exp(centre), low, high, word_for(math.exp(centre), low, high, margin))
 
 
+def weighted_mean(ratios: Sequence[Ratio], weights: Sequence[float], *, margin: float = MARGIN) -> Ratio:
+    """Mean of ratios over workloads, with the interval that their own intervals imply, as `geometric_mean`: of two solutions' total times
+    the ratio, where `weights` are what the one below the line spends on each."""
+    shares = np.asarray(weights, dtype=float) / np.sum(weights)
+    centre = float(sum(share * ratio.ratio for share, ratio in zip(shares, ratios, strict=True)))
+    if any(ratio.low is None or ratio.high is None for ratio in ratios):
+        return Ratio(centre, None, None, "UNCLEAR")
+    low = centre - math.sqrt(sum((share * (ratio.ratio - ratio.low)) ** 2 for share, ratio in zip(shares, ratios, strict=True)))
+    high = centre + math.sqrt(sum((share * (ratio.high - ratio.ratio)) ** 2 for share, ratio in zip(shares, ratios, strict=True)))
+    return Ratio(centre, low, high, word_for(centre, low, high, margin))
+
+
 def drift(samples: Sequence[float], *, threshold: float = 0.01) -> Drift:
     """Compare the medians of the first and last third of samples in time order.
 
