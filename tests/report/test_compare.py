@@ -158,3 +158,29 @@ def test_import_csv(tmp_path):
         result = invoke("import-csv", source, tmp_path / "other")
         assert result.exit_code == 2 and "Traceback" not in result.output and not (tmp_path / "other").exists()
     assert invoke("import-csv", tmp_path / "none.csv", tmp_path / "other").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ("seq_len,a,a\n1,2,3\n", "expected columns of different names, got 'a' 2 times"),
+        ("seq_len,a\n80.7,2\n", "line 2: seq_len: expected a whole number, got '80.7'"),
+        ("seq_len,a\n80,2\n80,3\n", "line 3: expected a workload a line, got T80 again"),
+        ("seq_len,a\n80,\n", "expected at least one speedup, got empty cells"),
+    ],
+)
+def test_import_csv_of_what_is_no_table(tmp_path, table, said):
+    (tmp_path / "t.csv").write_text(table)
+    result = invoke("import-csv", tmp_path / "t.csv", tmp_path / "out")
+    assert result.exit_code == 2 and said in result.stderr and not (tmp_path / "out").exists()
+
+
+def test_import_csv_destroys_nothing(tmp_path):
+    (tmp_path / "t.csv").write_text("seq_len,a\n80,2\n")
+    measured = folder(tmp_path / "run", run({"alpha": 1.0}))
+    before = {path: path.read_bytes() for path in measured.rglob("*.json*")}
+    result = invoke("import-csv", tmp_path / "t.csv", measured)
+    assert result.exit_code == 2 and "expected a new folder or that of an earlier import" in result.stderr
+    assert {path: path.read_bytes() for path in measured.rglob("*.json*")} == before
+    assert invoke("import-csv", tmp_path / "t.csv", tmp_path / "out", "--definition", "../x").exit_code == 2
+    assert [invoke("import-csv", tmp_path / "t.csv", tmp_path / "out").exit_code for _ in range(2)] == [0, 0]

@@ -84,6 +84,14 @@ def test_mix_decides(tmp_path):
     assert section(tmp_path, traces, mix="1-80=0.5,901-=0.5").conclusion.scenarios[2].choice == "prefiller"
 
 
+def test_a_choice_is_not_clear_by_what_costs_little(tmp_path):
+    """Where little of the time goes beta is slower beyond doubt; where most goes nobody can tell, and beta leads."""
+    little = [trace("alpha", 901, 0.5, noise=0.003, seed=1), trace("beta", 901, 0.6, noise=0.003, seed=1)]
+    most = [trace("alpha", 14107, 11.0, noise=0.15, seed=1), trace("beta", 14107, 10.0, noise=0.15, seed=1)]
+    prefill = section(tmp_path, little + most).conclusion.scenarios[1]
+    assert prefill.choice == "beta" and prefill.lead > 1.02 and not prefill.clear
+
+
 def test_same_solutions_are_not_told_apart(tmp_path):
     decode = section(tmp_path, run({"alpha": 1.0, "beta": 1.0})).conclusion.scenarios[0]
     assert not decode.clear and set(decode.label.split(" or ")) == {"alpha", "beta"}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from blockmoe.bench.stats import MARGIN, Ratio, geometric_mean
+from blockmoe.bench.stats import MARGIN, Ratio, weighted_mean
 from blockmoe.report.load import Record
 from blockmoe.report.model import Conclusion, Dispatcher, Row, Scenario
 from blockmoe.report.regimes import DECODE, PREFILL, Regime
@@ -86,19 +86,22 @@ def _scenario(name: str, mix: Mix, names: list[str], rows: list[Row], timed: boo
         scenario.clear, scenario.why = True, "the only candidate"
         return scenario
     scenario.lead = scenario.costs[rest[0]] / scenario.costs[scenario.choice]
-    _judge(scenario, rest[0], [row for row, _ in wanted], duel)
+    _judge(scenario, rest[0], wanted, timed, duel)
     return scenario
 
 
-def _judge(scenario: Scenario, runner_up: str, rows: list[Row], duel: Duel) -> None:
+def _judge(scenario: Scenario, runner_up: str, rows: list[tuple[Row, float]], timed: bool, duel: Duel) -> None:
+    """Whether the choice is clear, given the workloads and their weights: by the interval of the costs' ratio, in which each workload
+    counts as much as it costs."""
     ahead = f"{runner_up} costs {scenario.lead:.3f} times as much"
     if scenario.lead <= 1 + MARGIN:
         scenario.why = f"not clear: {ahead}"
         return
-    sampled = [duel(row.cells[scenario.choice], row.cells[runner_up]) for row in rows]
-    ratio = geometric_mean(sampled) if all(sampled) else None
-    if ratio and ratio.low is not None and ratio.low <= 1 <= ratio.high:
-        scenario.why = f"not clear: {ahead}, but over these workloads their ratio is {ratio.low:.3f} to {ratio.high:.3f}"
+    sampled = [duel(row.cells[scenario.choice], row.cells[runner_up]) for row, _ in rows]
+    spent = [weight * _cost(row.cells[scenario.choice], timed) for row, weight in rows]
+    ratio = weighted_mean(sampled, spent) if all(sampled) else None
+    if ratio and ratio.low is not None and ratio.low <= 1:
+        scenario.why = f"not clear: {ahead}, but with the errors of measurement {ratio.low:.3f} to {ratio.high:.3f} times"
         return
     scenario.clear, scenario.why = True, ahead
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 from blockmoe.geometry import HEADLINE
 from blockmoe.report.load import ReportError
 
+COMMAND = "blockmoe import-csv"
 _SIZES = ("uuid", "seq_len", "local_expert_offset")
 
 
@@ -25,21 +27,30 @@ def import_csv(
     """Write traces for a CSV with the columns seq_len, optionally uuid and local_expert_offset, and one a solution.
 
     An empty cell is a workload that the solution was not run on. Latencies are unknown: `latency_ms` is 0 and
-    `performance.extra.speedup_only` is true, which every report here honours. Returns the trace file.
+    `performance.extra.speedup_only` is true, which every report here honours. Returns the trace file. Raises ReportError for a table
+    that is not one, and for an `output` that holds anything but an earlier import.
     """
+    if not re.fullmatch(r"\w[\w.-]*", definition):
+        raise ReportError(f"--definition {definition!r}: expected a name of letters, digits, '_', '-' and '.'")
+    _require_free(output)
     rows = _read(source)
     solutions = [name for name in rows[0] if name not in _SIZES]
     if not solutions:
         raise ReportError(f"{source}: expected a column for at least one solution beside {', '.join(_SIZES)}")
-    lines = []
+    lines, seen = [], set()
     for number, row in enumerate(rows, 2):
+        workload = _workload(row, source, number)
+        if workload["uuid"] in seen:
+            raise ReportError(f"{source} line {number}: expected a workload a line, got {workload['uuid']} again")
+        seen.add(workload["uuid"])
         for solution in solutions:
             if (row[solution] or "").strip():
                 speedup = _value(row[solution], solution, source, number)
-                trace = _trace(_workload(row, source, number), solution, speedup, definition, hardware, timestamp)
-                lines.append(json.dumps(trace))
+                lines.append(json.dumps(_trace(workload, solution, speedup, definition, hardware, timestamp)))
+    if not lines:
+        raise ReportError(f"{source}: expected at least one speedup, got empty cells")
     path = output / "traces" / "moe" / f"{definition}.jsonl"
-    run = {"command": f"blockmoe import-csv {source.name}", "settings": {}, "environment": {"hardware": hardware}}
+    run = {"command": f"{COMMAND} {source.name}", "settings": {}, "environment": {"hardware": hardware}}
     run |= {"contenders": [{"name": name} for name in solutions], "skipped": []}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,14 +61,28 @@ def import_csv(
     return path
 
 
+def _require_free(output: Path) -> None:
+    """That nothing is lost: a run's traces may have the names that are written here."""
+    about = output / "run.json"
+    try:
+        imported = str(json.loads(about.read_text(encoding="utf-8"))["command"]).startswith(COMMAND) if about.exists() else False
+    except (OSError, ValueError, KeyError, TypeError):
+        imported = False
+    if not imported and (about.exists() or any(output.glob("traces/**/*.jsonl"))):
+        raise ReportError(f"{output}: expected a new folder or that of an earlier import, got one with the results of a run")
+
+
 def _read(source: Path) -> list[dict[str, str]]:
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
+            reader = csv.DictReader(file)
+            rows, columns = list(reader), list(reader.fieldnames or ())
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ReportError(f"{source}: not readable as CSV ({getattr(error, 'strerror', None) or error})") from None
     if not rows or "seq_len" not in rows[0]:
         raise ReportError(f"{source}: expected a header with seq_len and at least one row")
+    if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
+        raise ReportError(f"{source}: expected columns of different names, got {twice[0]!r} {columns.count(twice[0])} times")
     for number, row in enumerate(rows, 2):
         if None in row or None in row.values():
             raise ReportError(f"{source} line {number}: expected {len(rows[0])} fields")
@@ -65,10 +90,10 @@ def _read(source: Path) -> list[dict[str, str]]:
 
 
 def _workload(row: dict[str, str], source: Path, number: int) -> dict[str, Any]:
-    tokens = int(_value(row["seq_len"], "seq_len", source, number))
+    tokens = _whole(row["seq_len"], "seq_len", source, number)
     inputs = {}
     if (offset := (row.get("local_expert_offset") or "").strip()) != "":
-        inputs["local_expert_offset"] = {"type": "scalar", "value": int(_value(offset, "offset", source, number, zero=True))}
+        inputs["local_expert_offset"] = {"type": "scalar", "value": _whole(offset, "local_expert_offset", source, number, zero=True)}
     name = (row.get("uuid") or "").strip() or f"T{tokens}" + (f"-o{offset}" if offset else "")
     return {"axes": {"seq_len": tokens}, "inputs": inputs, "uuid": name}
 
@@ -88,6 +113,13 @@ def _trace(workload: dict[str, Any], solution: str, speedup: float, definition: 
             "performance": performance | {"extra": {"speedup_only": True}},
         },
     }
+
+
+def _whole(text: str, column: str, source: Path, number: int, zero: bool = False) -> int:
+    value = _value(text, column, source, number, zero)
+    if value != int(value):
+        raise ReportError(f"{source} line {number}: {column}: expected a whole number, got {text!r}")
+    return int(value)
 
 
 def _value(text: str, column: str, source: Path, number: int, zero: bool = False) -> float:
