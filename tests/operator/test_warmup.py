@@ -32,7 +32,7 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(machine, "of_gpu", lambda index, argument: machine.H100)
-    monkeypatch.setattr(operator, "warmup", lambda geometry, device: compiled.append((geometry, device)) or 23)
+    monkeypatch.setattr(operator, "warmup", lambda geometry, device, *dtypes: compiled.append((geometry, device, *dtypes)) or 23)
     return compiled
 
 
@@ -57,11 +57,34 @@ def test_refuses_what_is_not_there(warmup, two_gpus, arguments, expected):
 
 
 def test_compiles_for_each_definition(warmup, two_gpus):
+    usual = (torch.float32, torch.bfloat16)
     code, out, err = warmup()
-    assert (code, err, two_gpus) == (0, "", [(HEADLINE, None)]) and out.startswith(f"{HEADLINE.definition_name}: 23 kernels in 0.")
+    assert (code, err, two_gpus) == (0, "", [(HEADLINE, None, *usual)]) and out.startswith(f"{HEADLINE.definition_name}: 23 kernels in 0.")
     assert warmup("--definitions", TINY.definition_name, "*_renormalize_*", "--device", "cuda:1")[0] == 0
-    renormalize = [(g, 1) for g in GEOMETRIES.values() if g.routing == "renormalize"]
-    assert sorted(map(str, two_gpus[1:])) == sorted(map(str, [(TINY, 1), *renormalize]))
+    renormalize = [(g, 1, *usual) for g in GEOMETRIES.values() if g.routing == "renormalize"]
+    assert sorted(map(str, two_gpus[1:])) == sorted(map(str, [(TINY, 1, *usual), *renormalize]))
+    assert warmup("--logits-dtype", "bfloat16", "--bias-dtype", "float32")[0] == 0
+    assert two_gpus[-1] == (HEADLINE, None, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtypes", [(None, None), (torch.bfloat16, torch.float32)])
+def test_nothing_is_left_to_compile(monkeypatch, dtypes):
+    """What calls with such logits and bias launch."""
+    pytest.importorskip("triton")
+    from blockmoe.operator import pipeline, plan
+
+    compiled = set()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(pipeline, "of_gpu", lambda *_: machine.H200)
+    monkeypatch.setattr(pipeline, "compile_only", lambda launch: compiled.add(launch.key))
+    assert operator.warmup(HEADLINE, 0, *dtypes) == len(compiled)
+    logits, bias = (found or usual for found, usual in zip(dtypes, (torch.float32, torch.bfloat16), strict=True))
+    for tokens in (1, 5, 14, 20, 80, 300, 901, 3000, 14107):
+        chosen = plan.choose_plan(HEADLINE, tokens, machine.H200, clusters=pipeline.known())
+        launches = pipeline.launches(HEADLINE, tokens, chosen, 32, 2.5, logits_dtype=logits, bias_dtype=bias)
+        assert {launch.key for launch in launches} <= compiled
 
 
 def test_a_gpu_without_fp8(warmup, monkeypatch):

@@ -60,7 +60,7 @@ def fused_moe(
     synchronisation; no size depends on the routing; the result is the same bit for bit from call to call.
 
     Raises TypeError for a wrong type or dtype, ValueError for a wrong device, shape, stride or size; nothing is
-    launched then.
+    launched then. While torch.compile traces, `workspace` is not used: the graph's own memory is.
     """
     if torch.compiler.is_compiling():
         arguments = (
@@ -145,7 +145,7 @@ def trtllm_fp8_block_scale_moe(
 ) -> torch.Tensor:
     """`fused_moe` under the argument names and order of FlashInfer's function of this name.
 
-    routing_method_type 1 (renormalize) and 2 (DeepSeek-V3) exist here; 2 is what `n_group` implies.
+    routing_method_type must be 1 (renormalize) or 2 (DeepSeek-V3, with groups): FlashInfer's default, 0, is refused.
     """
     if ignored.get("use_shuffled_weight"):
         raise ValueError("use_shuffled_weight: expected False, got True")
@@ -301,8 +301,11 @@ def _validate(
 def _check_workspace(workspace: Any, needed: int, device: torch.device) -> None:
     if not isinstance(workspace, torch.Tensor):
         raise TypeError(f"workspace: expected a tensor, got {type(workspace).__name__}")
-    if workspace.dtype != torch.uint8 or workspace.device != device or not workspace.is_contiguous():
-        raise ValueError(f"workspace: expected contiguous uint8 on {device}, got {workspace.dtype} on {workspace.device}")
+    if workspace.dtype != torch.uint8:
+        raise TypeError(f"workspace: expected torch.uint8, got {workspace.dtype}")
+    if workspace.device != device or not workspace.is_contiguous():
+        contiguous = "" if workspace.is_contiguous() else "not contiguous "
+        raise ValueError(f"workspace: expected contiguous memory on {device}, got {contiguous}on {workspace.device}")
     if workspace.numel() < needed:
         raise ValueError(f"workspace: expected at least {needed} bytes, got {workspace.numel()}")
     if workspace.data_ptr() % 16:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 def register(app: typer.Typer) -> None:
@@ -22,8 +24,10 @@ def warmup(
         list[str] | None, typer.Option(metavar="NAME…", help="Definitions: names or patterns.", show_default="the headline")
     ] = None,
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cuda or cuda:N.")] = "cuda",
+    logits_dtype: Annotated[Dtype, typer.Option(help="Of the routing logits.")] = "float32",
+    bias_dtype: Annotated[Dtype, typer.Option(help="Of the routing bias.")] = "bfloat16",
 ) -> None:
-    """Compile every kernel that the operator may launch for the definitions' sizes, into Triton's cache."""
+    """Compile every kernel that the operator may launch for the definitions' sizes and such logits and bias, into Triton's cache."""
     try:
         names = _chosen(definitions or [HEADLINE.definition_name])
         index = _device(device)
@@ -31,11 +35,13 @@ def warmup(
         print(f"blockmoe: {error}", file=sys.stderr)
         raise typer.Exit(2) from None
 
+    import torch
+
     from blockmoe.operator import warmup as compile_all
 
     for name in names:
         begin = time.perf_counter()
-        count = compile_all(GEOMETRIES[name], index)
+        count = compile_all(GEOMETRIES[name], index, getattr(torch, logits_dtype), getattr(torch, bias_dtype))
         print(f"{name}: {count} kernels in {time.perf_counter() - begin:.1f} s", flush=True)
 
 

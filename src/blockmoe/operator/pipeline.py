@@ -83,18 +83,16 @@ def launches(*arguments, **options) -> list[Launch]:
     return [launch for stage in found.values() for launch in stage] + turns
 
 
-def compile_all(geometry: MoEGeometry, device: int | None, logits_dtype: torch.dtype | None) -> int:
+def compile_all(geometry: MoEGeometry, device: int | None, logits_dtype: torch.dtype | None, bias_dtype: torch.dtype | None) -> int:
     """See `blockmoe.operator.warmup`."""
     if not torch.cuda.is_available():
         raise RuntimeError("warmup: expected a CUDA device, found none")
     with torch.cuda.device(torch.cuda.current_device() if device is None else device):
         machine = of_gpu(torch.cuda.current_device(), "device")
-        found = {}
+        found, options = {}, {"sm_count": machine.sm_count, "logits_dtype": logits_dtype or torch.float32}
+        options["bias_dtype"] = (bias_dtype or torch.bfloat16) if geometry.routing == "deepseek_v3" else None
         for plan in plans(geometry, machine, clusters=known()):
-            bias_dtype = torch.bfloat16 if geometry.routing == "deepseek_v3" else None
-            for launch in launches(
-                geometry, 1, plan, 0, 1.0, sm_count=machine.sm_count, logits_dtype=logits_dtype or torch.float32, bias_dtype=bias_dtype
-            ):
+            for launch in launches(geometry, 1, plan, 0, 1.0, **options):
                 found[launch.key] = launch
         for launch in found.values():
             compile_only(launch)

@@ -138,7 +138,7 @@ def rounds(tokens: int) -> list[int]:
 def workspace_size(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90) -> int:
     """Bytes of workspace that are enough for every call of at most `tokens` tokens on such a GPU, whatever its memory and the routing.
 
-    Every number of tokens is looked at, as a plan for fewer may want more: up to a second for a geometry, once.
+    Every number of tokens is looked at, as a plan for fewer may want more: a second or two for each `tokens`, so ask once, for the most.
     """
     kinds = (False, True) if capability == 90 else (False,)  # elsewhere no plan asks
     machines = [Machine(sm_count, capability, hbm3e) for hbm3e in kinds]
