@@ -44,7 +44,8 @@ def test_workloads_only(tmp_path):
 def test_only_skipped(tmp_path):
     about = {"skipped": [{"solution": "alpha", "definition": DEFINITION, "reason": "needs SM100"}]}
     (tmp_path / "run.json").write_text(json.dumps(about))
-    assert "no contender was evaluated" in rendered(tmp_path)
+    for text in (rendered(tmp_path), *((tmp_path / "out" / f"report.{name}").read_text() for name in ("md", "html"))):
+        assert "no contender was evaluated" in text and "alpha: SKIPPED, needs SM100" in text
 
 
 def test_one_solution(tmp_path):
@@ -146,6 +147,34 @@ def test_names_are_escaped(tmp_path):
     assert "<script>" not in outside_code and "script>alert(1)&lt;/script>\\|" in outside_code
 
 
+@pytest.mark.parametrize("nasty", ["<img src=x>", "x[/fp8]", "moe[v2]", "a$x_$b", "**b**|_c_"])
+def test_names_stay_what_they_are(tmp_path, nasty):
+    """As a winner, a runner-up, a failure, and in every place that takes markup for itself."""
+    folder(tmp_path, run({"alpha": 1.0, nasty: 1.2, "gamma": 1.4}, noise=0.001) + [failed(f"{nasty} too", 16)])
+    text = rendered(tmp_path)
+    assert nasty.replace("<", "&lt;") in text and "<img" not in re.sub(r"`[^`]*`", "", (tmp_path / "out" / "report.md").read_text())
+    console = Console(file=io.StringIO(), width=200)
+    console.print(api.terminal_table([tmp_path]))
+    assert f"{nasty} " in console.file.getvalue() and f"{nasty} too" in console.file.getvalue()
+    api.write([tmp_path], tmp_path / "pictures", ["svg", "png"])
+    only = api.read([tmp_path], solutions=[nasty])
+    assert only.sections[0].names == [nasty]
+
+
+@pytest.mark.parametrize("tokens", [-5, 10**30, 1 << 60])
+def test_no_number_of_tokens(tmp_path, tokens):
+    odd = trace("alpha", 16, 1.0)
+    odd["workload"]["axes"]["seq_len"] = tokens
+    folder(tmp_path, [trace("alpha", 1, 1.0), trace("beta", 1, 1.1), odd])
+    api.write([tmp_path], tmp_path / "out", [*FORMATS, "svg"])
+    assert sorted(str(row.tokens) for row in api.read([tmp_path]).sections[0].rows) == ["1", "None"]
+
+
+def test_numbers_of_a_run_that_are_none(tmp_path):
+    folder(tmp_path, run({"alpha": 1.0}), '{"settings": {"rtol": NaN}}')
+    rendered(tmp_path)
+
+
 def test_unwritable_output(tmp_path):
     folder(tmp_path, [trace()])
     (tmp_path / "file").write_text("")
@@ -158,10 +187,13 @@ def test_unwritable_output(tmp_path):
     [
         ({"formats": ["pdf"]}, "--format pdf: expected some of md"),
         ({"formats": []}, "--format"),
-        ({"baseline": "gamma"}, "no such solution in these traces, which have alpha, beta, reference"),
-        ({"regimes": "warm"}, "expected sizes, published or NAME:LOW-HIGH"),
+        ({"baseline": "gamma"}, "no such solution in these traces, which have alpha, beta$"),
+        ({"baseline": "reference"}, "--baseline reference: every speedup is over it already; expected one of alpha, beta$"),
+        ({"regimes": "warm"}, "--regimes warm: expected sizes, published or NAME:LOW-HIGH"),
+        ({"regimes": "a:1-20,a:900-"}, "--regimes a:1-20,a:900-: expected a name for each range, got 'a' again"),
         ({"regimes": "a:9-1"}, "begins above its end"),
         ({"mix": "decode"}, "expected PHASE=SHARE"),
+        ({"mix": "dec=1"}, "--mix dec=1: expected decode, prefill, tiny, .* or a range of T"),
         ({"mix": "decode=0"}, "sum to 0"),
         ({"mix": "decode=nan"}, "expected PHASE=SHARE"),
     ],

@@ -143,7 +143,23 @@ def test_commands(runs, tmp_path):
     assert "block 12" in invoke("show", old, "--workload", "1", "--solution", "alpha").output
     line = next((old / "traces").rglob("*.jsonl"))
     assert "alpha" in invoke("show", f"{line}:2").output
+    result = invoke("show", f"{line}:9999")
+    assert result.exit_code == 2 and "expected the line of an evaluation" in result.stderr
+    invoke("report", new, "--against", old, "--format", "md", "--solutions", "alpha", "--output", tmp_path / "one")
+    assert "`beta`" not in (text := (tmp_path / "one" / "report.md").read_text()).partition("What moved")[2] and "What moved" in text
     assert invoke("report", tmp_path / "none").exit_code == 2
+
+
+def test_show_shows_what_was_asked_for(tmp_path):
+    """A T before what a uuid begins with, of which it takes four characters; and a line that a later one has superseded."""
+    traces = [trace("alpha", tokens, 1.0) for tokens in (7, 54)] + [trace("alpha", 7, 2.0, timestamp="2026-12-01T00:00:00")]
+    traces[1]["workload"]["uuid"] = "7abc1234"
+    folder(tmp_path, traces)
+    shown = {asked: invoke("show", tmp_path, "--workload", asked) for asked in ("7", "7a", "7abc")}
+    assert "seq_len 7" in shown["7"].output and "seq_len 54" not in shown["7"].output
+    assert shown["7a"].exit_code == 2 and "seq_len 54" in shown["7abc"].output
+    line = next((tmp_path / "traces").rglob("*.jsonl"))
+    assert f"{line.name}:1" in invoke("show", f"{line}:1").output
 
 
 def test_import_csv(tmp_path):

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from blockmoe.report import compare, export, markdown, terminal
 from blockmoe.report.cut import only
-from blockmoe.report.load import Record, ReportError, load
+from blockmoe.report.load import REFERENCE, Record, ReportError, load, read_line
 from blockmoe.report.markdown import SavedPicture
 from blockmoe.report.model import Report
 from blockmoe.report.regimes import parse_mix, parse_regimes
@@ -32,7 +32,9 @@ def read(
 ) -> Report:
     """The model of what these result folders and trace files have of all solutions, or of some; raises ReportError."""
     loaded = only(load(folders), solutions) if solutions else load(folders)
-    solutions = {record.solution for record in loaded.records}
+    solutions = {record.solution for record in loaded.records} - {REFERENCE}
+    if baseline == REFERENCE:
+        raise ReportError(f"--baseline {REFERENCE}: every speedup is over it already; expected one of {_listed(solutions)}")
     if baseline is not None and baseline not in solutions:
         raise ReportError(f"--baseline {baseline}: no such solution in these traces, which have {_listed(solutions)}")
     return summarise(loaded, parse_regimes(regimes), parse_mix(mix), baseline)
@@ -56,7 +58,7 @@ def write(
     if unknown or not formats:
         raise ReportError(f"--format {','.join(unknown) or '(empty)'}: expected some of {', '.join(FORMATS)}")
     report = read(folders, baseline, regimes, mix, solutions)
-    earlier = compare.tables(_against(against, folders)) if against else []
+    earlier = compare.tables(_against(against, folders, solutions)) if against else []
     folder = output or (folders[0] if folders[0].is_dir() else folders[0].parent)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,15 +96,13 @@ def best(folders: Sequence[Path], max_relative_l2: float | None = None) -> list[
 
 
 def show(path: Path, workload: str | None = None, solution: str | None = None) -> RenderableType:
-    """Traces of a folder, a file or FILE:LINE in full: those of a workload (a uuid's beginning, or T) and a solution."""
+    """Traces of a folder, a file or FILE:LINE in full: those of a workload (T, or a uuid's first four characters) and a solution."""
     name, _, line = str(path).rpartition(":")
-    numbered = not path.exists() and name and line.isdigit()
-    loaded = load([Path(name) if numbered else path])
-    chosen = [record for record in loaded.records if _matches(record, workload, solution)]
-    if numbered:
-        chosen = [record for record in chosen if record.source == f"{Path(name).name}:{line}"]
+    numbered = not path.exists() and Path(name).is_file() and line.isdigit()
+    records = [read_line(Path(name), int(line))] if numbered else load([path]).records
+    chosen = _of_workload([record for record in records if solution in (None, record.solution)], workload)
     if not chosen:
-        has = _listed({record.solution for record in loaded.records})
+        has = _listed({record.solution for record in records})
         raise ReportError(f"{path}: no trace of workload {workload or 'any'}, solution {solution or 'any'}; solutions: {has}")
     return Group(*(part for record in chosen[:20] for part in (terminal.show(record), Text())), _cut(len(chosen), 20))
 
@@ -129,10 +129,10 @@ def watch(
             time.sleep(seconds if done != rounds else 0)
 
 
-def _against(against: Path, folders: Sequence[Path]) -> compare.Comparison:
+def _against(against: Path, folders: Sequence[Path], solutions: Sequence[str] | None) -> compare.Comparison:
     if len(folders) > 1:
         raise ReportError("--against: expected one result folder to compare with the earlier one, got several")
-    return compare.compare(against, folders[0])
+    return compare.compare(against, folders[0], solutions=solutions)
 
 
 def _html(report: Report, earlier: Sequence[Table]) -> str:
@@ -165,10 +165,12 @@ def _save_pictures(report: Report, folder: Path, formats: Sequence[str]) -> list
     return saved
 
 
-def _matches(record: Record, workload: str | None, solution: str | None) -> bool:
-    if solution is not None and record.solution != solution:
-        return False
-    return workload is None or record.workload.startswith(workload) or str(record.tokens) == workload
+def _of_workload(records: list[Record], workload: str | None) -> list[Record]:
+    """Those of that T; where there are none, of that uuid or one that begins so, in four characters or more."""
+    if workload is None:
+        return records
+    sized = [record for record in records if str(record.tokens) == workload]
+    return sized or [r for r in records if r.workload == workload or (len(workload) >= 4 and r.workload.startswith(workload))]
 
 
 def _cut(total: int, shown: int) -> Text:

@@ -128,13 +128,13 @@ def best(
             table.add_section()
             table.add_row(Text(f"{definition} on {record.hardware}", style="bold"))
         latency = milliseconds(record.latency)
-        table.add_row(short(workload), str(record.tokens), record.solution, latency, factor(record.speedup))
+        table.add_row(Text(short(workload)), str(record.tokens), Text(record.solution), latency, factor(record.speedup))
     console.print(table if table.row_count else "no solution passed any workload")
 
 
 def show(
     path: Annotated[Path, typer.Argument(help="A result folder, a trace file, or FILE:LINE.", show_default=False)],
-    workload: Annotated[str | None, typer.Option(help="A uuid's beginning, or T.")] = None,
+    workload: Annotated[str | None, typer.Option(help="T, or a uuid's first four characters or more.")] = None,
     solution: Annotated[str | None, typer.Option(help="A solution's name.")] = None,
 ) -> None:
     """Show traces in full: status, times, errors, every sample."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from blockmoe.bench.settings import LEFT_OUT
 from blockmoe.bench.stats import MARGIN, Ratio, geometric_mean, rank_agreement, unpaired_ratio, word_for
+from blockmoe.report.cut import matching
 from blockmoe.report.doubts import facts
 from blockmoe.report.load import REFERENCE, Record, ReportError, load
 from blockmoe.report.tables import DASH, Cell, Table, short
@@ -56,13 +57,19 @@ class Comparison:
         return bool(self.failures)
 
 
-def compare(a: Path, b: Path, fail_slower: float | None = None, by: Measure | None = None) -> Comparison:
-    """Compare two runs. `fail_slower=0.03` fills `failures` with what is over 3 % slower in `b` and what fails there.
+def compare(
+    a: Path, b: Path, fail_slower: float | None = None, by: Measure | None = None, solutions: Sequence[str] | None = None
+) -> Comparison:
+    """Compare two runs, or what both have of some solutions. `fail_slower=0.03` fills `failures` with what is over 3 % slower in `b` and
+    what fails there.
 
     Latencies are compared unless some are unknown or `by="speedup"` asks for speedups: these cancel what moved the
     reference too, latencies show what a caller will feel. Raises ReportError where nothing can be joined.
     """
     first, second = load([a]), load([b])
+    if solutions:
+        kept = matching({record.solution for record in first.records + second.records}, solutions) | {REFERENCE}
+        first, second = (replace(run, records=[r for r in run.records if r.solution in kept]) for run in (first, second))
     pairs, only_first, only_second, notes = _join(first.records, second.records)
     if not pairs:
         raise ReportError(f"{a} and {b}: no (definition, workload, solution) is in both")

@@ -14,9 +14,9 @@ def only(loaded: Loaded, wanted: Sequence[str]) -> Loaded:
     measured = {record.solution for record in loaded.records} - {REFERENCE}
     skipped = {str(item.get("solution")) for run in loaded.runs for item in run["skipped"]} - measured
     for pattern in wanted:
-        if not _matching(measured | skipped, [pattern]):
+        if not matching(measured | skipped, [pattern]):
             raise ReportError(f"--solutions {pattern}: no such solution here, only {', '.join(sorted(measured | skipped))}")
-    kept = _matching(measured | skipped, wanted)
+    kept = matching(measured | skipped, wanted)
     runs = [
         run
         | {
@@ -42,5 +42,6 @@ def _told(records: Sequence[Record], measured: set[str], kept: set[str]) -> list
     return [f"Cut to {len(measured & kept)} of {len(measured)} solutions. Left out of this report, measured {how}: {names}"]
 
 
-def _matching(names: set[str], patterns: Sequence[str]) -> set[str]:
-    return {name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)}
+def matching(names: set[str], patterns: Sequence[str]) -> set[str]:
+    """Those that are one of the patterns, or match one."""
+    return {name for name in names if any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)}

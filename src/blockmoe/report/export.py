@@ -54,7 +54,7 @@ def to_csv(report: Report) -> str:
 
 def to_json(report: Report, against: Sequence[Table] = ()) -> str:
     """Every statistic by its name in `model.py`; `against` are the tables of a comparison with an earlier run."""
-    document = {"format": "blockmoe report 1", "notes": report.notes, "runs": report.runs}
+    document = {"format": "blockmoe report 1", "notes": report.notes, "runs": _plain(report.runs)}
     document["sections"] = [_section(section) for section in report.sections]
     document["against"] = [
         {"title": table.title, "notes": table.notes, "rows": [_named(table, row) for row in table.rows]} for table in against

@@ -18,6 +18,7 @@ from typing import Any
 from blockmoe.geometry import MoEGeometry
 
 REFERENCE = "reference"  # its traces are the scale of all speedups, not a competitor
+MOST_TOKENS = 1 << 53
 TOKEN_AXES = ("seq_len", "num_tokens", "total_tokens", "batch_size")
 
 
@@ -93,6 +94,15 @@ class Loaded:
     records: list[Record]
     runs: list[dict[str, Any]]
     notes: list[str]
+
+
+def read_line(file: Path, number: int) -> Record:
+    """The evaluation in a line of a trace file, be it the latest or not; raises ReportError where there is none."""
+    notes: list[str] = []
+    for record in _read_file(file, notes):
+        if record.source == f"{file.name}:{number}":
+            return record
+    raise ReportError(f"{file}:{number}: expected the line of an evaluation{f' ({notes[0]})' if notes else ''}")
 
 
 def load(paths: Sequence[Path]) -> Loaded:
@@ -264,10 +274,9 @@ def _latest(records: list[Record], notes: list[str]) -> list[Record]:
 
 
 def _tokens(axes: dict[str, int]) -> int | None:
-    for name in TOKEN_AXES:
-        if name in axes:
-            return axes[name]
-    return next(iter(axes.values()), None)
+    """T, or None for what no number of tokens can be."""
+    size = next((axes[name] for name in TOKEN_AXES if name in axes), next(iter(axes.values()), None))
+    return size if size is not None and 0 <= size <= MOST_TOKENS else None
 
 
 def _blocks(value: Any) -> list[list[float]]:

@@ -50,6 +50,16 @@ def escape(text: str) -> str:
     return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
 
 
+def prose(text: str) -> str:
+    """Escaped, but for code spans, in which everything stands for itself."""
+    return "`".join(part if place % 2 else _spaced(part) for place, part in enumerate(text.split("`")))
+
+
+def _spaced(text: str) -> str:
+    begin, end = " " * text.startswith(" "), " " * (text.endswith(" ") and len(text) > 1)
+    return begin + escape(text) + end
+
+
 def _section(section: Section, pictures: Sequence[SavedPicture]) -> Iterator[str]:
     yield f"## `{section.definition}` on {escape(section.hardware)}"
     yield from _conclusion(section)
@@ -78,7 +88,7 @@ def _conclusion(section: Section) -> Iterator[str]:
     lines = [scenario_sentence(scenario, conclusion.unit) for scenario in conclusion.scenarios]
     lines += [dispatcher_sentence(section)]
     yield "### Conclusion"
-    yield "\n".join(f"- {line}" for line in lines if line)
+    yield "\n".join(f"- {prose(line)}" for line in lines if line)
     yield "Rules:"
     yield "\n".join(f"{number}. {rule}" for number, rule in enumerate(conclusion.rules, 1))
 

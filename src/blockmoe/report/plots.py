@@ -30,6 +30,7 @@ _STYLE = (
     "@media print{svg{--ink:#1b1f24;--paper:#fffffe}}</style>"
 )
 _SETTINGS = {
+    "text.parse_math": False,  # names may hold dollars
     "svg.fonttype": "none",
     "svg.hashsalt": "blockmoe",
     "font.family": "sans-serif",

@@ -69,13 +69,19 @@ def parse_regimes(text: str | None) -> tuple[Regime, ...]:
     text = text or DEFAULT_REGIMES
     if text in PRESETS:
         return PRESETS[text]
-    return tuple(_parse_range(part, text) for part in text.split(","))
+    expected = f"{', '.join(PRESETS)} or NAME:LOW-HIGH,… (as in decode:1-99,prefill:901-)"
+    regimes = [_parse_range(part, f"--regimes {text}", expected) for part in text.split(",")]
+    names = [regime.name for regime in regimes]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise ReportError(f"--regimes {text}: expected a name for each range, got {twice!r} again")
+    return tuple(regimes)
 
 
 def parse_mix(text: str | None) -> list[tuple[Regime, float]]:
     """`decode=0.9,prefill=0.1`, or ranges of T in their place (`1-80=0.9,901-=0.1`); weights are scaled to sum to 1."""
     text = text or DEFAULT_MIX
     named = {regime.name: regime for regime in (DECODE, PREFILL, *_SIZES)}
+    expected = f"{', '.join(named)} or a range of T (as in 1-80=0.9,901-=0.1)"
     mix = []
     for part in text.split(","):
         name, equals, weight = part.strip().partition("=")
@@ -85,21 +91,20 @@ def parse_mix(text: str | None) -> list[tuple[Regime, float]]:
             share = -1.0
         if not equals or not 0 <= share < float("inf"):
             raise ReportError(f"--mix {text}: expected PHASE=SHARE,… as in {DEFAULT_MIX}, got {part.strip()!r}")
-        mix.append((named.get(name) or _parse_range(name, text), share))
+        mix.append((named.get(name) or _parse_range(name, f"--mix {text}", expected), share))
     total = sum(share for _, share in mix)
     if total <= 0:
         raise ReportError(f"--mix {text}: the shares sum to 0")
     return [(regime, share / total) for regime, share in mix if share > 0]
 
 
-def _parse_range(part: str, text: str) -> Regime:
+def _parse_range(part: str, asked: str, expected: str) -> Regime:
     match = _RANGE.match(part.strip())
     if not match or not (match["low"] or match["high"]):
-        known = ", ".join(PRESETS)
-        raise ReportError(f"{text}: expected {known} or NAME:LOW-HIGH,… (as in decode:1-99,prefill:901-), got {part!r}")
+        raise ReportError(f"{asked}: expected {expected}, got {part!r}")
     low = int(match["low"]) if match["low"] else None
     high = int(match["high"]) if match["high"] else None
     if low is not None and high is not None and low > high:
-        raise ReportError(f"{text}: {part.strip()!r} begins above its end")
+        raise ReportError(f"{asked}: {part.strip()!r} begins above its end")
     regime = Regime(match["name"] or "", low, high)
     return regime if regime.name else regime._replace(name=regime.span)

@@ -37,7 +37,8 @@ def summarise(loaded: Loaded, regimes: Sequence[Regime], mix: Sequence[tuple[Reg
         names = ", ".join(sorted({hardware for _, hardware in grouped}))
         notes.append(f"several kinds of hardware ({names}): nothing is averaged or compared across them")
     if not sections:
-        notes.append("no contender was evaluated: see the skipped ones")
+        notes.append("no contender was evaluated")
+        notes += [f"{item.get('solution')}: SKIPPED, {item.get('reason')}" for run in loaded.runs for item in run["skipped"]]
     return Report(sections, loaded.runs, notes)
 
 

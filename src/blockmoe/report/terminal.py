@@ -69,11 +69,11 @@ def _summary(section: Section, letters: dict[str, str]) -> RichTable:
     return table
 
 
-def _summary_cells(contender: Contender, letter: str, workloads: int, floored: bool) -> list[str]:
+def _summary_cells(contender: Contender, letter: str, workloads: int, floored: bool) -> list[str | Text]:
     overall = contender.overall
     means = [factor(overall.geometric), factor(overall.low), factor(overall.high), str(contender.wins)]
     floor = [percent(contender.floor_share.median, 0)] if floored else []
-    return [letter, contender.name, f"{overall.count}/{workloads}", *means, *floor]
+    return [letter, Text(contender.name), f"{overall.count}/{workloads}", *means, *floor]
 
 
 def _workloads(section: Section, letters: dict[str, str]) -> RichTable:
@@ -87,7 +87,7 @@ def _workloads(section: Section, letters: dict[str, str]) -> RichTable:
     if section.has_times:
         table.add_column("reference", justify="right", no_wrap=True)
     for name in section.names:
-        table.add_column(letters[name] if len(section.names) > 1 else name, justify="right", overflow="fold")
+        table.add_column(Text(letters[name] if len(section.names) > 1 else name), justify="right", overflow="fold")
     alone = section.names[0] if len(section.names) == 1 and section.has_intervals else None
     if alone:
         table.add_column("95 % interval", justify="right", no_wrap=True)
