@@ -48,6 +48,14 @@ def test_only_skipped(tmp_path):
         assert "no contender was evaluated" in text and "alpha: SKIPPED, needs SM100" in text
 
 
+def test_skipped_of_a_definition_that_has_no_evaluations(tmp_path):
+    about = {"skipped": [{"solution": "gone", "definition": "other", "reason": None}, {"solution": "odd", "definition": ["no name"]}]}
+    assert api.read([folder(tmp_path, run({"alpha": 1.0}), about)]).notes == [
+        "gone: SKIPPED, no reason given",
+        "odd: SKIPPED, no reason given",
+    ]
+
+
 def test_one_solution(tmp_path):
     assert "Only one solution" in rendered(folder(tmp_path, run({"alpha": 1.0})))
 
@@ -161,13 +169,37 @@ def test_names_stay_what_they_are(tmp_path, nasty):
     assert only.sections[0].names == [nasty]
 
 
+def test_asterisks_are_not_bold(tmp_path):
+    latencies = {"x**y": lambda t: 0.1 if t < 1000 else 10.0, "z**": lambda t: 0.2 if t < 1000 else 2.0}
+    text = rendered(folder(tmp_path, run(latencies)))
+    assert "<b>dispatcher</b>: <code>x**y</code> up to" in text and "<code>z**</code> from" in text
+    assert "decode: x**y (" in text and "prefill: z** (" in text  # in the terminal, where the phase is marked by nothing
+
+
+def test_names_of_settings_and_libraries_are_escaped(tmp_path):
+    odd = trace("alpha", 16)
+    odd["evaluation"]["environment"]["libs"] = {"<img src=x>": "1"}
+    folder(tmp_path, [odd, trace("beta", 16)], {"settings": {"<img src=y>": 1}, "started": "<img src=z>"})
+    (path,) = api.write([tmp_path], formats=["md"], mix="<img>:1-80=1")
+    assert "<img" not in path.read_text() and path.read_text().count("&lt;img") == 4
+
+
 @pytest.mark.parametrize("tokens", [-5, 10**30, 1 << 60])
 def test_no_number_of_tokens(tmp_path, tokens):
     odd = trace("alpha", 16, 1.0)
     odd["workload"]["axes"]["seq_len"] = tokens
     folder(tmp_path, [trace("alpha", 1, 1.0), trace("beta", 1, 1.1), odd])
     api.write([tmp_path], tmp_path / "out", [*FORMATS, "svg"])
-    assert sorted(str(row.tokens) for row in api.read([tmp_path]).sections[0].rows) == ["1", "None"]
+    report = api.read([tmp_path])
+    assert sorted(str(row.tokens) for row in report.sections[0].rows) == ["1", "None"]
+    assert report.notes == ["alpha: 1 evaluation(s) of a T below 0 or above 2**53, which counts as unknown"]
+
+
+def test_work_beyond_all_numbers(tmp_path):
+    odd = trace("alpha", 16)
+    odd["evaluation"]["extra"]["pairs"] = 1e308
+    odd["evaluation"]["performance"]["extra"].pop("flops")
+    assert "1 malformed line(s) left out" in rendered(folder(tmp_path, [odd, trace("beta", 16)]))
 
 
 def test_numbers_of_a_run_that_are_none(tmp_path):
@@ -190,7 +222,8 @@ def test_unwritable_output(tmp_path):
         ({"baseline": "gamma"}, "no such solution in these traces, which have alpha, beta$"),
         ({"baseline": "reference"}, "--baseline reference: every speedup is over it already; expected one of alpha, beta$"),
         ({"regimes": "warm"}, "--regimes warm: expected sizes, published or NAME:LOW-HIGH"),
-        ({"regimes": "a:1-20,a:900-"}, "--regimes a:1-20,a:900-: expected a name for each range, got 'a' again"),
+        ({"regimes": "a:1-20,a:900-"}, "--regimes a:1-20,a:900-: expected a name of its own for each range, got 'a' again"),
+        ({"regimes": "all:1-20,b:900-"}, "expected a name of its own for each range, got 'all' again"),
         ({"regimes": "a:9-1"}, "begins above its end"),
         ({"mix": "decode"}, "expected PHASE=SHARE"),
         ({"mix": "dec=1"}, "--mix dec=1: expected decode, prefill, tiny, .* or a range of T"),

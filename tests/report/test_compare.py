@@ -162,6 +162,15 @@ def test_show_shows_what_was_asked_for(tmp_path):
     assert f"{line.name}:1" in invoke("show", f"{line}:1").output
 
 
+def test_show_finds_a_size_whoever_was_measured_at_it(tmp_path):
+    """That the solution has no such T is no reason to take the number for a uuid's beginning."""
+    traces = [trace("alpha", 1000, 1.0), trace("beta", 5, 1.0)]
+    traces[1]["workload"]["uuid"] = "1000abcd"
+    folder(tmp_path, traces)
+    assert invoke("show", tmp_path, "--workload", "1000", "--solution", "beta").exit_code == 2
+    assert "seq_len 5" in invoke("show", tmp_path, "--workload", "1000a").output
+
+
 def test_import_csv(tmp_path):
     source = tmp_path / "table.csv"
     source.write_text("seq_len,local_expert_offset,alpha,beta\n1,32,10,12\n80,0,11,\n")

@@ -100,7 +100,7 @@ def show(path: Path, workload: str | None = None, solution: str | None = None) -
     name, _, line = str(path).rpartition(":")
     numbered = not path.exists() and Path(name).is_file() and line.isdigit()
     records = [read_line(Path(name), int(line))] if numbered else load([path]).records
-    chosen = _of_workload([record for record in records if solution in (None, record.solution)], workload)
+    chosen = [record for record in _of_workload(records, workload) if solution in (None, record.solution)]
     if not chosen:
         has = _listed({record.solution for record in records})
         raise ReportError(f"{path}: no trace of workload {workload or 'any'}, solution {solution or 'any'}; solutions: {has}")

@@ -108,10 +108,12 @@ def _sampled_cells(row: Row) -> list[tuple[str, Any]]:
 
 def _marked(text: str) -> Markup:
     """`**bold**` and backticks of the shared sentences, as HTML."""
-    parts = str(escape(text)).split("**")
-    text = "".join(f"<b>{part}</b>" if place % 2 else part for place, part in enumerate(parts))
-    parts = text.split("`")
-    return Markup("".join(f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(parts)))
+    parts = str(escape(text)).split("`")
+    return Markup("".join(f"<code>{part}</code>" if place % 2 else _bold(part) for place, part in enumerate(parts)))
+
+
+def _bold(text: str) -> str:
+    return "".join(f"<b>{part}</b>" if place % 2 else part for place, part in enumerate(text.split("**")))
 
 
 def _breakable(name: str) -> Markup:

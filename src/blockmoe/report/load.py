@@ -141,7 +141,7 @@ def _read_file(file: Path, notes: list[str]) -> Iterator[Record]:
                     continue
                 try:
                     record = _record(json.loads(line), f"{file.name}:{number}")
-                except (ValueError, TypeError, RecursionError) as error:
+                except (ValueError, TypeError, RecursionError, OverflowError) as error:
                     bad.append(f"line {number}: {str(error)[:120]}")
                     continue
                 if record:
@@ -267,6 +267,9 @@ def _latest(records: list[Record], notes: list[str]) -> list[Record]:
     unusable = Counter(r.solution for r in kept if r.passed and r.speedup is None)
     for solution, count in sorted(unusable.items()):
         notes.append(f"{solution}: {count} passed evaluation(s) without a usable speedup (NaN, zero or missing)")
+    unsized = Counter(r.solution for r in kept if r.axes and r.tokens is None)
+    for solution, count in sorted(unsized.items()):
+        notes.append(f"{solution}: {count} evaluation(s) of a T below 0 or above 2**53, which counts as unknown")
     for record in kept:
         if record.passed and record.speedup is None:
             record.status = "NO_SPEEDUP"

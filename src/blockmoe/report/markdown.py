@@ -78,7 +78,7 @@ def _section(section: Section, pictures: Sequence[SavedPicture]) -> Iterator[str
         yield "\n".join(f"- {escape(doubt)}" for doubt in section.doubts)
     if section.facts:
         yield "### Settings, versions, machine"
-        yield "\n".join(f"- {name}: {escape(value)}" for name, value in section.facts.items())
+        yield "\n".join(f"- {escape(name)}: {escape(value)}" for name, value in section.facts.items())
 
 
 def _conclusion(section: Section) -> Iterator[str]:
@@ -90,7 +90,7 @@ def _conclusion(section: Section) -> Iterator[str]:
     yield "### Conclusion"
     yield "\n".join(f"- {prose(line)}" for line in lines if line)
     yield "Rules:"
-    yield "\n".join(f"{number}. {rule}" for number, rule in enumerate(conclusion.rules, 1))
+    yield "\n".join(f"{number}. {escape(rule)}" for number, rule in enumerate(conclusion.rules, 1))
 
 
 def _notes(report: Report) -> Iterator[str]:
@@ -104,9 +104,9 @@ def _runs(report: Report) -> Iterator[str]:
         if run["command"]:
             lines += ["```", run["command"].replace("```", ""), "```"]
         if run["started"]:
-            lines.append(f"- started {run['started']}" + (f", finished {run['finished']}" if run["finished"] else ""))
+            lines.append(f"- started {escape(run['started'])}" + (f", finished {escape(run['finished'])}" if run["finished"] else ""))
         for name in ("settings", "environment"):
-            lines += [f"- {key}: {escape(plain(value))}" for key, value in run[name].items()]
+            lines += [f"- {escape(key)}: {escape(plain(value))}" for key, value in run[name].items()]
         if lines:
             yield "## Command"
             yield "\n".join(lines)

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter, NullLocator
 
 from blockmoe.report.model import Row, Section
 from blockmoe.report.tables import milliseconds, short
@@ -122,6 +122,7 @@ def latency(section: Section) -> tuple[Figure, str] | None:
     axes.set(xscale="log", yscale="log", xlabel="tokens (T)", ylabel="latency, ms")
     _tokens_axis(axes, section)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axes.yaxis.set_minor_formatter(_Between())
     _legend(figure, axes)
     caption = "Median span of a call, both axes logarithmic."
     return figure, caption + (" Nothing can run inside the hatched area below the floors." if floors else "")
@@ -268,6 +269,13 @@ def errors(section: Section) -> tuple[Figure, str] | None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     return figure, "A mark for each workload; the line is the median."
+
+
+class _Between(LogFormatter):
+    """Labels between the decades of a short axis, as plain numbers: those that come with it are formulas, which are not read here."""
+
+    def __call__(self, value: float, pos: int | None = None) -> str:
+        return f"{value:,g}" if super().__call__(value, pos) else ""
 
 
 def _canvas(width: float, height: float) -> tuple[Figure, Axes]:

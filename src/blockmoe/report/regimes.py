@@ -71,9 +71,9 @@ def parse_regimes(text: str | None) -> tuple[Regime, ...]:
         return PRESETS[text]
     expected = f"{', '.join(PRESETS)} or NAME:LOW-HIGH,… (as in decode:1-99,prefill:901-)"
     regimes = [_parse_range(part, f"--regimes {text}", expected) for part in text.split(",")]
-    names = [regime.name for regime in regimes]
+    names = [ALL.name, *(regime.name for regime in regimes)]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ReportError(f"--regimes {text}: expected a name for each range, got {twice!r} again")
+        raise ReportError(f"--regimes {text}: expected a name of its own for each range, got {twice!r} again")
     return tuple(regimes)
 
 

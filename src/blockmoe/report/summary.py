@@ -38,8 +38,15 @@ def summarise(loaded: Loaded, regimes: Sequence[Regime], mix: Sequence[tuple[Reg
         notes.append(f"several kinds of hardware ({names}): nothing is averaged or compared across them")
     if not sections:
         notes.append("no contender was evaluated")
-        notes += [f"{item.get('solution')}: SKIPPED, {item.get('reason')}" for run in loaded.runs for item in run["skipped"]]
+    notes += _skipped_elsewhere(loaded.runs, [section.definition for section in sections])
     return Report(sections, loaded.runs, notes)
+
+
+def _skipped_elsewhere(runs: Sequence[dict[str, Any]], definitions: Sequence[str]) -> list[str]:
+    """Those that no section lists, since nothing of their definition was evaluated."""
+    listed = [None, "", *definitions] if definitions else []
+    items = [item for run in runs for item in run["skipped"] if item.get("definition") not in listed]
+    return [f"{item.get('solution') or 'unnamed'}: SKIPPED, {item.get('reason') or 'no reason given'}" for item in items]
 
 
 class _Duels:

@@ -176,8 +176,8 @@ def _table() -> RichTable:
 
 
 def _plain(text: str) -> Text:
-    """A sentence without its Markdown marks."""
-    return Text(text.replace("**", "").replace("`", ""))
+    """A sentence without its Markdown marks: of asterisks, those of its first word, since names may hold some."""
+    return Text(text.replace("**", "", 2).replace("`", ""))
 
 
 def _ms(value: float | None) -> str:
