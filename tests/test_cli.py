@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 import toy_tree as toy
@@ -86,6 +88,9 @@ def test_help_says_what_each_option_is_for(blockmoe, monkeypatch, command):
         (["--timeout", "-5"], "--timeout: expected a number above 0, got -5"),
         (["--timeout", "nan"], "--timeout: expected a number above 0, got nan"),
         (["--iterations", "0"], "--iterations: expected at least 1, got 0"),
+        (["--iterations", "90001", "--num-trials", "1"], "--iterations: expected at most 90000 in all trials, got 90001"),
+        (["--num-trials", "1001", "--iterations", "1"], "--num-trials: expected at most 1000, got 1001"),
+        (["--warmup-runs", "1000000000"], "--warmup-runs: expected at most 90000, got 1000000000"),
         (["--num-trials", "-1"], "--num-trials: expected at least 1, got -1"),
         (["--warmup-runs", "-1"], "--warmup-runs: expected at least 0, got -1"),
         (["--rtol", "-0.1"], "--rtol: expected a number of at least 0, got -0.1"),
@@ -195,6 +200,13 @@ def test_workloads_are_chosen_of_each_definition(tree, blockmoe, planned):
     blockmoe("run", "--no-save-results", "--definitions", "*", "--workloads", "1")
     both, one = ({name: [w.axes["seq_len"] for w in chosen] for name, chosen in plan.workloads.items()} for plan in planned)
     assert both == one | {HEADLINE.definition_name: [1, 80]} and len(one) > 3
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tree, blockmoe, planned, monkeypatch):
+    monkeypatch.setattr(commands, "datetime", SimpleNamespace(now=lambda: datetime(2026, 1, 2)))
+    for _ in range(3):
+        blockmoe("run", "--local", tree)
+    assert [plan.output.name for plan in planned] == ["20260102-000000", "20260102-000000-2", "20260102-000000-3"]
 
 
 def test_resume_takes_the_newest_run(tree, blockmoe, planned):

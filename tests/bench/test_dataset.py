@@ -200,6 +200,20 @@ def test_names_twice(tree):
     assert f"name: definition {toy.NAME!r} exists already in {tree}" in fault(tree)
 
 
+def test_tensors_of_a_definition_lie_in_one_tree(tmp_path):
+    """Workloads without any may come from another."""
+    blob = {"x": {"type": "safetensors", "path": "x.safetensors", "tensor_key": "x"}}
+    trees = [toy.make_tree(tmp_path / name, {}, ()) for name in "abc"]
+    lines = toy.workload(8, "aaaa", inputs=blob), toy.workload(8, "bbbb", inputs=blob), toy.workload(4, "cccc")
+    for tree, line in zip(trees, lines, strict=True):
+        toy.write(toy.workloads_path(tree), line)
+    a, b, c = trees
+    for order in ((a, c), (c, a)):
+        assert Dataset.load(order).roots[toy.NAME] == a
+    with pytest.raises(DatasetError, match=f"{toy.workloads_path(b)}:1: expected a definition's tensors in one tree, got some in {a} too"):
+        Dataset.load([a, b])
+
+
 def test_no_tree_at_all(tmp_path):
     for root in (tmp_path, tmp_path / "missing"):
         assert fault(root) == f"{root}: expected a FlashInfer-Trace tree with a folder `definitions`, found none"

@@ -2,6 +2,9 @@
 
 import dataclasses
 import io
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import toy_tree as toy
@@ -27,9 +30,38 @@ def test_targets_of_an_h100(target):
     assert lacks(CPU, target_hardware=[target, "cpu"]) is None
 
 
-@pytest.mark.parametrize("target", ["cpu", "CPU", "B200", "NVIDIA_A100", "sm_100", "sm_80"])
+@pytest.mark.parametrize("target", ["cpu", "CPU", "B200", "NVIDIA_A100", "NVIDIA_H10", "H1", "sm_100", "sm_80"])
 def test_targets_of_other_machines(target):
     assert lacks(H100, target_hardware=[target]) == f"runs on {target}; this is NVIDIA H100 80GB HBM3"
+
+
+@pytest.mark.parametrize("name", ["NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"])
+def test_names_with_more_words(name):
+    assert lacks(Hardware("cuda", name, 80), target_hardware=["NVIDIA_A100"]) is None
+    assert lacks(Hardware("cuda", name, 80), target_hardware=["NVIDIA_A10"]) is not None
+
+
+def test_the_gpu_is_asked_for_by_its_uuid(monkeypatch):
+    """CUDA's first device need not be nvidia-smi's; where that knows no such one its number has to do."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(command[1])
+        if command[1] == "--id=GPU-unknown":
+            raise subprocess.CalledProcessError(6, command)
+        return SimpleNamespace(stdout="1980, 2619\n")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert gpu_state(0, "1-2") and gpu_state(1, "unknown") and gpu_state(2)
+    assert asked == ["--id=GPU-1-2", "--id=GPU-unknown", "--id=1", "--id=2"]
+
+
+def test_a_container_has_what_it_can_reclaim(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 200000000 kB\nMemAvailable: 190000000 kB\n"}
+    files |= {"/sys/fs/cgroup/memory.max": "64000000000\n", "/sys/fs/cgroup/memory.current": "63000000000\n"}
+    files |= {"/sys/fs/cgroup/memory.stat": "anon 3000000000\ninactive_file 50000000000\nslab_reclaimable 1000000000\n"}
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
+    assert host_memory() == (52_000_000_000, 64_000_000_000)
 
 
 HERE = ["torch", "torch>=2.0", "torch==2.1", "torch~=2.1", "torch<99", "torch[opt] != 1", "Torch", "pytest-timeout"]

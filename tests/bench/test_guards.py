@@ -1,11 +1,15 @@
 """Guards on their own: poison, plainness, digests, sealed files, the watch."""
 
 import time
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from blockmoe.bench import guards, inputs, sealed, timing
+from blockmoe.bench.contender import Failed
+from blockmoe.bench.group import Group
 from blockmoe.bench.guards import Tripped
 from blockmoe.bench.inputs import digest_tensors
 from blockmoe.bench.watch import Watch
@@ -135,3 +139,12 @@ def test_watch_allows_what_libraries_do():
         watch.require_untouched()
     finally:
         torch.set_default_device(None)
+
+
+@pytest.mark.parametrize(("elements", "caught"), [(64, True), (63, False)])
+def test_few_elements_can_be_equal_by_chance(elements, caught):
+    """Two calls gave the same, and the reference's did not."""
+    reference = SimpleNamespace(findings=SimpleNamespace(outputs={1000: "a", 1001: "b"}))
+    contender = SimpleNamespace(findings=SimpleNamespace(outputs={1000: "c", 1001: "c"}))
+    with pytest.raises(Failed, match="1000 and 1001") if caught else nullcontext():
+        Group._require_fresh(SimpleNamespace(_elements=elements, reference=reference), contender)

@@ -223,7 +223,11 @@ def test_bundled_solution_runs_without_the_package(tmp_path):
 
 @pytest.mark.parametrize(
     ("line", "expected"),
-    [("import blockmoe.geometry", "line 3: expected `from blockmoe"), ("from blockmoe import __version__", "line 3: blockmoe is not a")],
+    [
+        ("import blockmoe.geometry", "line 3: expected `from blockmoe"),
+        ("from blockmoe import __version__", "line 3: blockmoe is not a"),
+        ("def :", "line 3: invalid syntax"),
+    ],
 )
 def test_bundle_refuses_what_it_cannot_rename(folder, line, expected):
     (folder / "solution.toml").write_text(MANIFEST.replace("geometry_line", "bundle = true\ngeometry_line"))

@@ -94,6 +94,33 @@ def test_under_flashinfers_names():
     assert torch.equal(out, layer.call(inputs, TINY, 8))
     with pytest.raises(ValueError, match="^routing_method_type: expected"):
         blockmoe.trtllm_fp8_block_scale_moe(*inputs, **sizes)
+    into = torch.empty_like(out)
+    sizes |= {"routing_method_type": 2}
+    assert blockmoe.trtllm_fp8_block_scale_moe(*inputs, **sizes, output=into, tune_max_num_tokens=8192) is into and torch.equal(into, out)
+    for odd in ({"weight_layout": 2}, {"do_finalize": False}, {"use_shuffled_weight": True}, {"num_experts": 16}):
+        with pytest.raises(ValueError, match=f"^{next(iter(odd))}: expected"):
+            blockmoe.trtllm_fp8_block_scale_moe(*inputs, **sizes | odd)
+    with pytest.raises(TypeError, match="norm_topk_prob"):
+        blockmoe.trtllm_fp8_block_scale_moe(*inputs, **sizes, norm_topk_prob=True)
+    with pytest.raises(ValueError, match="^routing_logits: expected 2 dimensions"):
+        blockmoe.trtllm_fp8_block_scale_moe(inputs[0][0], *inputs[1:], **sizes)
+
+
+def test_sizes_that_are_no_integers_leave_nothing_behind():
+    inputs = make(TINY, 6)
+    options = dict(local_expert_offset=8, routed_scaling_factor=2.5, n_group=4, topk_group=2)
+    for odd in ({"top_k": 4.0}, {"top_k": True}, {"top_k": 4, "topk_group": 2.0}):
+        with pytest.raises(TypeError, match="expected an integer, got"):
+            blockmoe.fused_moe(*inputs, **options | odd)
+    assert torch.equal(blockmoe.fused_moe(*inputs, **options, top_k=4), layer.call(inputs, TINY, 8))
+    with pytest.raises(TypeError, match="^out: expected a tensor, got list"):
+        blockmoe.fused_moe(*inputs, **options, top_k=4, out=[1])
+
+
+def test_nothing_is_recorded_for_gradients():
+    inputs = make(TINY, 6)
+    inputs[3].requires_grad_()
+    assert not layer.call(inputs, TINY, 8).requires_grad
 
 
 def test_importing_the_package_imports_neither_torch_nor_triton():

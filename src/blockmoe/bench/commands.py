@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import shlex
 import signal
 import sys
@@ -220,12 +222,23 @@ def _output(output: Path | None, resume: bool) -> Path:
         earlier = sorted(RUNS.glob("*/run.json"), key=lambda about: about.stat().st_mtime) if resume else []
         if resume and not earlier:
             raise UsageError("--resume: expected an earlier run in runs/, found none; name its folder with --output")
-        output = earlier[-1].parent if earlier else RUNS / f"{datetime.now():%Y%m%d-%H%M%S}"
+        output = earlier[-1].parent if earlier else None
     try:
+        output = output or _new_folder()
         prepare_output(output)
     except OSError as error:
         raise UsageError(f"--output {output}: not writable ({error.strerror})") from None
     return output
+
+
+def _new_folder() -> Path:
+    """runs/DATE-TIME, with a number behind where another run began in the same second; raises OSError."""
+    RUNS.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = RUNS / (f"{datetime.now():%Y%m%d-%H%M%S}" + (f"-{number}" if number > 1 else ""))
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
 
 
 def _execute(plan: Plan, log_level: str) -> Outcome:

@@ -187,9 +187,9 @@ class Contender:
 
     def _raise(self, error: Any) -> None:
         """An error that the worker reported. Its process is replaced: CUDA errors stick, and modules stay half imported."""
-        if not (isinstance(error, dict) and error.keys() == {"kind", "message"} and error["kind"] in ERRORS):
+        if not (isinstance(error, dict) and error.keys() == {"kind", "message"} and str(error["kind"]) in ERRORS):
             self._tampered()
-        kind, message = error["kind"], str(error["message"])
+        kind, message = str(error["kind"]), str(error["message"])
         self.close()
         if kind == "BUILD":
             raise Failed(Status.COMPILE_ERROR, message, whose=self)

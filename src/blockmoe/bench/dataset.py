@@ -85,10 +85,15 @@ class Dataset:
         elsewhere = {name: list(workloads) for name, workloads in self.workloads.items()}
         for path in sorted((root / "workloads").rglob("*.jsonl")):
             for line, trace in read_jsonl(Trace, path):
-                if trace.workload in elsewhere.get(trace.definition, ()):
+                others = elsewhere.get(trace.definition, [])
+                if trace.workload in others:
                     continue
                 self._add_workload(path, line, trace)
-                self.roots[trace.definition] = root
+                if not any(map(_has_blobs, others)):
+                    self.roots[trace.definition] = root
+                elif _has_blobs(trace.workload):
+                    there = self.roots[trace.definition]
+                    raise DatasetError(f"{path}:{line}: expected a definition's tensors in one tree, got some in {there} too")
 
     def _read_solutions(self, root: Path) -> None:
         for path in sorted((root / "solutions").rglob("*.json")):
@@ -269,6 +274,10 @@ def select_names(kind: str, wanted: list[str], known: Iterable[str]) -> list[str
 def matches(name: str, pattern: str) -> bool:
     """Whether a name is the wanted one, or fits it as a pattern."""
     return name == pattern or fnmatchcase(name, pattern)
+
+
+def _has_blobs(workload: Workload) -> bool:
+    return any(spec.type == "safetensors" for spec in workload.inputs.values())
 
 
 def select_workloads(workloads: list[Workload], wanted: list[str]) -> list[Workload]:

@@ -53,7 +53,8 @@ class Hardware:
             return self.kind == ("cpu" if target == "cpu" else "cuda")
         if target.startswith("sm") and target.strip("sm_a").isdigit():
             return self.sm == int(target.strip("sm_a"))
-        return self.kind == "cuda" and target.replace("nvidia", "").strip("_ -") in self.name.lower().replace(" ", "_")
+        wanted, words = (re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_") for text in (target.replace("nvidia", ""), self.name))
+        return self.kind == "cuda" and (not wanted or f"_{wanted}_" in f"_{words}_")
 
 
 def _installed(package: str) -> bool:
@@ -77,11 +78,12 @@ def worker_environment(device: torch.device) -> dict[str, Any]:
         libs["cuda"] = torch.version.cuda or ""
         name, sm = properties.name, properties.major * 10 + properties.minor
         extra = {"multiprocessors": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
+        uuid = str(getattr(properties, "uuid", ""))
     else:
         name, sm, (free, total) = cpu_name(), 0, host_memory()
-        extra = {"threads": torch.get_num_threads()}
+        extra, uuid = {"threads": torch.get_num_threads()}, ""
     extra |= {"platform": platform.platform(), "memory_bytes": total}
-    return {"kind": device.type, "name": name, "sm": sm, "libs": libs, "extra": extra, "free_bytes": free}
+    return {"kind": device.type, "name": name, "sm": sm, "libs": libs, "extra": extra, "free_bytes": free, "uuid": uuid}
 
 
 def _version(distribution: str) -> str | None:
@@ -120,16 +122,27 @@ def host_memory() -> tuple[int, int]:
     available, total = fields.get("MemAvailable", 1 << 40), fields.get("MemTotal", 1 << 40)
     try:
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text()) - _reclaimable()
         return min(available, limit - used), min(total, limit)
     except (OSError, ValueError):
         return available, total
 
 
-def gpu_state(index: int = 0) -> dict[str, Any]:
-    """Clocks, temperature, power and throttle reasons by nvidia-smi, which makes no CUDA context; empty where it is missing."""
+def _reclaimable() -> int:
+    """Bytes that count as the container's but are given up when they are wanted: files that were read some time ago."""
+    lines = Path("/sys/fs/cgroup/memory.stat").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.split()[0] in ("inactive_file", "slab_reclaimable"))
+
+
+def gpu_state(index: int = 0, uuid: str = "") -> dict[str, Any]:
+    """Clocks, temperature, power and throttle reasons by nvidia-smi, which makes no CUDA context; empty where it is missing. By `uuid`
+    where that is known: CUDA numbers what CUDA_VISIBLE_DEVICES leaves, nvidia-smi all devices."""
+    return (uuid and _gpu_state(f"GPU-{uuid}")) or _gpu_state(str(index))
+
+
+def _gpu_state(device: str) -> dict[str, Any]:
     query = ",".join([*_GPU_QUERY.values(), "driver_version"])
-    command = ["nvidia-smi", f"--id={index}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--id={device}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

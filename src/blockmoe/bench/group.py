@@ -7,6 +7,7 @@ the contenders don't fit into memory together, each does its blocks of a trial i
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import secrets
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from blockmoe.bench.verdicts import Verdict, status_of
 # Call numbers: which inputs a call gets. Each purpose has a range of its own, so that no two calls share contents.
 TIMED, WARM, LEAD_IN, REPLAY = 1_000, 100_000, 200_000, 300_000
 REPLAYS = 10
+FEW_ELEMENTS = 64  # outputs of fewer can be equal by chance, and are not called cached
 
 
 @dataclass
@@ -64,6 +66,8 @@ class Group:
         self.floors: dict[str, Any] = {}
         self.gpu: list[dict[str, Any]] = []
         self._order = random.Random(f"{settings.seed} {workload.uuid}")
+        shapes = [reference.definition.shape(name, workload.axes) or () for name in reference.definition.outputs]
+        self._elements = sum(math.prod(shape) for shape in shapes)  # of a call's outputs
 
     @property
     def standing(self) -> list[Contender]:
@@ -272,6 +276,8 @@ class Group:
         self.reference.findings.outputs |= _by_call(self.reference.ask("remember", calls=calls))
 
     def _require_fresh(self, contender: Contender) -> None:
+        if self._elements < FEW_ELEMENTS:
+            return
         if pair := _repeated(contender.findings.outputs, self.reference.findings.outputs):
             raise _tripped(Verdict.OUTPUT_CACHED, f"calls {pair[0]} and {pair[1]} had other inputs and gave the same output")
 
@@ -297,7 +303,7 @@ class Group:
 
     def _note_gpu(self) -> None:
         if self.settings.on_cuda:
-            self.gpu.append(gpu_state(self.settings.device_index))
+            self.gpu.append(gpu_state(self.settings.device_index, self.reference.environment.get("uuid", "")))
 
 
 def _by_call(answer: dict[str, Any]) -> dict[int, str]:

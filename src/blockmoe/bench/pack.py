@@ -137,10 +137,17 @@ def _modules_imported(path: str, content: str) -> set[str]:
     return {module for node in _own_imports(path, content) for module in _module_files(path, node)}
 
 
+def _parsed(path: str, content: str) -> ast.Module:
+    try:
+        return ast.parse(content, path)
+    except SyntaxError as error:
+        raise DatasetError(f"{path}: bundle: line {error.lineno}: {error.msg}") from None
+
+
 def _own_imports(path: str, content: str) -> list[ast.ImportFrom]:
     """The statements that import from this package, wherever they stand."""
     found = []
-    for node in ast.walk(ast.parse(content, path)):
+    for node in ast.walk(_parsed(path, content)):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module and node.module.split(".")[0] == PACKAGE:
             found.append(node)
         elif isinstance(node, ast.Import) and any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
@@ -163,7 +170,7 @@ def _module_files(path: str, node: ast.ImportFrom) -> set[str]:
 def _other_packages(path: str, content: str) -> set[str]:
     """Installed packages that a file imports."""
     names = set()
-    for node in ast.walk(ast.parse(content, path)):
+    for node in ast.walk(_parsed(path, content)):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:

@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 LOG_BYTES = 1 << 15  # of a worker's output kept: its end
+REPLY_BYTES = 1 << 22  # of a reply: the bench's own are far shorter
+# Without the current folder on the path: a file there would stand in for a module of that name, in all workers.
+WORKER = "import sys; sys.path = [path for path in sys.path if path]; from blockmoe.bench.worker import main; main()"
 POLL_SECONDS = 0.5  # how often a worker that does not answer is looked at
 TERMINATE_SECONDS = 3.0  # between asking a process to end and killing it
 
@@ -39,7 +42,7 @@ class WorkerProcess:
         environment = os.environ | {"PYTHONUNBUFFERED": "1"}
         self._folder = tempfile.mkdtemp(prefix="solution-", dir=sources)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "blockmoe.bench.worker", str(theirs.fileno()), str(os.getpid()), self._folder],
+            [sys.executable, "-c", WORKER, str(theirs.fileno()), str(os.getpid()), self._folder],
             pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             start_new_session=True, env=environment,
         )  # fmt: skip
@@ -72,15 +75,17 @@ class WorkerProcess:
             ready, _, _ = select.select([self._socket], [], [], 0.0 if gone else min(left, POLL_SECONDS))
             if ready:
                 self._buffer += self._piece()
+                if len(self._buffer) > REPLY_BYTES:
+                    raise WorkerLost("the process wrote to the bench's own socket")
             elif gone:  # and a child of its own still holds the socket open
                 raise WorkerLost(self._ending())
-            elif left == 0.0:
+            if left == 0.0 and b"\n" not in self._buffer:
                 raise WorkerTimeout(f"no answer within {timeout:.0f} s")
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
             return dict(json.loads(line))
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, RecursionError):
             raise WorkerLost("the process wrote to the bench's own socket") from None
 
     def _piece(self) -> bytes:

@@ -9,7 +9,8 @@ from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from blockmoe.bench.schema import Status
 
-Time = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Time = Annotated[float, Field(strict=True, gt=0, allow_inf_nan=False)]
+Call = Annotated[str, Field(pattern=r"^-?\d{1,9}$")]  # its number
 
 
 class Opened(BaseModel):
@@ -17,7 +18,7 @@ class Opened(BaseModel):
 
 
 class Digests(BaseModel):
-    outputs: dict[int, str]
+    outputs: dict[Call, str]
 
 
 class Warmed(BaseModel):

@@ -101,6 +101,9 @@ class Run:
             self.outcome.error = f"{place}{error.strerror or error}"
         except RunError as error:
             self.outcome.error = str(error)
+        except Exception as error:  # a defect of the bench: what has been found stands, and the manifest says that more was to come
+            self.outcome.error = f"{type(error).__name__}: {error}"
+            raise
         finally:
             self._write_manifest(finished=_now())
         return self.outcome

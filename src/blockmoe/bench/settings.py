@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+MOST_CALLS = 90_000  # of a kind: each has inputs of its own, by its number (`group.py`)
 BLOCK_CALLS = 5  # timed calls between two changes of contender: short against drift, long against the change's own cost
 LEFT_OUT = {"fresh_processes": False}  # of `identity`, where they have these values: newer than traces that are kept
 
@@ -44,6 +45,12 @@ class Settings:
         for name, least in (("warmup_runs", 0), ("iterations", 1), ("num_trials", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
+        timed = self.num_trials * self.iterations
+        for name, most, got in (("warmup-runs", MOST_CALLS, self.warmup_runs), ("num-trials", 1000, self.num_trials)):
+            if got > most:
+                raise ValueError(f"--{name}: expected at most {most}, got {got}")
+        if timed > MOST_CALLS:  # each has inputs of its own
+            raise ValueError(f"--iterations: expected at most {MOST_CALLS} in all trials, got {timed}")
         if self.fresh_processes and self.num_trials < 2:
             raise ValueError(f"--fresh-processes: expected --num-trials of at least 2, got {self.num_trials}")
         if self.inputs not in ("trace", "realistic"):

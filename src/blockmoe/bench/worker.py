@@ -1,4 +1,4 @@
-"""The process of one contender: `python -m blockmoe.bench.worker FD PARENT FOLDER`, requests and replies being lines of JSON.
+"""The process of one contender: `main`, started by `process.py` with FD PARENT FOLDER. Requests and replies are lines of JSON.
 
 FD is a socket, PARENT the process to die with, FOLDER where the solution's sources go.
 

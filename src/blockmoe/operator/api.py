@@ -96,7 +96,7 @@ def fused_moe(
         _calls[key] = call
     if out is None:
         out = torch.empty_like(hidden_states, dtype=torch.bfloat16)
-    elif _signature(out) != call.out or not _is_contiguous(out):
+    elif not isinstance(out, torch.Tensor) or _signature(out) != call.out or not _is_contiguous(out):
         _check("out", out, call.out[0], (torch.bfloat16,), call.device)
     if workspace is None:
         workspace = torch.empty(call.workspace, dtype=torch.uint8, device=call.device)
@@ -105,7 +105,8 @@ def fused_moe(
     if call.rounds is None:
         from blockmoe.reference import moe_reference
 
-        return out.copy_(moe_reference(routing_logits, routing_bias, *inputs[2:], *call.scalars, geometry=call.geometry))
+        with torch.no_grad():  # as the kernels, which record nothing
+            return out.copy_(moe_reference(routing_logits, routing_bias, *inputs[2:], *call.scalars, geometry=call.geometry))
     done = True
     if call.device.type == "cpu":
         call.interpret(inputs, out, workspace)
@@ -141,29 +142,39 @@ def trtllm_fp8_block_scale_moe(
     local_num_experts: int,
     routed_scaling_factor: float | None,
     routing_method_type: int = 0,
-    **ignored: Any,
+    use_shuffled_weight: bool = False,
+    weight_layout: int = 0,
+    *,
+    do_finalize: bool = True,
+    output: torch.Tensor | None = None,
+    enable_pdl: bool | None = None,
+    tune_max_num_tokens: int | None = None,
 ) -> torch.Tensor:
-    """`fused_moe` under the argument names and order of FlashInfer's function of this name.
+    """`fused_moe` under the argument names and order of FlashInfer's function of this name; `output` is its `out`.
 
-    routing_method_type must be 1 (renormalize) or 2 (DeepSeek-V3, with groups): FlashInfer's default, 0, is refused.
+    routing_method_type must be 1 (renormalize) or 2 (DeepSeek-V3, with groups): FlashInfer's default, 0, is refused. So are other weight
+    layouts than the plain one, and do_finalize=False. enable_pdl and tune_max_num_tokens change no result there, and nothing here.
     """
-    if ignored.get("use_shuffled_weight"):
-        raise ValueError("use_shuffled_weight: expected False, got True")
+    for name, expected, got in (
+        ("use_shuffled_weight", False, use_shuffled_weight), ("weight_layout", 0, weight_layout), ("do_finalize", True, do_finalize),
+    ):  # fmt: skip
+        if got != expected:
+            raise ValueError(f"{name}: expected {expected}, got {got}")
     if routing_method_type not in (1, 2):
         raise ValueError(f"routing_method_type: expected 1 (renormalize) or 2 (DeepSeek-V3), got {routing_method_type}")
-    for name, expected, got in (
-        ("num_experts", routing_logits.shape[1], num_experts),
-        ("local_num_experts", gemm1_weights.shape[0], local_num_experts),
-        ("intermediate_size", gemm2_weights.shape[2], intermediate_size),
-    ):
-        if expected != got:
-            raise ValueError(f"{name}: expected {expected} as the tensors have it, got {got}")
+    for name, tensor, axis, got in (
+        ("num_experts", routing_logits, 1, num_experts), ("local_num_experts", gemm1_weights, 0, local_num_experts),
+        ("intermediate_size", gemm2_weights, 2, intermediate_size),
+    ):  # fmt: skip
+        shape = getattr(tensor, "shape", ())  # what is no tensor, or has other dimensions, `fused_moe` says
+        if len(shape) > axis and shape[axis] != got:
+            raise ValueError(f"{name}: expected {shape[axis]} as the tensors have it, got {got}")
     return fused_moe(
         routing_logits, routing_bias, hidden_states, hidden_states_scale, gemm1_weights, gemm1_weights_scale,
         gemm2_weights, gemm2_weights_scale, local_expert_offset=local_expert_offset,
         routed_scaling_factor=1.0 if routed_scaling_factor is None else routed_scaling_factor,
         routing="deepseek_v3" if routing_method_type == 2 else "renormalize",
-        top_k=top_k, n_group=n_group or 1, topk_group=topk_group or 1,
+        top_k=top_k, n_group=n_group or 1, topk_group=topk_group or 1, out=output,
     )  # fmt: skip
 
 
@@ -273,6 +284,9 @@ def _validate(
     experts = logits.shape[1]
     if routing == "renormalize":
         n_group = topk_group = 1
+    for name, value in (("top_k", top_k), ("n_group", n_group), ("topk_group", topk_group)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
     geometry = _geometry(experts, local, top_k, hidden, intermediate, routing, n_group, topk_group)
 
     device = x.device
