@@ -227,7 +227,7 @@ def _output(output: Path | None, resume: bool) -> Path:
         output = output or _new_folder()
         prepare_output(output)
     except OSError as error:
-        raise UsageError(f"--output {output}: not writable ({error.strerror})") from None
+        raise UsageError(f"--output {output or RUNS}: not writable ({error.strerror})") from None
     return output
 
 
