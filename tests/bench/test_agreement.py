@@ -156,7 +156,7 @@ def test_exit_code_and_file(monkeypatch, tmp_path, capsys, more, code):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(agreement, "make_timer", lambda device, use_cupti=True: ToldTimer(use_cupti, more))
     monkeypatch.setattr(agreement, "known_set", lambda device: {name: lambda span=span: span for name, span in SPANS.items()})
-    monkeypatch.setattr(agreement, "gpu_state", lambda index: {"sm_clock_mhz": 1980.0, "driver": "580"})
+    monkeypatch.setattr(agreement, "gpu_state", lambda index, uuid: {"sm_clock_mhz": 1980.0, "driver": "580"})
     monkeypatch.setattr(agreement, "worker_environment", lambda device: environment.worker_environment(torch.device("cpu")))
     assert agreement.show(tmp_path / "new" / "timers.json") == code
     found = json.loads((tmp_path / "new" / "timers.json").read_text())

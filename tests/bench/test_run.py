@@ -227,14 +227,15 @@ def test_a_skip_counts_where_it_was_named():
 
 @pytest.mark.slow
 def test_a_reference_that_fails_is_not_blamed_on_solutions_and_the_next_workload_goes_on(tmp_path):
-    """The first workload's tensor is missing; then a definition's reference dies at its sixth call, a third can't be imported, and a fourth
-    gives NaN, beside which nothing is right."""
+    """The first workload's tensor is missing; then a definition's reference dies at its sixth call, a third can't be imported, and two
+    give NaN, one of them when it is timed, beside which nothing is right."""
     tree = toy.make_tree(tmp_path / "tree", {"good": toy.GOOD, "raises": "def run(x):\n    raise ValueError\n"}, ())
     blob = {"x": {"type": "safetensors", "path": "x.safetensors", "tensor_key": "x"}}
     toy.write(toy.workloads_path(tree), toy.workload(8, "aaaa", inputs=blob), toy.workload(4, "bbbb"))
     mortal = "import os\ncalls = []\ndef run(x):\n    calls.append(x)\n    if len(calls) == 6: os.kill(os.getpid(), 9)\n    return x * 2\n"
+    late = "calls = []\ndef run(x):\n    calls.append(1)\n    return x * (2 if len(calls) <= 3 else float('inf'))\n"  # timed calls
     broken, nan = "import no_such_package\ndef run(x): return x\n", "def run(x): return x * float('nan')\n"
-    for name, source in (("mortal", mortal), ("broken", broken), ("nan", nan)):
+    for name, source in (("mortal", mortal), ("broken", broken), ("nan", nan), ("late", late)):
         toy.write(toy.definition_path(tree).with_name(f"{name}.json"), toy.definition(name=name, reference=source))
         toy.write(toy.workloads_path(tree).with_name(f"{name}.jsonl"), toy.workload(4, "cccc") | {"definition": name})
         toy.write(toy.solution_path(tree, name), toy.solution(f"good_{name}") | {"definition": name})
@@ -249,7 +250,7 @@ def test_a_reference_that_fails_is_not_blamed_on_solutions_and_the_next_workload
     assert said["bbbb", "raises"] == ("RUNTIME_ERROR", "ValueError:")
     assert said["cccc", "good_mortal"] == ("REFERENCE_FAILED", "the reference failed: the process died of SIGKILL (out of memory?)")
     nothing = "the reference failed: ValueError: y: 256 of 256 elements are NaN or infinite: nothing can be held against it"
-    assert said["cccc", "good_nan"] == ("REFERENCE_FAILED", nothing)
+    assert said["cccc", "good_nan"] == said["cccc", "good_late"] == ("REFERENCE_FAILED", nothing)
     assert said["cccc", "good_broken"][1] == "the reference failed: ModuleNotFoundError: No module named 'no_such_package'"
 
 

@@ -211,11 +211,11 @@ def show(output: Path | None) -> int:
     if both.name != "cupti":
         print("blockmoe: comparing the timers needs CUPTI, which does not start: is another profiler attached?", file=sys.stderr)
         return 2
-    before = gpu_state(0)
+    seen = worker_environment(device)
+    before = gpu_state(0, seen["uuid"])
     agreement = compare(known_set(device), both, make_timer(device, use_cupti=False))
-    after = gpu_state(0)
+    after = gpu_state(0, seen["uuid"])
     if output:
-        seen = worker_environment(device)
         state = {name: [before.get(name), after.get(name)] for name in before if name != "driver"}
         environment = seen["extra"] | {"commit": commit(), "driver": before.get("driver"), "gpu": state}
         stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")

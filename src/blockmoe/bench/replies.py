@@ -50,16 +50,23 @@ class Judged(Digests):
     correctness: dict[str, Any] | None
 
 
-REPLIES = {"open": Opened, "check": Digests, "warm": Warmed, "block": Block, "graph": Captured | Uncaptured, "remember": Digests}
-REPLIES |= {"judge": Judged}
-_ADAPTERS = {do: TypeAdapter(kind) for do, kind in REPLIES.items()}
+_KINDS = {
+    "open": Opened,
+    "check": Digests,
+    "warm": Warmed,
+    "block": Block,
+    "graph": Captured | Uncaptured,
+    "remember": Digests,
+    "judge": Judged,
+}
+REPLIES = {do: TypeAdapter(kind) for do, kind in _KINDS.items()}
 
 
 def is_one(do: str, reply: dict[str, Any]) -> bool:
     """Whether the bench answers so to `do`; to a request that is not among REPLIES anything is an answer."""
     try:
-        if do in _ADAPTERS:
-            _ADAPTERS[do].validate_python(reply)
+        if do in REPLIES:
+            REPLIES[do].validate_python(reply)
     except ValidationError:
         return False
     return True

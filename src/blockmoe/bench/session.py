@@ -221,7 +221,7 @@ class Session:
         if path:
             sealed.write(self._timed[call], Path(path), self.key)
         else:
-            self._known[call] = self._timed[call]
+            self._note(call, self._timed[call])
         self._timed = {}
         self.watch.require_untouched()
 
@@ -256,12 +256,16 @@ class Session:
                 self._prepare(number)
                 outputs = self._named(self._accept(self._invoke()))
                 self.outputs = []
-                for name, output in outputs.items():
-                    if bad := int((~torch.isfinite(output.float())).sum()):
-                        raise ValueError(f"{name}: {bad} of {output.numel()} elements are NaN or infinite: nothing can be held against it")
-                self._known[number] = outputs
+                self._note(number, outputs)
             digests[number] = digest_tensors(self._known[number])
         return {"outputs": digests}
+
+    def _note(self, number: int, outputs: dict[str, torch.Tensor]) -> None:
+        """The reference's outputs of a call, for `judge`; raises ValueError where they are no measure."""
+        for name, output in outputs.items():
+            if bad := int((~torch.isfinite(output.float())).sum()):
+                raise ValueError(f"{name}: {bad} of {output.numel()} elements are NaN or infinite: nothing can be held against it")
+        self._known[number] = outputs
 
     def forget(self) -> None:
         self._known = {}

@@ -45,11 +45,10 @@ class Settings:
         for name, least in (("warmup_runs", 0), ("iterations", 1), ("num_trials", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name.replace('_', '-')}: expected at least {least}, got {getattr(self, name)}")
-        timed = self.num_trials * self.iterations
         for name, most, got in (("warmup-runs", MOST_CALLS, self.warmup_runs), ("num-trials", 1000, self.num_trials)):
             if got > most:
                 raise ValueError(f"--{name}: expected at most {most}, got {got}")
-        if timed > MOST_CALLS:  # each has inputs of its own
+        if (timed := self.num_trials * self.iterations) > MOST_CALLS:  # each has inputs of its own
             raise ValueError(f"--iterations: expected at most {MOST_CALLS} in all trials, got {timed}")
         if self.fresh_processes and self.num_trials < 2:
             raise ValueError(f"--fresh-processes: expected --num-trials of at least 2, got {self.num_trials}")
