@@ -114,3 +114,19 @@ def test_worse_of_several():
     both = worse(worse(None, slight), heavy)
     assert both.passed and both.max_absolute_error == heavy.max_absolute_error and both.relative_l2 == heavy.relative_l2
     assert worse(wrong, slight) is wrong and worse(slight, wrong) is wrong
+
+
+def test_the_worst_row_and_the_worst_cosine_are_kept_whichever_call_they_are_of():
+    torch.manual_seed(0)
+    reference = torch.randn(100, 64)
+    one_row, turned = reference.clone(), reference.clone()
+    one_row[7] *= 0.82  # its row is the worst, with a small error over all
+    turned[:, 0] = 0.0  # its direction is the worst …
+    scaled = judge(reference * 1.15, reference, PUBLISHED)  # … and this one's error over all
+    one_row, turned = judge(one_row, reference, PUBLISHED), judge(turned, reference, PUBLISHED)
+    for order in ((scaled, one_row), (one_row, scaled)):
+        both = worse(*order)
+        assert (both.worst_row, both.relative_l2) == (one_row.worst_row, scaled.relative_l2)
+        assert both.worst_row_relative_l2 == one_row.worst_row_relative_l2
+    for order in ((scaled, turned), (turned, scaled)):
+        assert worse(*order).cosine == turned.cosine < scaled.cosine and worse(*order).relative_l2 == scaled.relative_l2

@@ -122,10 +122,14 @@ def worse(first: Judgement | None, second: Judgement) -> Judgement:
     if not first.passed:
         return first
     base = first if first.relative_l2 >= second.relative_l2 else second
+    row = first if first.worst_row_relative_l2 >= second.worst_row_relative_l2 else second
     return replace(
         base,
         max_absolute_error=max(first.max_absolute_error, second.max_absolute_error),
         max_relative_error=max(first.max_relative_error, second.max_relative_error),
+        cosine=min(first.cosine, second.cosine),
         matched_ratio=min(first.matched_ratio, second.matched_ratio),
         matched_ratio_nonzero_rows=min(first.matched_ratio_nonzero_rows, second.matched_ratio_nonzero_rows),
+        worst_row=row.worst_row,
+        worst_row_relative_l2=row.worst_row_relative_l2,
     )
