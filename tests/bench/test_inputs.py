@@ -153,6 +153,32 @@ def test_random_integers_booleans_and_scalars():
     assert isinstance(values["k"], int) and isinstance(values["f"], float)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("mode", ["trace", "realistic", "of bool"])
+def test_torchs_defaults_make_no_difference(root, mode, dtype):
+    """A solution may set them, at import or in a call, and the bench draws in its process."""
+
+    def digests():
+        inputs = Inputs(definition, root, CPU, "realistic" if mode == "realistic" else "trace", 0)
+        inputs.open(workload)
+        found = [inputs.digest()]
+        inputs.load(1000)
+        return [*found, inputs.digest()]
+
+    definition, workload = DEFINITION, WORKLOADS[2]
+    if mode == "of bool":
+        definition = Definition.model_validate(toy.definition(inputs={"x": {"shape": ["n", "w"], "dtype": "bool"}}))
+        workload = Workload.model_validate(toy.workload(64, "u")["workload"])
+    expected = digests()
+    torch.set_default_dtype(dtype)
+    torch.set_default_device("meta")
+    try:
+        assert digests() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+
+
 def test_unknown_mode_and_realistic_for_another_family():
     definition = Definition.model_validate(toy.definition())
     with pytest.raises(ValueError, match="expected one of trace, realistic, got 'other'"):

@@ -70,6 +70,7 @@ def by_name(outcome):
 
 PASSING = {
     "value": toy.GOOD,
+    "sets_defaults": "import torch as t\nt.set_default_dtype(t.float64)\nt.set_default_device('meta')\ndef run(x):\n    return x * 2\n",
     "prints": "done = []\ndef run(x):\n    done or print('x' * 50_000_000)\n    done.append(1)\n    return x * 2\n",
 }
 # name: (source, status, what the message says)

@@ -8,6 +8,8 @@ whose contents change before every call, so that a solution that remembers an ea
 - weights (e4m3, fixed shape, shared by all workloads of a definition) have the signs of whole experts flipped;
 - routing logits from a file have their rows (tokens) permuted: pairs and active experts stay what they are.
 
+Nothing is left to torch's default dtype and device: a solution may set them, and its process makes the same inputs still.
+
 Call 0 uses a file's rows in their own order. Distributions of mode `trace`: those of the format (float32 and bfloat16 from
 N(0,1), e4m3 from N(0,1) clamped to +-2). Mode `realistic`: what quantising Gaussian weights and activations with outliers
 gives (positive scales, outputs of order 1).
@@ -92,7 +94,7 @@ class Inputs:
                 continue
             if name in self._files:
                 if name == "routing_logits" and call != 0:
-                    order = torch.randperm(len(value), generator=self._generator("tokens", call, "cpu"))
+                    order = torch.randperm(len(value), generator=self._generator("tokens", call, "cpu"), device="cpu")
                     torch.index_select(self._files[name], 0, self._moved(order), out=value)
                 else:
                     value.copy_(self._files[name])
@@ -117,13 +119,13 @@ class Inputs:
             spread = (1.0, 2.0) if self.mode == "trace" else (WEIGHT_CODES, 448.0)
             _draw_into(weight, self._generator(name, 0, shared=True), *spread)
             self._weights[name] = weight
-            self._flipped[name] = torch.zeros(len(weight), dtype=torch.bool)
+            self._flipped[name] = torch.zeros(len(weight), dtype=torch.bool, device="cpu")
         return self._weights[name]
 
     def _flip_signs(self, name: str, weight: torch.Tensor, call: int) -> None:
-        wanted = torch.zeros(len(weight), dtype=torch.bool)
+        wanted = torch.zeros(len(weight), dtype=torch.bool, device="cpu")
         if call != 0:
-            wanted = torch.rand(len(weight), generator=self._generator("signs " + name, call, "cpu", shared=True)) < 0.5
+            wanted = _uniform(len(weight), self._generator("signs " + name, call, "cpu", shared=True)) < 0.5
         sign = torch.where(wanted != self._flipped[name], 0x80, 0).to(torch.uint8)
         weight.view(torch.uint8).bitwise_xor_(self._moved(sign).view(-1, *[1] * (weight.dim() - 1)))  # one launch, not one an expert
         self._flipped[name] = wanted
@@ -159,28 +161,33 @@ def _draw(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator
     return value
 
 
+def _uniform(count: int, generator: torch.Generator) -> torch.Tensor:
+    """float32 [count] from [0, 1), on the generator's device."""
+    return torch.rand(count, dtype=torch.float32, device=generator.device, generator=generator)
+
+
 def _draw_into(value: torch.Tensor, generator: torch.Generator, sigma: float = 1.0, limit: float = 2.0) -> None:
     """Fill with the format's distribution for the dtype; `sigma` scales a float's, `limit` clamps an 8-bit float's."""
     flat = value.view(-1)
     if value.dtype == torch.bool:
-        flat.copy_(torch.rand(flat.shape, generator=generator, device=value.device) < 0.5)
+        flat.copy_(_uniform(len(flat), generator) < 0.5)
     elif value.dtype in _INTEGER_RANGES:
         bound = _INTEGER_RANGES[value.dtype]
         flat.copy_(torch.randint(-bound, bound, flat.shape, generator=generator, device=value.device))
     else:
         for piece in flat.split(CHUNK):
-            drawn = torch.empty(piece.shape, device=value.device).normal_(0.0, sigma, generator=generator)
+            drawn = torch.empty(piece.shape, dtype=torch.float32, device=value.device).normal_(0.0, sigma, generator=generator)
             piece.copy_(drawn.clamp_(-limit, limit) if value.dtype in _FP8 else drawn)
 
 
 def _draw_quantised_rows(values: torch.Tensor, scales: torch.Tensor, generator: torch.Generator) -> None:
     """Rows of N(0,1) with outlier channels, quantised to e4m3 with a scale for each 1x128. values [T, H], scales [H/128, T]."""
     tokens, hidden = values.shape
-    channel = torch.where(torch.rand(hidden, generator=generator, device=values.device) < OUTLIER_CHANNELS, 16.0, 1.0)
+    channel = torch.where(_uniform(hidden, generator) < OUTLIER_CHANNELS, 16.0, 1.0)
     rows = max(1, CHUNK // max(1, hidden))
     for start in range(0, tokens, rows):
         end = min(start + rows, tokens)
-        x = torch.empty(end - start, hidden, device=values.device).normal_(generator=generator).mul_(channel)
+        x = torch.empty(end - start, hidden, dtype=torch.float32, device=values.device).normal_(generator=generator).mul_(channel)
         blocks = x.view(end - start, -1, 128)
         scale = blocks.abs().amax(2).clamp_(min=1e-12).div_(448.0)  # [rows, H/128]
         values[start:end] = (blocks / scale.unsqueeze(2)).view(end - start, hidden).to(values.dtype)

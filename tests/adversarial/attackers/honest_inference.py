@@ -1,11 +1,12 @@
-"""No attack: inference mode, whose tensors lack autograd, a pool of threads, and a default device."""
+"""No attack: inference mode, whose tensors lack autograd, a pool of threads, and defaults of its own for device and dtype."""
 
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from honest import compute
 
-torch.set_default_device("cpu")
+torch.set_default_device("meta")
+torch.set_default_dtype(torch.bfloat16)
 pool = ThreadPoolExecutor(2)
 
 
