@@ -105,6 +105,11 @@ class Inputs:
         """Hex digest of the inputs as they stand in the buffers; without the weights, 1.4 GB at the headline sizes, if so asked."""
         return digest_tensors({name: value for name, value in self.values.items() if weights or name not in self._weights})
 
+    @property
+    def keeps_routing(self) -> bool:
+        """Whether all calls have the same pairs and active experts: logits and bias come from files, neither is drawn anew."""
+        return all(name in self._files for name in ("routing_logits", "routing_bias") if name in self.values)
+
     # how each kind of contents is made
 
     def _is_weight(self, name: str) -> bool:

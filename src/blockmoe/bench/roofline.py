@@ -49,9 +49,12 @@ def count_routing(geometry: MoEGeometry, values: dict[str, Any]) -> dict[str, in
 
 
 def measured_floors(session: Session) -> dict[str, Any]:
-    """Counts, bytes, FLOPs and both floors in ms of the session's open workload; empty for a definition of another family."""
+    """Counts, bytes, FLOPs and both floors in ms of the session's open workload; empty for a definition of another family.
+
+    Empty, too, where routing is drawn: calls then differ in their work (at T = 1 some have no pair), and none stands for all.
+    """
     geometry = MoEGeometry.from_definition(session.definition.name)
-    if geometry is None:
+    if geometry is None or not session.inputs.keeps_routing:
         return {}
     session.inputs.load(0)
     counts = count_routing(geometry, session.inputs.values)
