@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import toy_tree as toy
+from typer.main import get_command
 
 from blockmoe import __version__, cli
 from blockmoe.bench import commands, settings
@@ -72,6 +73,14 @@ def test_help_says_what_each_option_is_for(blockmoe, monkeypatch, command):
     if command == "run":
         assert all(f"--{name}" in out for name in ("resume", "warmup-runs", "required-matched-ratio", "no-save-results", "log-level"))
         assert "[default: (0.85)]" in out and "Exit codes: 0" in out
+
+
+def test_no_option_is_named_by_its_placeholder():
+    """typer 0.27.0 takes a metavar that is the option's name in capitals for how it is written: --DEVICE."""
+    for name, command in get_command(cli.app).commands.items():
+        for option in command.params:
+            assert all(written == written.lower() for written in (*option.opts, *option.secondary_opts)), f"{name}: {option.opts}"
+            assert (option.metavar or "").lower() != option.name, f"{name}: {option.metavar}"
 
 
 # --- faults -----------------------------------------------------------------------------------------------------------

@@ -90,7 +90,7 @@ def run(
     workloads: Annotated[
         list[str] | None, _choice("WHICH…", "Workloads: uuid prefixes, sizes (80) or ranges (1-80, 901-).", show_default=_WORKLOADS)
     ] = None,
-    device: Annotated[str | None, _choice("DEVICE", "cpu, cuda or cuda:N.", show_default="cuda where there is one")] = None,
+    device: Annotated[str | None, _choice("cpu|cuda[:N]", "Where solutions run.", show_default="cuda where there is one")] = None,
     preset_name: Annotated[
         Literal["quick", "full"] | None,
         _how("--preset", help="full: the published comparison's settings. quick: a first look.", show_default="full; on a CPU quick"),

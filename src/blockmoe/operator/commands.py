@@ -23,7 +23,7 @@ def warmup(
     definitions: Annotated[
         list[str] | None, typer.Option(metavar="NAME…", help="Definitions: names or patterns.", show_default="the headline")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="DEVICE", help="cuda or cuda:N.")] = "cuda",
+    device: Annotated[str, typer.Option(metavar="cuda[:N]", help="For which GPU.")] = "cuda",
     logits_dtype: Annotated[Dtype, typer.Option(help="Of the routing logits.")] = "float32",
     bias_dtype: Annotated[Dtype, typer.Option(help="Of the routing bias.")] = "bfloat16",
 ) -> None:
