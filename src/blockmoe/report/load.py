@@ -56,6 +56,7 @@ class Record:
     flops: float | None = None
     host_us: float | None = None
     graph: float | None = None
+    events: float | None = None  # the span by events, as graph replays are timed
     stages: dict[str, float] = field(default_factory=dict)
     drift: float | None = None
     drifted: bool = False
@@ -236,6 +237,7 @@ def _add_times(record: Record, performance: dict[str, Any], timing: dict[str, An
     record.compute_floor = _positive(timing.get("compute_floor_ms"))
     record.bytes, record.flops = _positive(timing.get("bytes")), _positive(timing.get("flops"))
     record.host_us, record.graph = _positive(timing.get("host_us")), _positive(timing.get("graph_ms"))
+    record.events = _positive(timing.get("events_ms"))
     record.drift, record.drifted = _number(timing.get("drift")), timing.get("drifted") is True
     if isinstance(timing.get("drift"), dict):
         record.drift = _number(timing["drift"].get("change"))
