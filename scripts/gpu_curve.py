@@ -49,9 +49,11 @@ def choices(family: str, g, tokens: int, offset: int, seed: int, device):
     local, group = g.num_local_experts, offset // g.experts_per_group
     chosen = torch.zeros(tokens, g.num_experts, dtype=torch.bool, device=device)
     pairs = torch.tensor(LOCAL_PAIRS, device=device).repeat(-(-tokens // len(LOCAL_PAIRS)))[:tokens]
-    if family == "one expert":
+    if family in ("one expert", "even"):
         pairs = torch.ones_like(pairs)
         picked = torch.full((tokens, 1), local // 3, device=device)
+        if family == "even":  # the experts in turn, as many tokens each
+            picked = torch.arange(tokens, device=device).unsqueeze(1) % local
     elif family == "same experts":
         pairs = torch.full_like(pairs, g.top_k)
         picked = (torch.arange(g.top_k, device=device) * (local // g.top_k)).expand(tokens, -1)

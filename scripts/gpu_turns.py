@@ -6,7 +6,7 @@
 Each tree's operator (465d850 or newer) runs in a process of its own, with the environment NAME=VALUE, on the same inputs. The processes
 take turns, every other round in reverse. Processes of one tree differ too: give it twice. Cold L2 before each call; cold code, too, if
 calls of other numbers of tokens come `--between`. Routing is a bundled workload's, else uniform; or, where tokens are given as
-128:one-expert, that of a family of `gpu_curve.py`. Printed last, as
+128:one-expert, that of a family of `gpu_curve.py`, or, as 8192:even, every local expert has as many of the tokens. Printed last, as
 medians over the rounds of medians of six calls: the whole call in us, the clock of the multiprocessors during it, their cycles, the
 stages by themselves. Before that a sum over the output's bits by place, by which trees agree or not.
 """
@@ -26,6 +26,7 @@ import torch
 from gpu_clock import Clock
 
 CALLS = 6  # a turn
+FAMILIES = (*gpu_curve.FAMILIES, "even")
 
 
 class Tree:
@@ -130,7 +131,7 @@ def serve(tree: str, between: str) -> None:
 def size_of(given: str) -> tuple[int, str]:
     """Tokens and family of such as 901 or 128:one-expert. Raises ValueError."""
     number, _, family = given.partition(":")
-    if int(number) < 1 or family.replace("-", " ") not in ("", *gpu_curve.FAMILIES):
+    if int(number) < 1 or family.replace("-", " ") not in ("", *FAMILIES):
         raise ValueError
     return int(number), family.replace("-", " ")
 
@@ -141,7 +142,7 @@ def sizes_of(text: str) -> list[str]:
         for given in found:
             size_of(given)
     except ValueError:
-        families = ", ".join(name.replace(" ", "-") for name in gpu_curve.FAMILIES)
+        families = ", ".join(name.replace(" ", "-") for name in FAMILIES)
         wanted = f"numbers of at least 1 and commas, each with :FAMILY or not, of {families}"
         raise argparse.ArgumentTypeError(f"expected {wanted}, got {text!r}") from None
     return found

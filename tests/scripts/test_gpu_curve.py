@@ -17,7 +17,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts/gpu_curve.py"
 
 
 @pytest.mark.parametrize("g", [HEADLINE, TINY], ids=["headline", "tiny"])
-@pytest.mark.parametrize("family", gpu_curve.FAMILIES)
+@pytest.mark.parametrize("family", (*gpu_curve.FAMILIES, "even"))
 def test_families_route_as_chosen(g, family):
     offset = g.num_local_experts
     chosen = gpu_curve.choices(family, g, 64, offset, 3, torch.device("cpu"))
