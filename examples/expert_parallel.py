@@ -1,4 +1,4 @@
-"""Expert parallelism, each process with its share of the experts: python examples/expert_parallel.py [--ranks 2] [--device cpu|cuda]
+"""Expert parallelism, each process with its share of the experts: python examples/expert_parallel.py [cpu|cuda] [--ranks 2]
 
 The module of `deepseek_moe_layer.py`. Every process routes all tokens, computes the pairs of its own experts (`local_expert_offset`), and
 their outputs are summed; the result is compared with that of one process that has all experts. On GPUs process n has GPU n and NCCL
@@ -64,8 +64,8 @@ def work(rank: int, ranks: int, device: str, meeting: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("device", nargs="?", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--ranks", type=int, default=2, choices=(1, 2, 4, 8), help="processes: default 2")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     asked = parser.parse_args()
     if asked.device == "cuda" and torch.cuda.device_count() < asked.ranks:
         sys.exit(f"--ranks: expected at most {torch.cuda.device_count()}, as many as there are GPUs, got {asked.ranks}")

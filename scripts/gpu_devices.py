@@ -145,7 +145,7 @@ class Devices:
         return [torch.cuda.mem_get_info(device)[0] for device in (FIRST, SECOND)]
 
     def example(self) -> None:
-        self._run([sys.executable, str(ROOT / "examples/expert_parallel.py"), "--device", "cuda"], "expert_parallel.py")
+        self._run([sys.executable, str(ROOT / "examples/expert_parallel.py"), "cuda"], "expert_parallel.py")
 
     def _blockmoe(self, *words: str) -> None:
         self._run([sys.executable, "-m", "blockmoe", *words], f"blockmoe {words[0]}")
