@@ -11,6 +11,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from blockmoe.operator.route import SHARE
+
 THREADS = 32
 COMPARE = {"eq": np.equal, "ne": np.not_equal, "gt": np.greater, "lt": np.less, "le": np.less_equal, "ge": np.greater_equal}
 COMBINE = {"and": np.logical_and, "or": np.logical_or}
@@ -74,11 +76,18 @@ def by_token(text: str, tiles: list[np.ndarray], each: int, results: int) -> lis
     return [np.stack(column) for column in zip(*found, strict=True)]
 
 
+def shares(x: np.ndarray) -> np.ndarray:
+    """`SHARE`, of at least 1."""
+    found = np.float32(1) / x
+    return np.where(found >= np.finfo(np.float32).tiny, found, np.float32(0))
+
+
 def install() -> None:
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     def create_inline_asm(builder, text, constraints, arguments, types, pure, pack):
-        found = by_token(text, [argument.data for argument in arguments], pack, len(types))
+        tiles = [argument.data for argument in arguments]
+        found = [shares(*tiles)] if text == SHARE.value else by_token(text, tiles, pack, len(types))
         handles = [TensorHandle(tile, kind.scalar) for tile, kind in zip(found, types, strict=True)]
         return SimpleNamespace(get_result=handles.__getitem__)
 

@@ -89,11 +89,22 @@ def keep_best_groups(
     return tl.where(left == TAKEN, key, LOWEST), kept
 
 
+# 0 for a NaN: max gives the other operand
+SHARE = tl.constexpr("rcp.approx.ftz.f32 $0, $1; max.ftz.f32 $0, $0, 0f00000000;")
+
+
+@triton.jit
+def sigmoids(x):
+    """0 below 2 ** -126, and of NaN. Six instructions a value; by tl.exp, a division and tl.where, which mind subnormals, 14."""
+    past = 1.0 + tl.exp2(x * -1.4426950408889634)
+    return tl.inline_asm_elementwise(SHARE, "=f,f", [past], tl.float32, is_pure=True, pack=1)
+
+
 @triton.jit
 def clean(x, DEEPSEEK: tl.constexpr):
     """The share of a logit before it is divided by the sum (deepseek_v3), or the logit (renormalize), without NaN and infinities."""
     if DEEPSEEK:
-        return tl.where(x == x, 1.0 / (1.0 + tl.exp(-x)), 0.0)
+        return sigmoids(x)
     else:
         return tl.where(x == x, tl.minimum(tl.maximum(x, -FLOAT_MAX), FLOAT_MAX) + 0.0, -FLOAT_MAX)
 
@@ -186,44 +197,56 @@ def list_tiles(
 
 
 @triton.jit
+def sums_before(x):
+    """Sums of `x` [..., WARPS, EACH] over the tokens before each, where warp by warp comes next, and of all tokens."""
+    AXIS: tl.constexpr = len(x.shape) - 1
+    inside = x if x.shape[AXIS] == 1 else tl.cumsum(x, AXIS)
+    of_warp = tl.sum(x, AXIS)
+    warps_before = tl.cumsum(of_warp, AXIS - 1) - of_warp
+    return inside - x + tl.expand_dims(warps_before, AXIS), tl.sum(of_warp, AXIS - 1)
+
+
+@triton.jit
 def list_rows(
     weight, token, slot, there, base, pair_token, pair_weight, token_pair, token_pairs, slot_token, before, prefill, TOP_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Stores the pairs of `weight` [tokens, experts], each expert's from row `base` on, and each token's rows in its `slot`.
+    """Stores the pairs of `weight` [experts, WARPS, EACH], each expert's from row `base` on, and each token's rows in its `slot`. Returns
+    how many pairs each expert has.
 
     For `prefill` instead of a token's rows the tile, of BLOCK_N pairs, of its pair of the expert before, or -1, and how many pairs it has:
     rows increase with experts, so it is that of the second largest row up to here.
     """
-    expert = tl.arange(0, weight.shape[1])
+    last = (tl.arange(0, weight.shape[0]) == weight.shape[0] - 1)[:, None, None]
     mine = (weight != 0.0).to(tl.int32)
-    row = base[None, :] + tl.cumsum(mine, 0) - mine
-    tl.store(pair_token + row, token[:, None] + tl.zeros_like(row), mask=mine > 0)
+    rows_before, total = sums_before(mine)
+    row = base[:, None, None] + rows_before
+    tl.store(pair_token + row, token[None, :, :] + tl.zeros_like(row), mask=mine > 0)
     tl.store(pair_weight + row, weight, mask=mine > 0)
     if prefill:
-        _, earlier = tl.associative_scan((tl.where(mine > 0, row, -1), tl.full(row.shape, -1, tl.int32)), 1, two_largest)
+        _, earlier = tl.associative_scan((tl.where(mine > 0, row, -1), tl.full(row.shape, -1, tl.int32)), 0, two_largest)
         tl.store(before + row, tl.where(earlier < 0, -1, earlier // BLOCK_N), mask=mine > 0)
-        tl.store(token_pairs + token, tl.sum(mine, 1), mask=there)
+        tl.store(token_pairs + token, tl.sum(mine, 0), mask=there)
     else:
-        past = tl.cumsum(mine, 1)
+        past = tl.cumsum(mine, 0)
         tl.store(slot_token + slot, token, mask=there)
-        tl.store(token_pair + (slot[:, None] * TOP_K + past - 1), row, mask=mine > 0)
-        tl.store(token_pairs + (slot[:, None] + 0 * row), past, mask=there[:, None] & (expert == weight.shape[1] - 1)[None, :])
+        tl.store(token_pair + (slot[None, :, :] * TOP_K + past - 1), row, mask=mine > 0)
+        tl.store(token_pairs + (slot[None, :, :] + 0 * row), past, mask=there[None, :, :] & last)
+    return total
 
 
 @triton.jit
-def kinds_of(weight, top_k):
-    """Of the tokens of `weight` [tokens, experts] 1 where one has few pairs, half of top_k at most (FEW in `stream`'s last sum),
-    65,536 where it has more, 0 where none. A sum counts both kinds (of a round's tokens, TOKEN_CHUNK at most)."""
-    pairs = tl.sum((weight != 0.0).to(tl.int32), 1)
+def kinds_of(weight, top_k, AXIS: tl.constexpr):
+    """Of the tokens of `weight`, whose experts are along AXIS, 1 where one has few pairs, half of top_k at most (FEW in `stream`'s last
+    sum), 65,536 where it has more, 0 where none. A sum counts both kinds (of a round's tokens, TOKEN_CHUNK at most)."""
+    pairs = tl.sum((weight != 0.0).to(tl.int32), AXIS)
     return tl.where(pairs > tl.maximum(top_k // 2, 1), 65536, tl.where(pairs > 0, 1, 0))
 
 
 @triton.jit
-def slots_of(kinds, token, earlier, every):
-    """Slots of tokens of such kinds, given the sums of kinds of all tokens before these and of every one: those with few pairs come first,
-    then those with more, then those with none."""
-    past = earlier + tl.cumsum(kinds, 0) - kinds
+def slots_of(kinds, token, past, every):
+    """Slots of tokens of such kinds, given the sums of kinds of all tokens before each (`past`) and of every one: those with few pairs come
+    first, then those with more, then those with none."""
     few, more = past & 65535, past >> 16
     all_few, all_more = every & 65535, every >> 16
     return tl.where(kinds == 1, few, tl.where(kinds > 0, all_few + more, all_few + all_more + token - few - more))
@@ -269,11 +292,12 @@ def route_kernel(
     else:
         total = tl.sum((weight != 0.0).to(tl.int32), 0)
         start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, False)
-        kinds = kinds_of(weight, TOP_K)
-        every = tl.sum(kinds, 0)
+        weight, token = tl.trans(weight)[:, :, None], token[:, None]  # a warp each
+        kinds = kinds_of(weight, TOP_K, 0)
+        past, every = sums_before(kinds)
         count_slots(slot_count, every)
         list_rows(
-            weight, token, slots_of(kinds, token, 0, every), token < tokens, start, pair_token, pair_weight, token_pair, token_pairs,
+            weight, token, slots_of(kinds, token, past, every), token < tokens, start, pair_token, pair_weight, token_pair, token_pairs,
             slot_token, None, False, TOP_K, BLOCK_N,
         )  # fmt: skip
 
@@ -301,17 +325,17 @@ def choose_kernel(
         at = token_weight + token[:, None] * LOCAL + cell[None, :]
         tl.store(at, weight, mask=(token < tokens)[:, None] & (cell < LOCAL)[None, :])
         count += (weight != 0.0).to(tl.int32)
-        kinds += kinds_of(weight, rounds)
+        kinds += kinds_of(weight, rounds, 1)
     tl.store(chunk_kinds + chunk, tl.sum(kinds, 0))
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
-@triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count"])
+@triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count", "pitch"])
 def place_kernel(
     token_weight, chunk_count, chunk_kinds, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, slot_token, slot_count, counters, before, way, chunks, tokens, chunk_tokens, counter_count,
+    token_pairs, slot_token, slot_count, counters, before, way, chunks, tokens, chunk_tokens, counter_count, pitch,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, SMALL_N: tl.constexpr, FEW: tl.constexpr,
-    BLOCK_N: tl.constexpr, PREFILL_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, PREFILL_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, or, where that
     is 0, PREFILL_N for prefill. Where SMALL_N, they have SMALL_N, BLOCK_N or PREFILL_N if that is not 0, as the counts decide
@@ -320,17 +344,22 @@ def place_kernel(
     chunk = tl.program_id(0)
     zero_counters(counters, chunk, chunks, counter_count)
     expert = tl.arange(0, CELLS)
-    real = (expert < LOCAL)[None, :]
+    real = expert < LOCAL
     past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
-    token = chunk * chunk_tokens + tl.arange(0, BLOCK_T)
-    weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
+    # A lane an expert, a warp EACH tokens one after the other: sums over tokens stay in a thread, those over experts in a warp. Triton lays
+    # tiles out so because experts come first, in the order of what it stores by unordered pointers, and `pitch`, which is LOCAL, is not
+    # known to it: else it reads four experts at once, and all is moved to be scanned and moved to be stored.
+    EACH: tl.constexpr = max(1, BLOCK_T // WARPS)
+    token = chunk * chunk_tokens + tl.arange(0, BLOCK_T // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    at = token_weight + token[None, :, :] * pitch + expert[:, None, None]
+    weight = tl.load(at, mask=(token < past)[None, :, :] & real[:, None, None], other=0.0)
     sums = tl.zeros((CELLS,), tl.int32)
     every = tl.zeros((COUNTS,), tl.int32)
     earlier = tl.zeros((COUNTS,), tl.int32)
     for c in range(0, chunks, COUNTS):
         other = c + tl.arange(0, COUNTS)
         factor = tl.where(other < chunk, 65537, 1)  # of the chunks before in the upper half too
-        count = tl.load(chunk_count + other[:, None] * LOCAL + expert[None, :], mask=(other < chunks)[:, None] & real, other=0)
+        count = tl.load(chunk_count + other[:, None] * LOCAL + expert[None, :], mask=(other < chunks)[:, None] & real[None, :], other=0)
         sums += tl.sum(count * factor[:, None], 0)
         kinds = tl.load(chunk_kinds + other, mask=other < chunks, other=0)
         every += kinds
@@ -354,16 +383,18 @@ def place_kernel(
         tl.store(way, taken)
     base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
     for _ in range(0, 1 if ONCE else chunk_tokens, BLOCK_T):
-        kinds = kinds_of(weight, TOP_K)
-        list_rows(
-            weight, token, slots_of(kinds, token, before_these, in_all), token < past, base, pair_token, pair_weight, token_pair,
-            token_pairs, slot_token, before, prefill, TOP_K, PREFILL_N,
+        kinds = kinds_of(weight, TOP_K, 0)
+        kinds_before, kinds_here = sums_before(kinds)
+        found = list_rows(
+            weight, token, slots_of(kinds, token, before_these + kinds_before, in_all), token < past, base, pair_token, pair_weight,
+            token_pair, token_pairs, slot_token, before, prefill, TOP_K, PREFILL_N,
         )  # fmt: skip
         if not ONCE:
-            base += tl.sum((weight != 0.0).to(tl.int32), 0)
-            before_these += tl.sum(kinds, 0)
+            base += found
+            before_these += kinds_here
             token += BLOCK_T
-            weight = tl.load(token_weight + token[:, None] * LOCAL + expert[None, :], mask=(token < past)[:, None] & real, other=0.0)
+            at += BLOCK_T * pitch
+            weight = tl.load(at, mask=(token < past)[None, :, :] & real[:, None, None], other=0.0)
 
 
 def _tile(g: MoEGeometry, plan: Plan, logits: Slot, bias: Slot) -> tuple[int, int, bool]:
@@ -415,8 +446,10 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
     arguments = (
         *weights, *lists, b["counters"], b["before"], round.way_taken, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
+        local,
     )  # fmt: skip
     counts = max(1, min(128, 4096 // cells))
-    constants = (local, cells, g.top_k, tile.place_t, *small, height, filling, counts, tile.once, plan.pdl)
-    place = round.launch(place_kernel, sizes.chunks, arguments, constants, 4 if tile.place_t * cells <= 2048 else 8)
+    warps = 4 if tile.place_t * cells <= 2048 else 8
+    constants = (local, cells, g.top_k, tile.place_t, *small, height, filling, counts, tile.once, warps, plan.pdl)
+    place = round.launch(place_kernel, sizes.chunks, arguments, constants, warps)
     return [choose, place]
