@@ -15,7 +15,7 @@ from blockmoe.bench.bundled import definition_of
 from blockmoe.bench.inputs import Inputs
 from blockmoe.bench.schema import Workload
 from blockmoe.geometry import MoEGeometry
-from blockmoe.operator import api, pipeline, ptx
+from blockmoe.operator import api, pipeline, versions
 from blockmoe.operator.launch import interpreted
 from blockmoe.operator.machine import BY_NAME, H100, Machine, of_gpu
 from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan
@@ -132,7 +132,7 @@ def machine(device: torch.device) -> Machine:
 
 def plan_of(g: MoEGeometry, tokens: int, device: torch.device, *, tma: bool = True) -> Plan:
     """The plan of a call's first round, as the call chooses it; `tma`: for tensors that begin at multiples of 16 bytes."""
-    clusters = device.type != "cuda" or ptx.known()
+    clusters = device.type != "cuda" or versions.known()
     return choose_plan(g, min(tokens, TOKEN_CHUNK), machine(device), clusters=clusters, tma=tma)
 
 

@@ -123,6 +123,34 @@ def test_nothing_is_recorded_for_gradients():
     assert not layer.call(inputs, TINY, 8).requires_grad
 
 
+def test_autocast_changes_nothing():
+    """Of the reference, which is the path without a GPU, as of kernels."""
+    inputs = make(TINY, 9)
+    expected = call(inputs, TINY)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(inputs, TINY), expected)
+
+
+def test_who_saved_the_output_is_told_that_it_changed():
+    out = torch.zeros(9, TINY.hidden_size, dtype=torch.bfloat16)
+    before = out._version
+    call(make(TINY, 9), TINY, out=out)
+    assert out._version > before
+    with torch.inference_mode():
+        call(make(TINY, 9), TINY, out=torch.zeros_like(out))  # which counts nothing
+
+
+def test_other_devices_are_named():
+    with pytest.raises(ValueError, match="^hidden_states: expected a tensor of a CPU or a CUDA device, got one on meta$"):
+        call([None if t is None else t.to("meta") for t in make(TINY, 9)], TINY)
+
+
+@pytest.mark.parametrize("off", ["0", "false", "no", ""])
+def test_the_interpreter_is_on_where_triton_says_so(monkeypatch, off):
+    monkeypatch.setenv("TRITON_INTERPRET", off)
+    assert call(make(TINY, 7), TINY).isfinite().all()
+
+
 def test_importing_the_package_imports_neither_torch_nor_triton():
     code = "import sys, blockmoe; assert not {'torch', 'triton'} & set(sys.modules); assert 'fused_moe' in dir(blockmoe)"
     subprocess.run([sys.executable, "-c", code], check=True)

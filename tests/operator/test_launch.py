@@ -34,7 +34,9 @@ def stub(monkeypatch):
     sent, encoder = [], Encoder()
     run = SimpleNamespace(launch_cooperative_grid=False, launch_pdl=True)
     meta = [dict(swizzle=3, elem_size=1, elem_type=0, block_size=[64, 128])] * 3
-    compiled = SimpleNamespace(run=run, packed_metadata=(4, 1, 0), function=7, metadata=SimpleNamespace(tensordesc_meta=meta))
+    compiled = SimpleNamespace(
+        run=run, packed_metadata=(4, 1, 0), function=7, metadata=SimpleNamespace(tensordesc_meta=meta), _init_handles=lambda: None
+    )
     monkeypatch.setattr(launch, "c_launcher", lambda compiled: lambda *arguments: sent.append(arguments))
     monkeypatch.setattr("triton.backends.nvidia.driver.make_tensordesc_arg", encoder)
     monkeypatch.setattr(tma, "_encode_again", lambda made, address, kind, meta: encoder.promoted.append((address, kind.promotion)))
@@ -80,16 +82,28 @@ def test_clusters(stub, monkeypatch):
     """Their kernel is compiled, rewritten, and launched from the first time on with as many clusters as run at once."""
     sent, _ = stub
     compiled = SimpleNamespace(
-        run=SimpleNamespace(launch_cooperative_grid=False, launch_pdl=True), packed_metadata=(16, 1, 999), function=8,
+        run=SimpleNamespace(launch_cooperative_grid=False, launch_pdl=True), packed_metadata=(16, 1, 999), function=None,
         metadata=SimpleNamespace(tensordesc_meta=[dict(swizzle=3, elem_size=1, elem_type=0, block_size=[64, 128])] * 5),
     )  # fmt: skip
-    rewritten, asked = [], []
+    rewritten, asked, loads = [], [], []
+
+    def load() -> None:
+        """The first time there is no memory left for it."""
+        loads.append(0)
+        if len(loads) == 1:
+            raise RuntimeError("out of memory")
+        compiled.function = 8
+
+    compiled._init_handles = load
     monkeypatch.setattr(triton.JITFunction, "warmup", lambda self, *arguments, **options: compiled)
     monkeypatch.setattr(launch, "let_hear", lambda kernel: rewritten.append(kernel) or kernel)
     monkeypatch.setattr(launch, "active_clusters", lambda *arguments: asked.append(arguments) or 60)
     plan = choose_plan(HEADLINE, 4096)
     one = launch.Prepared(pipeline.launches(HEADLINE, 4096, plan, 0, 1.0), 0)
     addresses = tuple(4096 * (i + 1) for i in range(10))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        one.run(addresses)
+    assert not sent
     for _ in range(3):
         assert one.run(addresses)
     assert rewritten == [compiled] and asked == [(8, 16 * 32, 999, 2)]
@@ -222,3 +236,25 @@ def test_kept_is_bounded():
 def test_strides_of_a_row_major_tensor():
     kind = tma.Kind(torch.bfloat16, (3, 5, 7), (1, 1, 64), None)
     assert kind.strides == (35, 7, 1)
+
+
+def test_a_tensor_without_memory(stub):
+    """A DTensor's address is 0, which is aligned."""
+    one, _ = prepared()
+    addresses = [4096 * (i + 1) for i in range(10)]
+    addresses[launch.W1] = 0
+    for _ in range(2):
+        with pytest.raises(TypeError, match="expected tensors with memory of their own, got one at address 0"):
+            one.run(tuple(addresses))
+    assert not stub[0]
+
+
+def test_what_is_compiled_beforehand_is_loaded_too(stub, monkeypatch):
+    """Nothing can be loaded while a graph is captured."""
+    loads = []
+    compiled = SimpleNamespace(_init_handles=lambda: loads.append(0))
+    monkeypatch.setattr(triton.JITFunction, "warmup", lambda self, *arguments, **options: compiled)
+    one, _ = prepared()
+    for each in one.launches:
+        launch.compile_only(each)
+    assert len(loads) == len(one.launches)

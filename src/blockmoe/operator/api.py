@@ -17,7 +17,7 @@ import torch
 from blockmoe.geometry import BLOCK, MoEGeometry, Routing
 from blockmoe.operator.machine import Machine, of_gpu
 from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least
-from blockmoe.operator.ptx import known
+from blockmoe.operator.versions import check, gluon, known
 from blockmoe.operator.workspace import layout, rounds
 
 E4M3 = torch.float8_e4m3fn
@@ -60,7 +60,8 @@ def fused_moe(
     synchronisation; no size depends on the routing; the result is the same bit for bit from call to call.
 
     Raises TypeError for a wrong type or dtype, ValueError for a wrong device, shape, stride or size; nothing is
-    launched then. While torch.compile traces, `workspace` is not used: the graph's own memory is.
+    launched then. Autograd records nothing, so that no gradient comes back. While torch.compile traces, `workspace` is
+    not used: the graph's own memory is.
     """
     if torch.compiler.is_compiling():
         arguments = (
@@ -96,8 +97,11 @@ def fused_moe(
         _calls[key] = call
     if out is None:
         out = torch.empty_like(hidden_states, dtype=torch.bfloat16)
-    elif not isinstance(out, torch.Tensor) or _signature(out) != call.out or not _is_contiguous(out):
-        _check("out", out, call.out[0], (torch.bfloat16,), call.device)
+    else:
+        if not isinstance(out, torch.Tensor) or _signature(out) != call.out or not _is_contiguous(out):
+            _check("out", out, call.out[0], (torch.bfloat16,), call.device)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # who saved it for a backward is told
     if workspace is None:
         workspace = torch.empty(call.workspace, dtype=torch.uint8, device=call.device)
     else:
@@ -105,7 +109,7 @@ def fused_moe(
     if call.rounds is None:
         from blockmoe.reference import moe_reference
 
-        with torch.no_grad():  # as the kernels, which record nothing
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):  # as the kernels, which record nothing and compute as they do
             return out.copy_(moe_reference(routing_logits, routing_bias, *inputs[2:], *call.scalars, geometry=call.geometry))
     done = True
     if call.device.type == "cpu":
@@ -228,13 +232,16 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
     call = _Call(geometry, device, tokens, offset, factor)
     if device.type == "cpu" and not _interpreted():
         return call
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"hidden_states: expected a tensor of a CPU or a CUDA device, got one on {device}")
+    check()
     machine = of_gpu(device.index) if device.type == "cuda" else Machine(capability=89)  # the interpreter knows neither PDL nor Gluon
     counts = rounds(tokens)
-    plans = [plan or choose_plan(geometry, t, machine, clusters=known()) for t in counts]
+    plans = [plan or choose_plan(geometry, t, machine, clusters=known(), tma=gluon()) for t in counts]
     call.workspace = max((layout(geometry, t, p)[1] for t, p in zip(counts, plans, strict=True)), default=0)
     if plans:
         call.plan_without_tma = choose_plan(geometry, counts[0], machine, clusters=known(), tma=False)
-    if "BLOCKMOE_EXPLAIN" in os.environ and plans:
+    if os.environ.get("BLOCKMOE_EXPLAIN", "0") not in ("", "0") and plans:
         print(f"blockmoe: {geometry.definition_name} T={tokens}: {plans[0]}; workspace {call.workspace / 1e6:.1f} MB")
 
     from blockmoe.operator.launch import Prepared  # imports triton
@@ -250,7 +257,7 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
 
 
 def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 
 
 def _check(name: str, tensor: Any, shape: tuple, dtypes: tuple, device: torch.device) -> None:

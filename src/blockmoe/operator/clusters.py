@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import ctypes
+from functools import lru_cache
 
 from blockmoe.operator.driver import CLUSTER_DIMENSION, Config, attribute
 
 
+@lru_cache(maxsize=256)
 def active_clusters(function: int, threads: int, shared: int, cluster: int) -> int:
     """Of `cluster` programs of `threads` threads and `shared` bytes, by the driver's count. Raises RuntimeError where it gives none.
 
-    The calling thread has a context: the function was loaded, or another kernel launched, by it.
+    The first to ask has a context: it has just loaded the function. Other threads may have none, and are told what it was told.
     """
     try:
         count_clusters = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveClusters

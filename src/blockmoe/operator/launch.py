@@ -9,6 +9,7 @@ a token count.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
@@ -89,6 +90,7 @@ def interpreted() -> bool:
 
 
 _compiled: dict[tuple, Any] = {}
+_compiling = threading.Lock()  # Triton hands out a kernel that another thread is still loading
 
 # Sets of addresses kept, a few KB each, of all sizes together: a model's layers, and what its allocator hands out in turn.
 MOST_BOUND = 16384
@@ -113,8 +115,8 @@ class Prepared:
     def run(self, addresses: tuple[int, ...]) -> bool:
         """Launch everything on the device's current stream; `addresses` of the call's ten tensors.
 
-        False, and nothing is launched, where there are TMA descriptors and an address is no multiple of 16. Raises RuntimeError where the
-        driver can't launch.
+        False, and nothing is launched, where there are TMA descriptors and an address is no multiple of 16. Raises TypeError for a tensor
+        without memory, RuntimeError where the driver can't launch.
         """
         stream = self._stream(self.device)
         if bound := _bound.get((self._number, addresses, stream)):
@@ -123,8 +125,11 @@ class Prepared:
                     ready.launch(addresses, stream)
             return True
         a, b, c, d, e, f, g, h, i, j = addresses
+        if not all(addresses):
+            raise TypeError("expected tensors with memory of their own, got one at address 0: of a DTensor its to_local(), say")
         if not self._ready or (a | b | c | d | e | f | g | h | i | j) & 15:  # compiled for 16-byte aligned pointers
-            return self._run_by_triton(addresses)
+            with _compiling:
+                return self._run_by_triton(addresses)
         for ready in self._ready:
             ready.launch(addresses, stream)
         self._bind(addresses, stream)
@@ -183,6 +188,7 @@ def _compile(launch: Launch, arguments: tuple) -> Any:
 
 
 def _ready(launch: Launch, compiled: Any) -> Ready:
+    compiled._init_handles()  # loads it where that failed before: out of memory, say, or while a graph was being captured
     warps, _, shared = compiled.packed_metadata
     metadata = (warps, launch.cluster, shared)
     run = c_launcher(compiled)
@@ -204,8 +210,14 @@ def _ready(launch: Launch, compiled: Any) -> Ready:
 
 
 def compile_only(launch: Launch) -> None:
-    """Compile a launch's kernel for the current device, as a first launch with aligned pointers would."""
-    _compile(launch, _arguments(launch, (0,) * (WORKSPACE + 1)))
+    """Compile and load a launch's kernel for the current device, as a first launch with aligned pointers would: no kernel can be loaded
+    while a CUDA graph is being captured."""
+    arguments = _arguments(launch, (0,) * (WORKSPACE + 1))
+    with _compiling:
+        if launch.cluster > 1:
+            _ready_clusters(launch, arguments, torch.cuda.current_device())
+        else:
+            _compile(launch, arguments)._init_handles()
 
 
 def interpret(launches: Sequence[Launch], tensors: Sequence[torch.Tensor]) -> None:

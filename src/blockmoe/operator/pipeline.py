@@ -27,8 +27,8 @@ from blockmoe.operator.launch import (
 )  # fmt: skip
 from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.plan import Plan, plans
-from blockmoe.operator.ptx import known
 from blockmoe.operator.route import route
+from blockmoe.operator.versions import check, gluon, known
 from blockmoe.operator.workspace import Round, sizes, slots
 
 PROGRAMS_PER_SM = 8  # bound on a grid: more tiles than that a multiprocessor are walked in a loop
@@ -87,11 +87,12 @@ def compile_all(geometry: MoEGeometry, device: int | None, logits_dtype: torch.d
     """See `blockmoe.operator.warmup`."""
     if not torch.cuda.is_available():
         raise RuntimeError("warmup: expected a CUDA device, found none")
+    check()
     with torch.cuda.device(torch.cuda.current_device() if device is None else device):
         machine = of_gpu(torch.cuda.current_device(), "device")
         found, options = {}, {"sm_count": machine.sm_count, "logits_dtype": logits_dtype or torch.float32}
         options["bias_dtype"] = (bias_dtype or torch.bfloat16) if geometry.routing == "deepseek_v3" else None
-        for plan in plans(geometry, machine, clusters=known()):
+        for plan in plans(geometry, machine, clusters=known(), tma=gluon()):
             for launch in launches(geometry, 1, plan, 0, 1.0, **options):
                 found[launch.key] = launch
         for launch in found.values():

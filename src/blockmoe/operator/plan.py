@@ -278,7 +278,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     """The plan for `tokens` tokens on such a GPU.
 
     `clusters`: whether the installed Triton is one whose PTX can be made to use them (`blockmoe.operator.ptx`). `tma`: whether it can read
-    the tensors, which it can where they begin at a multiple of 16 bytes.
+    the tensors, which it can where they begin at a multiple of 16 bytes, and Triton compiles kernels that use it.
     """
     pdl = machine.capability >= 90
     route = route_tile(geometry, tokens)
@@ -374,11 +374,11 @@ def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, machine: Machin
     return Plan("dense", route, gate_up, DownTile(64, 16, 8, 4, split), pdl)
 
 
-def plans(geometry: MoEGeometry, machine: Machine = H100, *, clusters: bool = True) -> list[Plan]:
+def plans(geometry: MoEGeometry, machine: Machine = H100, *, clusters: bool = True, tma: bool = True) -> list[Plan]:
     """The plans of many a T, a sixty-fourth of it apart, which between them have all kernels that some T gets: what a warm-up compiles."""
     found: dict[Plan, None] = {}
     tokens = 1
     while tokens <= TOKEN_CHUNK:
-        found[choose_plan(geometry, tokens, machine, clusters=clusters)] = None
+        found[choose_plan(geometry, tokens, machine, clusters=clusters, tma=tma)] = None
         tokens += max(1, tokens // 64)
     return list(found)

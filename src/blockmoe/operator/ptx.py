@@ -23,13 +23,6 @@ _APART = re.compile(r"mbarrier\.try_wait|wgmma\.mma_async")
 _ELSEWHERE = re.compile(r"\s*(\$L__BB|ret\b|(@!?%p\d+\s+)?bra\b)")  # a branch, or where one leads
 
 
-def known() -> bool:
-    """Whether the installed Triton is one whose kernels ran with this on a GPU."""
-    import triton
-
-    return triton.__version__.startswith("3.6.0")
-
-
 class Unexpected(RuntimeError):
     """The PTX is not as known: another Triton, say. The kernel must not be launched as it is."""
 

@@ -29,6 +29,7 @@ from blockmoe.operator.kernel_parts import before_next_kernel
 from blockmoe.operator.largest import LARGEST_EACH, NONE, choose_largest
 from blockmoe.operator.launch import Launch, Slot
 from blockmoe.operator.plan import MOST_TILES, TILES, Plan, power_of_two_at_least
+from blockmoe.operator.versions import known
 from blockmoe.operator.workspace import Round
 
 LOWEST = tl.constexpr(NONE)  # below the key of every float
@@ -403,14 +404,14 @@ def _tile(g: MoEGeometry, plan: Plan, logits: Slot, bias: Slot) -> tuple[int, in
 
     Side by side are as many as 32 threads read at once, 16 bytes each of the narrower type, or a group where that has more. Triton gives
     every token to a warp where there are as many warps as tokens and such reads are possible: of aligned addresses, which the kernels with
-    TMA want too, and of rows that are whole reads.
+    TMA want too, and of rows that are whole reads; a Triton that is not `known` may spread one over several.
     """
     experts = max(32, power_of_two_at_least(g.num_experts))
     group = g.num_experts // g.n_group if g.topk_group < g.n_group else 1
     width = 16 // min(slot.dtype.itemsize for slot in (logits, bias))
     read = min(32 * width, experts)
     lanes = max(group, read)
-    whole = plan.path in TILES and g.num_experts % width == 0 and lanes == read
+    whole = known() and plan.path in TILES and g.num_experts % width == 0 and lanes == read
     one_each = plan.route.block_t == plan.route.num_warps
     return experts, lanes, whole and one_each and experts <= LARGEST_EACH * 32
 
