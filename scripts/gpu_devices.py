@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -152,7 +153,7 @@ class Devices:
 
     def _run(self, command: list[str], label: str) -> None:
         done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
-        said = (done.stdout + done.stderr).strip().splitlines()
+        said = re.sub(rf"{ROOT}/|{tempfile.gettempdir()}/\w+/", "", done.stdout + done.stderr).strip().splitlines()
         self.session.check(label, done.returncode == 0, code=done.returncode, said=said[-12:])
 
 

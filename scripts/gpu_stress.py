@@ -2,9 +2,10 @@
 
     geometries  six geometries, both input modes, T from 0 to 4,096 (headline to 14,107), memory full of NaN
     small       every T from 1 to 130
-    special     no pair, one expert, ragged, NaN and infinite logits, offsets, scales of 1e-8, 0, < 0 and huge; odd addresses
+    special     no pair, one expert, ragged, NaN and infinite logits, offsets, scales of 1e-8, 0, < 0 and huge; odd addresses;
+                other types of logits and bias
     repeat      1,000 random calls, each twice, compared bit for bit
-    graph       CUDA-graph replay with other routings of the same T
+    graph       CUDA-graph replay with other routings of the same T; a process whose first calls are captured, after warmup alone
     streams     two streams at once, different inputs, 50 times
     large       T = 65,536 and 49,153: a sample of tokens, and zeros for every token without a pair
 
@@ -133,6 +134,11 @@ class Stress:
         for tokens in (12,) if self.quick else (5, 40, 901):
             tensors, offset = self.layer("realistic").open(tokens)
             self.check(f"addresses that are not aligned T={tokens}", [checks.unaligned(t) for t in tensors], offset)
+        for tokens in (12,) if self.quick else (1, 7, 40, 901, 4096):
+            tensors, offset = self.layer("trace").open(tokens)
+            for logits, bias in (("bfloat16", "bfloat16"), ("float32", "float32"), ("bfloat16", "float32")):
+                changed = [tensors[0].to(getattr(torch, logits)), tensors[1].to(getattr(torch, bias)), *tensors[2:]]
+                self.check(f"{logits} logits, {bias} bias T={tokens}", changed, offset)
 
     def repeat(self) -> None:
         calls, largest = (30, 40) if self.quick else (1000, 16384)
@@ -168,8 +174,15 @@ class Stress:
     def graph(self) -> None:
         if self.quick:
             return self.session.say("skipped", section="graph", why="CUDA only")
+        self.session.attempt("captured first", self._captured_first)
         for tokens in (3, 80, 150, 300, 901, 1600, 14107):
             self.session.attempt(f"T={tokens}", lambda tokens=tokens: self._replay(tokens))
+
+    def _captured_first(self) -> None:
+        """In another process: here all has been called."""
+        command = [sys.executable, str(Path(__file__).parent / "captured_first.py")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        self.session.check("captured first", done.returncode == 0, said=(done.stdout + done.stderr).strip().splitlines()[-3:])
 
     def _replay(self, tokens: int) -> None:
         tensors, offset = self.layer("trace").open(tokens)
