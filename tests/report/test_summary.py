@@ -214,3 +214,19 @@ def test_workloads_without_pairs_make_no_cliff(tmp_path):
         if item["workload"]["axes"]["seq_len"] == 16:
             item["evaluation"]["extra"]["pairs"] = 0
     assert section(tmp_path, traces).cliffs == []
+
+
+def test_the_reference_of_another_run_decides_nothing(tmp_path):
+    """As `run --resume` leaves it: each solution's speedup is over its own session's reference, and the second's took 15 % longer."""
+    first = [one for one in run({"old": 1.0}, reference=20.0, run="r1") if one["solution"] != "reference"]
+    found = section(tmp_path, first + run({"new": 1.08}, reference=23.0, run="r2"))
+    assert all((row.winners, row.runner_up, row.duel.word, row.paired) == (["old"], "new", "FASTER", False) for row in found.rows)
+    assert found.rows[0].margin == pytest.approx(0.08, abs=0.005)
+    assert [(c.name, c.rank) for c in found.contenders] == [("old", 1), ("new", 2)]
+    assert contender(found, "old").overall.geometric == pytest.approx(23.0, rel=0.01)
+    (pair,) = found.pairs
+    assert (pair.first, pair.wins, pair.unpaired, pair.overall.word) == ("old", 6, 6, "FASTER")
+    assert {record.solution for _, _, record in api.best([tmp_path])} == {"old"}
+    (path,) = api.write([tmp_path], formats=["md"])
+    for said in ("samples, unpaired on 6 of 6 workloads", ", unpaired |", "On 6 workloads solutions of several runs meet"):
+        assert said in path.read_text()

@@ -16,6 +16,7 @@ from blockmoe.report.load import REFERENCE, Record, ReportError, load, read_line
 from blockmoe.report.markdown import SavedPicture
 from blockmoe.report.model import Report
 from blockmoe.report.regimes import parse_mix, parse_regimes
+from blockmoe.report.scale import on_one_scale
 from blockmoe.report.summary import summarise
 from blockmoe.report.tables import Table
 
@@ -83,8 +84,8 @@ def terminal_table(folders: Sequence[Path], baseline: str | None = None, regimes
 def best(folders: Sequence[Path], max_relative_l2: float | None = None) -> list[tuple[str, str, Record]]:
     """The fastest solution that passed each (definition, workload), optionally with an error bound; sorted by T."""
     found = {}
-    for record in load(folders).records:
-        if not record.passed or record.solution == "reference":
+    for record in on_one_scale(load(folders).records):
+        if not record.passed or record.solution == REFERENCE:
             continue
         if max_relative_l2 is not None and not record.errors.get("relative_l2", float("inf")) <= max_relative_l2:
             continue

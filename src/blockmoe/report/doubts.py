@@ -117,6 +117,12 @@ def _mixtures(records: Sequence[Record]) -> Iterable[str]:
         yield f"Traces of {len(runs)} runs, each workload of one: clocks and heat may differ from workload to workload, samples are paired."
     elif len(runs) > 1:
         yield f"Traces of {len(runs)} runs: between runs clocks and heat differ, and samples are not paired."
+    restated = len({record.workload for record in records if record.restated})
+    if restated:
+        yield (
+            f"On {restated} workloads solutions of several runs meet. Between runs the reference moves: speedups there are the latest "
+            "reference's latency over a solution's, without intervals."
+        )
     for name, values in (
         ("timers", {record.timer for record in records if record.timer}),
         ("tolerances", {_tolerance(record.settings) for record in records if record.settings}),

@@ -42,6 +42,7 @@ class Record:
     speedup: float | None = None
     latency: float | None = None
     reference_latency: float | None = None
+    restated: bool = False  # the speedup is over another run's reference than it was measured beside
     interval: tuple[float, float] | None = None
     blocks: list[list[float]] = field(default_factory=list)
     processes: list[int] | None = None  # of each block, where they are known to differ
@@ -82,6 +83,10 @@ class Record:
         if self.verdict and self.verdict not in ("PASSED", self.status):
             return self.verdict
         return "" if self.passed else self.status
+
+    def beside(self, other: Record) -> bool:
+        """Whether block i of both was measured side by side."""
+        return self.interleaved and other.interleaved and self.run == other.run and len(self.blocks) == len(other.blocks)
 
     @property
     def floor_fraction(self) -> float | None:

@@ -32,6 +32,7 @@ class Row:
     runner_up: str | None = None
     margin: float | None = None  # winner's speedup over the runner-up's, minus 1
     duel: Ratio | None = None  # winner against runner-up from their samples
+    paired: bool = True  # whether these were measured side by side
 
 
 @dataclass
@@ -96,6 +97,7 @@ class Pair:
     losses: int
     ties: int
     overall: Ratio | None  # geometric mean with interval, from samples
+    unpaired: int  # of the workloads, those whose samples are of different runs or rounds
     words: dict[str, int]
 
 

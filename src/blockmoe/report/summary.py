@@ -15,6 +15,7 @@ from blockmoe.report.doubts import doubts, facts
 from blockmoe.report.load import REFERENCE, Loaded, Record
 from blockmoe.report.model import CLIFF, Cliff, Contender, Failure, Pair, Report, Row, Section, spread
 from blockmoe.report.regimes import ALL, Regime
+from blockmoe.report.scale import on_one_scale
 
 ALL_PAIRS_UP_TO = 6  # contenders, and evaluations; beyond it the pairwise table has the leader and the baseline only
 ALL_PAIRS_EVALUATIONS = 2000
@@ -23,7 +24,7 @@ ALL_PAIRS_EVALUATIONS = 2000
 def summarise(loaded: Loaded, regimes: Sequence[Regime], mix: Sequence[tuple[Regime, float]], baseline: str | None = None) -> Report:
     """Statistics of everything loaded, a section for each definition and hardware, the largest first."""
     grouped: dict[tuple[str, str], list[Record]] = defaultdict(list)
-    for record in loaded.records:
+    for record in on_one_scale(loaded.records):
         grouped[record.definition, record.hardware].append(record)
     duels = _Duels(sum(1 for record in loaded.records if record.blocks))
     sections = [
@@ -66,8 +67,7 @@ class _Duels:
     def _ratio(self, first: Record, second: Record) -> Ratio | None:
         if not first.blocks or not second.blocks:
             return None
-        together = first.interleaved and second.interleaved and first.run == second.run
-        if together and len(first.blocks) == len(second.blocks):
+        if first.beside(second):
             return paired_ratio(second.blocks, first.blocks, processes=first.processes, resamples=self.resamples)
         processes = second.processes, first.processes
         return unpaired_ratio(second.blocks, first.blocks, processes=processes, resamples=self.resamples)
@@ -144,7 +144,7 @@ def _decide(row: Row, duel: _Duels) -> None:
     if len(passed) > 1:
         row.runner_up = passed[1].solution
         row.margin = best.speedup / passed[1].speedup - 1
-        row.duel = duel(best, passed[1])
+        row.duel, row.paired = duel(best, passed[1]), best.beside(passed[1])
 
 
 def _contender(name: str, rows: list[Row], regimes: list[Regime], runs: list[dict[str, Any]]) -> Contender:
@@ -241,6 +241,7 @@ def _pair(first: str, second: str, rows: list[Row], duel: _Duels) -> Pair | None
         losses=sum(1 for _, a, b in both if a.speedup < b.speedup),
         ties=sum(1 for _, a, b in both if a.speedup == b.speedup),
         overall=geometric_mean(sampled) if len(sampled) == len(both) else None,
+        unpaired=sum(1 for _, a, b in both if not a.beside(b)),
         words=dict(Counter(ratio.word for ratio in sampled)),
     )
 

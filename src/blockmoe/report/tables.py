@@ -97,9 +97,12 @@ def workload_table(section: Section) -> Table:
     if several:
         table.notes.append("Margin: the winner's speedup over the runner-up's.")
     if worded or alone:
+        judged = [row for row in section.rows if row.duel]
+        unpaired = sum(1 for row in judged if not row.paired)
         pair = "winner against runner-up, " if worded else ""
+        samples = f"samples, unpaired on {unpaired} of {len(judged)} workloads" if unpaired else "paired samples"
         table.notes.append(
-            f"Verdict, {pair}from paired samples: FASTER where the 95 % interval of their ratio lies "
+            f"Verdict, {pair}from {samples}: FASTER where the 95 % interval of their ratio lies "
             f"above 1 and the ratio above {1 + MARGIN}; SAME where the interval lies within ±{MARGIN:.1%}; else UNCLEAR."
         )
     return table
@@ -193,7 +196,8 @@ def pair_table(section: Section) -> Table | None:
         table.rows.append(_pair_cells(pair, worded))
     table.notes.append("Wins: won, lost, tied.")
     if worded:
-        table.notes.append("The interval and the verdict are of the geometric mean, from paired samples.")
+        apart = " but where it says unpaired" if any(pair.unpaired for pair in section.pairs) else ""
+        table.notes.append(f"The verdict's ratio and interval are of the geometric mean, from paired samples{apart}.")
     return table
 
 
@@ -358,11 +362,19 @@ def _pair_cells(pair: Pair, worded: bool) -> list[Cell]:
         Cell(f"{pair.wins}, {pair.losses}, {pair.ties}", pair.wins),
     ]
     if worded:
-        overall = pair.overall
-        interval = f" ({overall.low:.3f}–{overall.high:.3f})" if overall and overall.low is not None else ""
         words = ", ".join(f"{number} {word}" for word, number in pair.words.items())
-        cells.append(Cell(f"{overall.word}{interval}" if overall else DASH, overall and overall.word, hover=words))
+        cells.append(Cell(_pair_word(pair), pair.overall and pair.overall.word, hover=words))
     return cells
+
+
+def _pair_word(pair: Pair) -> str:
+    """The verdict with the samples' own ratio, which its interval is about."""
+    if not pair.overall:
+        return DASH
+    ratio, low, high, word = pair.overall
+    interval = f" ({low:.3f}–{high:.3f})" if low is not None else ""
+    apart = "" if not pair.unpaired else ", unpaired" if pair.unpaired == pair.count else f", {pair.unpaired} of {pair.count} unpaired"
+    return f"{word}, {ratio:.3f}{interval}{apart}"
 
 
 def _in_regime(regime: Regime) -> Callable[[Contender], Spread]:
