@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from make import SIZES, failed, folder, plain, run, trace
 
-from blockmoe.report import api, plots
+from blockmoe.report import api, html, plots
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "br", "wbr", "input", "img", "hr"}
@@ -177,3 +177,13 @@ def test_in_a_browser(page, tmp_path, width, dark):
     assert width - 20 <= found["width"] <= width  # less a scroll bar
     assert found["outside"] == [] and not found["wide"]
     assert found["ink"] == ("rgb(230, 232, 235)" if dark else "rgb(27, 31, 36)")
+
+
+def test_the_headline_is_over_the_workloads_that_it_names(tmp_path):
+    """The third passes the easy half only, and the ranking is over that half; over all the second is ahead."""
+    latencies = {"alpha": lambda t: 1.0 if t <= 80 else 4.0, "beta": lambda t: 1.1 if t <= 80 else 2.0}
+    traces = run(latencies) + [trace("gamma", t, 3.0) if t <= 80 else failed("gamma", t) for t in SIZES]
+    said = html._headline(api.read([folder(tmp_path, traces)]).sections[0])
+    assert "alpha leads with 20.01x the reference, 1.101 " in said and "times beta, FASTER (geometric means over 3 workloads)" in said
+    assert "Over all 6 that both passed it is 0.74" in said
+    assert "Over all" not in html._headline(api.read([tmp_path], solutions=["beta", "gamma"]).sections[0])

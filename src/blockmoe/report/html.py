@@ -11,7 +11,7 @@ from jinja2 import Environment
 from markupsafe import Markup, escape
 
 from blockmoe.report import plots
-from blockmoe.report.model import Report, Row, Section
+from blockmoe.report.model import Pair, Report, Row, Section
 from blockmoe.report.sentences import cliff_sentences, dispatcher_sentence, leader_sentence
 from blockmoe.report.tables import (
     Table,
@@ -75,22 +75,26 @@ def _headline(section: Section) -> str:
     if not ranked:
         passed = any(contender.overall.count for contender in section.contenders)
         return "No workload was passed by all: nothing is ranked." if passed else "Nothing passed."
-    best = ranked[0]
-    size = f"{section.shared} workloads" if section.shared else f"{best.overall.count} workloads of its own"
-    mean = factor(best.shared_geometric or best.overall.geometric)
-    if len(ranked) == 1:
-        return f"{best.name}: {mean} the reference (geometric mean over {size})."
-    second = ranked[1]
-    pair = next((p for p in section.pairs if {p.first, p.second} == {best.name, second.name}), None)
-    if pair is None:
-        return f"{best.name} leads with {mean} the reference (geometric mean over {size})."
-    ratio = pair.geometric if pair.first == best.name else 1 / pair.geometric
-    word = f", {pair.overall.word}" if pair.overall and pair.first == best.name else ""
+    best, lead = ranked[0], section.lead
+    led = f"{factor(best.shared_geometric)} the reference"
+    size = f"{section.shared} workloads"
+    if lead is None:
+        return f"{best.name}: {led} (geometric mean over {size})."
+    word = f", {lead.overall.word}" if lead.overall else ""
     wins = f"fastest on {best.wins} of {len(section.rows)}"
     if any(row.duel for row in section.rows):
         wins += f", beyond noise on {best.clear_wins}"
-    lead = f"{best.name} leads with {mean} the reference, {ratio:.3f} times {second.name}{word}"
-    return f"{lead} (geometric means over {size}). It is {wins}."
+    ahead = f"{best.name} leads with {led}, {lead.geometric:.3f} times {lead.second}{word} (geometric means over {size})."
+    return f"{ahead}{_otherwise(section, lead)} It is {wins}."
+
+
+def _otherwise(section: Section, lead: Pair) -> str:
+    """Where the leader is behind the second over all workloads that both passed: the ranking is over fewer."""
+    pair = next((p for p in section.pairs if {p.first, p.second} == {lead.first, lead.second}), None)
+    if pair is None:
+        return ""
+    ratio = pair.geometric if pair.first == lead.first else 1 / pair.geometric
+    return f" Over all {pair.count} that both passed it is {ratio:.3f} times {lead.second}." if ratio < 1 else ""
 
 
 def _samples(section: Section) -> dict[str, list[list[float]]]:

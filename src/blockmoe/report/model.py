@@ -179,6 +179,7 @@ class Section:
     regimes: list[Regime]
     leaders: dict[str, str]
     pairs: list[Pair]
+    lead: Pair | None  # the first of the ranking over the second, on the workloads that the ranking is over
     cliffs: list[Cliff]
     conclusion: Conclusion
     shared: int  # workloads that every ranked contender passed

@@ -89,6 +89,7 @@ def _section(
     contenders = [_contender(name, rows, regimes, runs) for name in names]
     shared = _rank(contenders, rows)
     order = [contender.name for contender in contenders]
+    ranked = [contender.name for contender in contenders if contender.rank][:2]
     skipped = [item for run in runs for item in run["skipped"] if item.get("definition") in (None, "", definition)]
     return Section(
         definition=definition,
@@ -98,9 +99,10 @@ def _section(
         regimes=regimes,
         leaders=_leaders(contenders, regimes, rows),
         pairs=_pairs(order, rows, baseline, duel),
+        lead=_pair(*ranked, shared, duel) if len(ranked) == 2 else None,
         cliffs=_cliffs(order, rows),
         conclusion=conclude(order, rows, mix, duel),
-        shared=shared,
+        shared=len(shared),
         skipped=skipped,
         facts=facts(records),
         doubts=doubts(rows, contenders, records),
@@ -176,8 +178,8 @@ def _contender(name: str, rows: list[Row], regimes: list[Regime], runs: list[dic
     )
 
 
-def _rank(contenders: list[Contender], rows: list[Row]) -> int:
-    """Order contenders by geometric mean over the workloads that all ranked ones passed; returns how many those are.
+def _rank(contenders: list[Contender], rows: list[Row]) -> list[Row]:
+    """Order contenders by geometric mean over the workloads that all ranked ones passed; returns these.
 
     Ranked are those that passed at least half as many as the most able one: a solution that passed one workload must
     not reduce the ranking of all others to it.
@@ -190,7 +192,7 @@ def _rank(contenders: list[Contender], rows: list[Row]) -> int:
     contenders.sort(key=lambda c: (-(c.shared_geometric or 0), -(c.overall.geometric or 0)))
     for place, contender in enumerate([c for c in contenders if c.shared_geometric], 1):
         contender.rank = place
-    return len(shared)
+    return shared
 
 
 def _leaders(contenders: list[Contender], regimes: list[Regime], rows: list[Row]) -> dict[str, str]:
