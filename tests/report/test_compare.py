@@ -49,6 +49,17 @@ def test_noise_is_no_failure(tmp_path):
     assert not compare(old, new, fail_slower=0.01).failed
 
 
+@pytest.mark.parametrize("by", ["latency", "speedup"])
+def test_one_block_is_no_failure(tmp_path, by):
+    """It has no interval, so nobody knows whether a difference is noise; without samples at all the ratio decides."""
+    old, new = folder(tmp_path / "old", [trace("alpha", 1, blocks=1)]), folder(tmp_path / "new", [trace("alpha", 1, 1.3, blocks=1)])
+    for file in tmp_path.rglob("*.jsonl"):
+        file.write_text(file.read_text().replace('"speedup_interval"', '"none"'))
+    found = compare(old, new, fail_slower=0.03, by=by)
+    assert not found.failed and found.moves[0].moved
+    assert any(note.startswith("1 of them have samples but no interval") for note in tables(found)[0].notes)
+
+
 def test_without_samples(tmp_path):
     old = folder(tmp_path / "old", [plain("alpha", 1, 1.0), plain("alpha", 16, 1.0)])
     new = folder(tmp_path / "new", [plain("alpha", 1, 1.1), plain("alpha", 16, 1.0)])

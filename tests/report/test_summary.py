@@ -230,3 +230,10 @@ def test_the_reference_of_another_run_decides_nothing(tmp_path):
     (path,) = api.write([tmp_path], formats=["md"])
     for said in ("samples, unpaired on 6 of 6 workloads", ", unpaired |", "On 6 workloads solutions of several runs meet"):
         assert said in path.read_text()
+
+
+def test_one_block_makes_no_clear_choice(tmp_path):
+    found = section(tmp_path, run({"alpha": 1.0, "beta": 1.2}, blocks=1))
+    assert not any(scenario.clear for scenario in found.conclusion.scenarios)
+    assert found.conclusion.scenarios[0].why.endswith("but the samples give no interval")
+    assert found.conclusion.scenarios[0].label == "alpha or beta"

@@ -29,6 +29,11 @@ class Move:
     ratio: Ratio
 
     @property
+    def unknown(self) -> bool:
+        """Whether there are samples, and they say nothing of their own noise."""
+        return self.ratio.low is None and bool(self.before.blocks and self.after.blocks)
+
+    @property
     def moved(self) -> bool:
         """Beyond the noise where that is known, else beyond the margin."""
         if self.ratio.low is not None:
@@ -155,9 +160,11 @@ def _sentences(comparison: Comparison) -> list[str]:
     moved = sum(1 for move in comparison.moves if move.moved)
     what = "Latencies" if comparison.measure == "latency" else "Speedups"
     lines = [
-        f"{what} of {len(comparison.moves)} evaluations in both; {moved} moved beyond noise (or, without samples, beyond "
-        f"{MARGIN:.1%}). Above 1 the second run is faster."
+        f"{what} of {len(comparison.moves)} evaluations in both; {moved} moved beyond noise (or, without an interval, "
+        f"beyond {MARGIN:.1%}). Above 1 the second run is faster."
     ]
+    if unknown := sum(1 for move in comparison.moves if move.unknown):
+        lines.append(f"{unknown} of them have samples but no interval (one block gives none): no threshold fails on these.")
     for definition, tau in comparison.agreement.items():
         agrees = "cannot be compared (fewer than two solutions)" if tau is None else f"agrees with Kendall's tau = {tau:.2f}"
         lines.append(f"Ranking of solutions on {definition} {agrees}.")
@@ -254,7 +261,7 @@ def _failures(comparison: Comparison, threshold: float) -> list[str]:
     for move in comparison.moves:
         ratio = move.ratio
         slower = ratio.ratio < 1 / (1 + threshold) and (ratio.high is None or ratio.high < 1)
-        if slower and move.before.solution != REFERENCE:
+        if slower and not move.unknown and move.before.solution != REFERENCE:
             failures.append(f"{move.before.solution} at T = {move.before.tokens}: {1 / ratio.ratio - 1:.1%} slower")
     for record in comparison.now_failing:
         failures.append(f"{record.solution} at T = {record.tokens}: {record.failure or record.status}")

@@ -100,7 +100,10 @@ def _judge(scenario: Scenario, runner_up: str, rows: list[tuple[Row, float]], ti
     sampled = [duel(row.cells[scenario.choice], row.cells[runner_up]) for row, _ in rows]
     spent = [weight * _cost(row.cells[scenario.choice], timed) for row, weight in rows]
     ratio = weighted_mean(sampled, spent) if all(sampled) else None
-    if ratio and ratio.low is not None and ratio.low <= 1:
+    if any(sampled) and (ratio is None or ratio.low is None):
+        scenario.why = f"not clear: {ahead}, but the samples give no interval"
+        return
+    if ratio and ratio.low <= 1:
         scenario.why = f"not clear: {ahead}, but with the errors of measurement {ratio.low:.3f} to {ratio.high:.3f} times"
         return
     scenario.clear, scenario.why = True, ahead
