@@ -3,7 +3,7 @@
 import io
 
 import pytest
-from make import DEFINITION, SIZES, failed, folder, run, trace
+from make import DEFINITION, GPU, SIZES, failed, folder, run, trace
 from rich.console import Console
 
 from blockmoe.report import api
@@ -237,3 +237,16 @@ def test_one_block_makes_no_clear_choice(tmp_path):
     assert not any(scenario.clear for scenario in found.conclusion.scenarios)
     assert found.conclusion.scenarios[0].why.endswith("but the samples give no interval")
     assert found.conclusion.scenarios[0].label == "alpha or beta"
+
+
+def test_skipped_is_what_did_not_run_on_this_hardware(tmp_path):
+    reason = {"definition": DEFINITION, "reason": "needs SM90"}
+    skipped = [{"solution": name, **reason} for name in ("alpha", "beta")]
+    folder(tmp_path / "gpu", run({"alpha": 1.0}), {"environment": {"hardware": GPU}, "skipped": [{"solution": "beta", **reason}]})
+    folder(tmp_path / "cpu", run({"gamma": 1.0}, hardware="Xeon"), {"environment": {"hardware": "Xeon"}, "skipped": skipped})
+    folder(tmp_path / "more", run({"beta": 1.0}, hardware="Xeon"))  # added to that run later
+    folder(tmp_path / "nowhere", [], {"environment": {"hardware": "TPU"}, "skipped": [{"solution": "delta", **reason}]})
+    report = api.read([tmp_path])
+    found = {section.hardware: [item["solution"] for item in section.skipped] for section in report.sections}
+    assert found == {GPU: ["beta"], "Xeon": ["alpha"]}
+    assert "delta: SKIPPED, needs SM90" in report.notes

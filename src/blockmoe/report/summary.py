@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -39,14 +39,25 @@ def summarise(loaded: Loaded, regimes: Sequence[Regime], mix: Sequence[tuple[Reg
         notes.append(f"several kinds of hardware ({names}): nothing is averaged or compared across them")
     if not sections:
         notes.append("no contender was evaluated")
-    notes += _skipped_elsewhere(loaded.runs, [section.definition for section in sections])
+    notes += _skipped_elsewhere(loaded.runs, grouped)
     return Report(sections, loaded.runs, notes)
 
 
-def _skipped_elsewhere(runs: Sequence[dict[str, Any]], definitions: Sequence[str]) -> list[str]:
-    """Those that no section lists, since nothing of their definition was evaluated."""
-    listed = [None, "", *definitions] if definitions else []
-    items = [item for run in runs for item in run["skipped"] if item.get("definition") not in listed]
+def _skipped(runs: Sequence[dict[str, Any]], definition: str, hardware: str) -> list[dict[str, Any]]:
+    """What runs of this definition on this hardware skipped; where a run doesn't say on which, it may have been this."""
+    return [
+        item
+        for run in runs
+        if run["environment"].get("hardware") in (None, "", hardware)
+        for item in run["skipped"]
+        if item.get("definition") in (None, "", definition)
+    ]
+
+
+def _skipped_elsewhere(runs: Sequence[dict[str, Any]], sections: Iterable[tuple[str, str]]) -> list[str]:
+    """Those of no section, since nothing of their definition was evaluated on their hardware."""
+    listed = {id(item) for section in sections for item in _skipped(runs, *section)}
+    items = [item for run in runs for item in run["skipped"] if id(item) not in listed]
     return [f"{item.get('solution') or 'unnamed'}: SKIPPED, {item.get('reason') or 'no reason given'}" for item in items]
 
 
@@ -90,7 +101,7 @@ def _section(
     shared = _rank(contenders, rows)
     order = [contender.name for contender in contenders]
     ranked = [contender.name for contender in contenders if contender.rank][:2]
-    skipped = [item for run in runs for item in run["skipped"] if item.get("definition") in (None, "", definition)]
+    skipped = [item for item in _skipped(runs, definition, hardware) if item.get("solution") not in names]
     return Section(
         definition=definition,
         hardware=hardware,
