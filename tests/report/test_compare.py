@@ -38,9 +38,21 @@ def test_words(runs):
 
 
 def test_threshold(runs):
-    assert len(compare(*runs, fail_slower=0.03).failures) == 6
-    assert compare(*runs, fail_slower=0.2).failures == []
-    assert compare(runs[1], runs[0], fail_slower=0.03).failures == []  # faster is no failure
+    assert len(compare(*runs, fail_slower=0.03, allow_missing=True).failures) == 6
+    assert compare(*runs, fail_slower=0.2, allow_missing=True).failures == []
+    assert compare(runs[1], runs[0], fail_slower=0.03, allow_missing=True).failures == []  # faster is no failure
+
+
+def test_what_is_missing_is_a_failure(tmp_path):
+    """Where it passed before; the reference is no solution."""
+    old = folder(tmp_path / "old", run({"alpha": 1.0, "beta": 1.0}, sizes=[1, 16, 80]) + [failed("beta", 901)])
+    new = folder(tmp_path / "new", run({"beta": 1.0}, sizes=[1], seed=2))
+    missing = [f"{name}: {number} evaluation(s) that passed before are missing" for name, number in (("alpha", 3), ("beta", 2))]
+    assert compare(old, new, fail_slower=0.03).failures == missing
+    assert not compare(old, new).failed
+    assert invoke("compare", old, new, "--fail-slower", "3%").exit_code == 1
+    assert invoke("compare", old, new, "--fail-slower", "3%", "--allow-missing").exit_code == 0
+    assert invoke("compare", old, new, "--allow-missing").exit_code == 2
 
 
 def test_noise_is_no_failure(tmp_path):

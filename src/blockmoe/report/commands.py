@@ -91,8 +91,11 @@ def compare(
     second: Annotated[Path, typer.Argument(help="The later one.", show_default=False)],
     fail_slower: Annotated[
         str | None,
-        typer.Option(help="Exit with 1 if any solution is slower by more than this beyond its noise (3% or 0.03), or fails now."),
+        typer.Option(help="Exit with 1 if a solution is slower by more than this beyond its noise (3% or 0.03), fails now or is missing."),
     ] = None,
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="With --fail-slower: what only the first run has is no failure.")
+    ] = False,
     by: Annotated[
         Literal["latency", "speedup"] | None,
         typer.Option(help="What to compare. Speedups cancel what moved the reference too.", show_default="latency where known"),
@@ -102,8 +105,10 @@ def compare(
 
     Above 1 the second run is faster. For CI: blockmoe compare BASE NEW --fail-slower 3%
     """
+    if allow_missing and fail_slower is None:
+        raise ReportError("--allow-missing: only with --fail-slower")
     threshold = comparing.parse_threshold(fail_slower) if fail_slower is not None else None
-    comparison = comparing.compare(first, second, threshold, by)
+    comparison = comparing.compare(first, second, threshold, by, allow_missing=allow_missing)
     console = _console()
     for table in comparing.tables(comparison):
         console.print(terminal.plain_table(table))

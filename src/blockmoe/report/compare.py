@@ -63,10 +63,15 @@ class Comparison:
 
 
 def compare(
-    a: Path, b: Path, fail_slower: float | None = None, by: Measure | None = None, solutions: Sequence[str] | None = None
+    a: Path,
+    b: Path,
+    fail_slower: float | None = None,
+    by: Measure | None = None,
+    solutions: Sequence[str] | None = None,
+    allow_missing: bool = False,
 ) -> Comparison:
-    """Compare two runs, or what both have of some solutions. `fail_slower=0.03` fills `failures` with what is over 3 % slower in `b` and
-    what fails there.
+    """Compare two runs, or what both have of some solutions. `fail_slower=0.03` fills `failures` with what is over 3 % slower in `b`, what
+    fails there, and, unless `allow_missing`, what passed in `a` and is not in `b`.
 
     Latencies are compared unless some are unknown or `by="speedup"` asks for speedups: these cancel what moved the
     reference too, latencies show what a caller will feel. Raises ReportError where nothing can be joined.
@@ -75,7 +80,7 @@ def compare(
     if solutions:
         kept = matching({record.solution for record in first.records + second.records}, solutions) | {REFERENCE}
         first, second = (replace(run, records=[r for r in run.records if r.solution in kept]) for run in (first, second))
-    pairs, only_first, only_second, notes = _join(first.records, second.records)
+    pairs, missing, only_second, notes = _join(first.records, second.records)
     if not pairs:
         raise ReportError(f"{a} and {b}: no (definition, workload, solution) is in both")
     both = [(x, y) for x, y in pairs if x.passed and y.passed]
@@ -94,13 +99,13 @@ def compare(
         agreement=_agreement(moves),
         now_failing=[y for x, y in pairs if x.passed and not y.passed],
         now_passing=[y for x, y in pairs if y.passed and not x.passed],
-        only_first=only_first,
-        only_second=only_second,
+        only_first=Counter(record.solution for record in missing),
+        only_second=Counter(record.solution for record in only_second),
         changes=_changes(pairs),
         notes=[*first.notes, *second.notes, *notes],
     )
     if fail_slower is not None:
-        comparison.failures = _failures(comparison, fail_slower)
+        comparison.failures = _failures(comparison, fail_slower) + ([] if allow_missing else _missing(missing))
     return comparison
 
 
@@ -179,7 +184,8 @@ def _sentences(comparison: Comparison) -> list[str]:
     return [*lines, *(f"Changed: {change}." for change in comparison.changes), *comparison.notes]
 
 
-def _join(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[tuple[Record, Record]], Counter[str], Counter[str], list[str]]:
+def _join(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[tuple[Record, Record]], list[Record], list[Record], list[str]]:
+    """Evaluations in both, those in the first only, those in the second only, and notes on how they were joined."""
     notes = []
     same_machine = {r.hardware for r in first} & {r.hardware for r in second}
     if not same_machine:
@@ -196,8 +202,8 @@ def _join(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[tuple
     if len(old) < len(first) or len(new) < len(second):
         notes.append("Several evaluations stand for one workload and solution: the last one is compared.")
     pairs = [(old[k], new[k]) for k in old if k in new]
-    only_first = Counter(record.solution for k, record in old.items() if k not in new)
-    return pairs, only_first, Counter(record.solution for k, record in new.items() if k not in old), notes
+    only_first = [record for k, record in old.items() if k not in new]
+    return pairs, only_first, [record for k, record in new.items() if k not in old], notes
 
 
 def _ratio(before: Record, after: Record, measure: Measure) -> Ratio:
@@ -266,3 +272,9 @@ def _failures(comparison: Comparison, threshold: float) -> list[str]:
     for record in comparison.now_failing:
         failures.append(f"{record.solution} at T = {record.tokens}: {record.failure or record.status}")
     return failures
+
+
+def _missing(only_first: Sequence[Record]) -> list[str]:
+    """What passed in the first run and is not in the second: nobody knows how fast it is now."""
+    passed = Counter(record.solution for record in only_first if record.passed and record.solution != REFERENCE)
+    return [f"{name}: {number} evaluation(s) that passed before are missing" for name, number in sorted(passed.items())]
