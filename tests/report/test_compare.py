@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from make import failed, folder, plain, run, trace
+from make import DEFINITION, GPU, failed, folder, plain, run, trace
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -19,6 +19,11 @@ def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
+def of(comparison, solution):
+    (ratio,) = [ratio for group, ratio in comparison.solutions.items() if group.solution == solution]
+    return ratio
+
+
 @pytest.fixture
 def runs(tmp_path):
     old = folder(tmp_path / "old", run({"alpha": 1.0, "beta": 2.0, "gone": 3.0}, seed=1, run="r1"))
@@ -29,9 +34,9 @@ def runs(tmp_path):
 def test_words(runs):
     found = compare(*runs)
     assert found.measure == "latency"
-    assert found.solutions["alpha"].word == "SAME"
-    assert found.solutions["beta"].word == "SLOWER"
-    assert found.solutions["beta"].ratio == pytest.approx(1 / 1.1, rel=0.005)
+    assert of(found, "alpha").word == "SAME"
+    assert of(found, "beta").word == "SLOWER"
+    assert of(found, "beta").ratio == pytest.approx(1 / 1.1, rel=0.005)
     assert {move.before.solution for move in found.moves if move.moved} == {"beta"}
     assert (found.only_first, found.only_second) == ({"gone": 6}, {"new": 6})
     assert list(found.agreement.values()) == [1.0]
@@ -76,7 +81,7 @@ def test_without_samples(tmp_path):
     old = folder(tmp_path / "old", [plain("alpha", 1, 1.0), plain("alpha", 16, 1.0)])
     new = folder(tmp_path / "new", [plain("alpha", 1, 1.1), plain("alpha", 16, 1.0)])
     found = compare(old, new, fail_slower=0.03)
-    assert found.solutions["alpha"].low is None
+    assert of(found, "alpha").low is None
     assert found.failures == ["alpha at T = 1: 10.0% slower"]
 
 
@@ -89,8 +94,8 @@ def test_now_failing(tmp_path):
 def test_speedups_cancel_the_machine(tmp_path):
     old = folder(tmp_path / "old", run({"alpha": 1.0}, seed=1))
     new = folder(tmp_path / "new", run({"alpha": 1.2}, reference=24.0, seed=2))
-    assert compare(old, new).solutions["alpha"].word == "SLOWER"
-    assert compare(old, new, by="speedup").solutions["alpha"].word == "SAME"
+    assert of(compare(old, new), "alpha").word == "SLOWER"
+    assert of(compare(old, new, by="speedup"), "alpha").word == "SAME"
 
 
 def test_what_changed(tmp_path):
@@ -120,16 +125,30 @@ def test_what_processes_differ_by_widens_a_comparison(tmp_path):
     """With one side fresh too; and the switch is said to have changed, from what it was before it existed."""
     old, new = folder(tmp_path / "old", run({"alpha": 1.0})), folder(tmp_path / "new", run({"alpha": 1.03}, run="r2"))
     fresh_new = folder(tmp_path / "fresh", fresh(run({"alpha": 1.03}, run="r2"), [0] * 6 + [1] * 6))
-    assert compare(old, new).solutions["alpha"].word == "SLOWER"
+    assert of(compare(old, new), "alpha").word == "SLOWER"
     found = compare(old, fresh_new)
-    assert found.solutions["alpha"].word == "UNCLEAR"
+    assert of(found, "alpha").word == "UNCLEAR"
     assert "fresh_processes: False → True" in found.changes
 
 
 @pytest.mark.parametrize("trials", [[10**30] * 12, [0, True] * 6, ["0"] * 12, [0] * 11, {"0": 1}, [-1] * 12])
 def test_processes_that_are_none_are_passed_over(trials, tmp_path):
     old, new = folder(tmp_path / "old", run({"alpha": 1.0})), folder(tmp_path / "new", fresh(run({"alpha": 1.0}, run="r2"), trials))
-    assert compare(old, new).solutions["alpha"].low
+    assert of(compare(old, new), "alpha").low
+
+
+@pytest.mark.parametrize("change", ["definition", "hardware"])
+def test_nothing_is_averaged_across_definitions_and_hardware(tmp_path, change):
+    """Twice as fast on one and half as fast on the other is not the same."""
+    other = {change: "other"}
+    old = folder(tmp_path / "old", run({"alpha": 1.0}, [1, 16]) + run({"alpha": 1.0}, [1, 16], **other))
+    new = folder(tmp_path / "new", run({"alpha": 0.5}, [1, 16], seed=3) + run({"alpha": 2.0}, [1, 16], seed=3, **other))
+    found = compare(old, new, fail_slower=0.03)
+    words = {getattr(group, change): ratio.word for group, ratio in found.solutions.items() if group.solution == "alpha"}
+    assert words == {GPU if change == "hardware" else DEFINITION: "FASTER", "other": "SLOWER"}
+    assert [failure.partition(":")[0] for failure in found.failures] == ["alpha at T = 1, other", "alpha at T = 16, other"]
+    for table in tables(found):
+        assert table.columns[1] == change and {row[1].text for row in table.rows} >= {"other"}
 
 
 def test_nothing_in_common(tmp_path):

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from blockmoe.bench.settings import LEFT_OUT
 from blockmoe.bench.stats import MARGIN, Ratio, geometric_mean, rank_agreement, unpaired_ratio, word_for
@@ -20,6 +20,14 @@ Measure = Literal["latency", "speedup"]
 MOST_MOVES = 60
 
 
+class Group(NamedTuple):
+    """What is averaged together: nothing is across definitions or kinds of hardware."""
+
+    definition: str
+    hardware: str
+    solution: str
+
+
 @dataclass
 class Move:
     """One workload of one solution in both runs; the ratio is how many times faster the second run is."""
@@ -27,6 +35,10 @@ class Move:
     before: Record
     after: Record
     ratio: Ratio
+
+    @property
+    def group(self) -> Group:
+        return Group(self.before.definition, self.before.hardware, self.before.solution)
 
     @property
     def unknown(self) -> bool:
@@ -47,8 +59,8 @@ class Comparison:
     second: str
     measure: Measure
     moves: list[Move]
-    solutions: dict[str, Ratio]  # geometric mean over the workloads in both
-    agreement: dict[str, float | None]  # Kendall's tau of the ranking, by definition
+    solutions: dict[Group, Ratio]  # geometric mean over the workloads in both
+    agreement: dict[tuple[str, str], float | None]  # Kendall's tau of the ranking, by definition and hardware
     now_failing: list[Record]
     now_passing: list[Record]
     only_first: Counter[str]
@@ -60,6 +72,15 @@ class Comparison:
     @property
     def failed(self) -> bool:
         return bool(self.failures)
+
+    @property
+    def several(self) -> list[str]:
+        """Which of definition and hardware must be named, since more than one is compared."""
+        return [name for name in ("definition", "hardware") if len({getattr(group, name) for group in self.solutions}) > 1]
+
+    def place(self, record: Record) -> str:
+        named = "".join(f", {getattr(record, name)}" for name in self.several)
+        return f"{record.solution} at T = {record.tokens}{named}"
 
 
 def compare(
@@ -124,22 +145,27 @@ def parse_threshold(text: str) -> float:
 def tables(comparison: Comparison) -> list[Table]:
     """A line a solution, and a line for each workload that moved."""
     title = f"{comparison.second} against {comparison.first}"
-    columns = ["solution", "times as fast", "95 % interval", "verdict", "by workload"]
-    overall = Table("against", title, columns, [])
-    for name, ratio in comparison.solutions.items():
-        words = Counter(move.ratio.word for move in comparison.moves if move.before.solution == name)
+    columns = ["solution", *comparison.several, "times as fast", "95 % interval", "verdict", "by workload"]
+    overall = Table("against", title, columns, [], text_columns=1 + len(comparison.several))
+    for group, ratio in comparison.solutions.items():
+        words = Counter(move.ratio.word for move in comparison.moves if move.group == group)
         interval = f"{ratio.low:.3f}–{ratio.high:.3f}" if ratio.low is not None else DASH
         counts = ", ".join(f"{number} {word}" for word, number in words.most_common())
-        cells = [Cell(name, name), Cell(f"{ratio.ratio:.3f}x", ratio.ratio), Cell(interval, ratio.low)]
+        cells = [*_names(comparison, group), Cell(f"{ratio.ratio:.3f}x", ratio.ratio), Cell(interval, ratio.low)]
         overall.rows.append([*cells, Cell(ratio.word, ratio.word), Cell(counts, words.total())])
     overall.notes = _sentences(comparison)
     return [overall, _moved_table(comparison)]
 
 
+def _names(comparison: Comparison, group: Group) -> list[Cell]:
+    names = [group.solution, *(getattr(group, name) for name in comparison.several)]
+    return [Cell(name, name) for name in names]
+
+
 def _moved_table(comparison: Comparison) -> Table:
     moved = sorted((move for move in comparison.moves if move.moved), key=lambda move: move.ratio.ratio)
-    table = Table("moved", "What moved", ["solution", "workload", "T", "before", "after", "times as fast", "verdict"], [])
-    table.text_columns = 2
+    table = Table("moved", "What moved", ["solution", *comparison.several, "workload"], [], text_columns=2 + len(comparison.several))
+    table.columns += ["T", "before", "after", "times as fast", "verdict"]
     for move in moved[:MOST_MOVES]:
         x, y, ratio = move.before, move.after, move.ratio
         before, after = (x.latency, y.latency) if comparison.measure == "latency" else (x.speedup, y.speedup)
@@ -147,7 +173,7 @@ def _moved_table(comparison: Comparison) -> Table:
         interval = f"{ratio.low:.3f} to {ratio.high:.3f}" if ratio.low is not None else "no samples"
         table.rows.append(
             [
-                Cell(x.solution, x.solution),
+                *_names(comparison, move.group),
                 Cell(short(x.workload), x.workload, hover=x.workload),
                 Cell(DASH if x.tokens is None else str(x.tokens), x.tokens),
                 Cell(f"{before:.4g}{unit}", before),
@@ -170,17 +196,18 @@ def _sentences(comparison: Comparison) -> list[str]:
     ]
     if unknown := sum(1 for move in comparison.moves if move.unknown):
         lines.append(f"{unknown} of them have samples but no interval (one block gives none): no threshold fails on these.")
-    for definition, tau in comparison.agreement.items():
+    for (definition, hardware), tau in comparison.agreement.items():
+        where = definition + (f", {hardware}" if "hardware" in comparison.several else "")
         agrees = "cannot be compared (fewer than two solutions)" if tau is None else f"agrees with Kendall's tau = {tau:.2f}"
-        lines.append(f"Ranking of solutions on {definition} {agrees}.")
+        lines.append(f"Ranking of solutions on {where} {agrees}.")
     for label, found in (("in the first", comparison.only_first), ("in the second", comparison.only_second)):
         if found:
             names = ", ".join(f"{name} ({number})" for name, number in found.items())
             lines.append(f"Only {label}: {names}.")
     for record in comparison.now_failing:
-        lines.append(f"{record.solution} at T = {record.tokens} passed before and is {record.failure or record.status} now.")
+        lines.append(f"{comparison.place(record)} passed before and is {record.failure or record.status} now.")
     for record in comparison.now_passing:
-        lines.append(f"{record.solution} at T = {record.tokens} passes now.")
+        lines.append(f"{comparison.place(record)} passes now.")
     return [*lines, *(f"Changed: {change}." for change in comparison.changes), *comparison.notes]
 
 
@@ -222,24 +249,24 @@ def _ratio(before: Record, after: Record, measure: Measure) -> Ratio:
     return Ratio(ratio, low, high, word_for(ratio, low, high))
 
 
-def _by_solution(moves: Sequence[Move]) -> dict[str, Ratio]:
-    grouped: dict[str, list[Ratio]] = defaultdict(list)
+def _by_solution(moves: Sequence[Move]) -> dict[Group, Ratio]:
+    grouped: dict[Group, list[Ratio]] = defaultdict(list)
     for move in moves:
-        grouped[move.before.solution].append(move.ratio)
-    return {name: geometric_mean(ratios) for name, ratios in sorted(grouped.items())}
+        grouped[move.group].append(move.ratio)
+    return {group: geometric_mean(ratios) for group, ratios in sorted(grouped.items())}
 
 
-def _agreement(moves: Sequence[Move]) -> dict[str, float | None]:
+def _agreement(moves: Sequence[Move]) -> dict[tuple[str, str], float | None]:
     """Kendall's tau of the solutions' geometric-mean speedups, over what both runs have."""
-    scores: dict[str, dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    scores: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for move in moves:
         if move.before.solution != REFERENCE:
             logs = (math.log(move.before.speedup), math.log(move.after.speedup))
-            scores[move.before.definition][move.before.solution].append(logs)
+            scores[move.group[:2]][move.before.solution].append(logs)
     agreement = {}
-    for definition, solutions in scores.items():
+    for place, solutions in scores.items():
         means = [[sum(side) / len(side) for side in zip(*logs, strict=True)] for logs in solutions.values()]
-        agreement[definition] = rank_agreement([mean[0] for mean in means], [mean[1] for mean in means])
+        agreement[place] = rank_agreement([mean[0] for mean in means], [mean[1] for mean in means])
     return agreement
 
 
@@ -268,9 +295,9 @@ def _failures(comparison: Comparison, threshold: float) -> list[str]:
         ratio = move.ratio
         slower = ratio.ratio < 1 / (1 + threshold) and (ratio.high is None or ratio.high < 1)
         if slower and not move.unknown and move.before.solution != REFERENCE:
-            failures.append(f"{move.before.solution} at T = {move.before.tokens}: {1 / ratio.ratio - 1:.1%} slower")
+            failures.append(f"{comparison.place(move.before)}: {1 / ratio.ratio - 1:.1%} slower")
     for record in comparison.now_failing:
-        failures.append(f"{record.solution} at T = {record.tokens}: {record.failure or record.status}")
+        failures.append(f"{comparison.place(record)}: {record.failure or record.status}")
     return failures
 
 
