@@ -8,6 +8,7 @@ from rich.console import Console
 
 from blockmoe.report import api
 from blockmoe.report.regimes import parse_mix, parse_regimes
+from blockmoe.report.tables import average_table
 
 
 def section(path, traces, **options):
@@ -250,3 +251,15 @@ def test_skipped_is_what_did_not_run_on_this_hardware(tmp_path):
     found = {section.hardware: [item["solution"] for item in section.skipped] for section in report.sections}
     assert found == {GPU: ["beta"], "Xeon": ["alpha"]}
     assert "delta: SKIPPED, needs SM90" in report.notes
+
+
+def test_a_mean_over_fewer_workloads_is_not_the_best(tmp_path):
+    """`part` fails where every speedup is small."""
+    slow = {"full": lambda t: 1.0 if t <= 80 else 4.0, "less": lambda t: 1.2 if t <= 80 else 5.0}
+    found = section(tmp_path, run(slow) + [trace("part", t, 1.05) if t <= 80 else failed("part", t) for t in SIZES])
+    bold = {row[0].text: [name for name, cell in zip(found.names, row[1:], strict=True) if cell.bold] for row in average_table(found).rows}
+    assert contender(found, "part").overall.geometric > contender(found, "full").overall.geometric
+    for line in ("arithmetic mean, all", "geometric mean, all", "median", "min", "share of the floor, median"):
+        assert bold[line] == ["full"], line
+    assert bold["geometric mean, T ≤ 80"] == ["full"] and bold["wins"] == ["full"]
+    assert found.leaders["all"] == "full"

@@ -206,6 +206,11 @@ class Report:
     notes: list[str]
 
 
+def passed_all(rows: Sequence[Row], name: str, regime: Regime) -> bool:
+    """Whether a solution passed every workload of a regime, so that its mean there may be set beside another's."""
+    return all(name in row.cells and row.cells[name].passed for row in rows if regime.holds(row.tokens))
+
+
 def spread(values: Sequence[tuple[int | None, float]]) -> Spread:
     """Statistics of (T, value) pairs."""
     if not values:

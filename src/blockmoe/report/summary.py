@@ -13,7 +13,7 @@ from blockmoe.bench.stats import Ratio, geometric_mean, paired_ratio, unpaired_r
 from blockmoe.report.conclusion import conclude
 from blockmoe.report.doubts import doubts, facts
 from blockmoe.report.load import REFERENCE, Loaded, Record
-from blockmoe.report.model import CLIFF, Cliff, Contender, Failure, Pair, Report, Row, Section, spread
+from blockmoe.report.model import CLIFF, Cliff, Contender, Failure, Pair, Report, Row, Section, passed_all, spread
 from blockmoe.report.regimes import ALL, Regime
 from blockmoe.report.scale import on_one_scale
 
@@ -210,9 +210,8 @@ def _leaders(contenders: list[Contender], regimes: list[Regime], rows: list[Row]
     """Best geometric mean in each regime, among those that passed all of its workloads."""
     leaders = {}
     for regime in (ALL, *regimes):
-        wanted = sum(1 for row in rows if regime.holds(row.tokens))
         spreads = {c.name: c.overall if regime == ALL else c.regimes[regime.name] for c in contenders}
-        able = {name: found.geometric for name, found in spreads.items() if wanted and found.count == wanted}
+        able = {name: found.geometric for name, found in spreads.items() if found.count and passed_all(rows, name, regime)}
         if able:
             leaders[regime.name] = max(able, key=able.__getitem__)
     return leaders

@@ -8,7 +8,7 @@ from typing import Any
 
 from blockmoe.bench.stats import MARGIN, word_for
 from blockmoe.report.load import Record
-from blockmoe.report.model import Contender, Pair, Row, Section, Spread
+from blockmoe.report.model import Contender, Pair, Row, Section, Spread, passed_all
 from blockmoe.report.regimes import ALL, Regime
 
 DASH = "–"
@@ -125,35 +125,39 @@ def latency_table(section: Section) -> Table | None:
 
 
 def average_table(section: Section) -> Table:
-    """Statistics down, solutions across; the best of each line in bold."""
+    """Statistics down, solutions across; in bold the best of each line, of those that passed all workloads which the line is over."""
     contenders = section.contenders
     table = Table("averages", "Averages", ["statistic", *section.names], [])
     regimes = [(ALL, lambda c: c.overall)] + [(r, _in_regime(r)) for r in section.regimes]
     regimes = [(regime, get) for regime, get in regimes if any(get(c).count for c in contenders)]
 
-    def line(name: str, get: Callable[[Contender], float | None], show: Callable, best: Callable | None = max) -> None:
+    def line(
+        name: str, get: Callable[[Contender], float | None], show: Callable, best: Callable | None = max, over: Regime | None = ALL
+    ) -> None:
         values = [get(contender) for contender in contenders]
-        known = [value for value in values if value is not None]
-        if not known:
+        if all(value is None for value in values):
             return
-        top = best(known) if best and min(known) < max(known) else None
-        cells = [Cell(show(value), value, bold=top is not None and value == top) for value in values]
+        whole = [over is None or passed_all(section.rows, contender.name, over) for contender in contenders]
+        known = [value for value, able in zip(values, whole, strict=True) if able and value is not None]
+        top = best(known) if best and known and min(known) < max(known) else None
+        best_of = [able and top is not None and value == top for value, able in zip(values, whole, strict=True)]
+        cells = [Cell(show(value), value, bold=bold) for value, bold in zip(values, best_of, strict=True)]
         table.rows.append([Cell(name), *cells])
 
     for kind in ("arithmetic", "geometric"):
         for regime, get in regimes:
-            line(f"{kind} mean, {regime.label}", lambda c, get=get, kind=kind: getattr(get(c), kind), factor)
+            line(f"{kind} mean, {regime.label}", lambda c, get=get, kind=kind: getattr(get(c), kind), factor, over=regime)
     line("median", lambda c: c.overall.median, factor)
     line("min", lambda c: c.overall.low, factor)
     line("max", lambda c: c.overall.high, factor)
     line("standard deviation", lambda c: c.overall.deviation, lambda v: DASH if v is None else f"{v:.2f}", None)
     line("coefficient of variation", lambda c: c.overall.variation, percent, min)
     if len(contenders) > 1:
-        line("wins", lambda c: c.wins, str)
+        line("wins", lambda c: c.wins, str, over=None)
     if any(contender.ties for contender in contenders):
         line("tied for best", lambda c: c.ties, str, None)
     if any(row.duel for row in section.rows):
-        line("wins called FASTER", lambda c: c.clear_wins, str)
+        line("wins called FASTER", lambda c: c.clear_wins, str, over=None)
     line("passed", lambda c: c.overall.count, lambda v: f"{v} of {len(section.rows)}", None)
     line("share of the floor, median", lambda c: c.floor_share.median, percent)
     line("share of the floor, worst", lambda c: c.floor_share.low, percent)
