@@ -8,6 +8,7 @@ from rich.console import Console
 
 from blockmoe.report import api
 from blockmoe.report.regimes import parse_mix, parse_regimes
+from blockmoe.report.sentences import dispatcher_sentence
 from blockmoe.report.tables import average_table
 
 
@@ -263,3 +264,20 @@ def test_a_mean_over_fewer_workloads_is_not_the_best(tmp_path):
         assert bold[line] == ["full"], line
     assert bold["geometric mean, T ≤ 80"] == ["full"] and bold["wins"] == ["full"]
     assert found.leaders["all"] == "full"
+
+
+CROSSING = {"alpha": lambda t: 1.0 if t <= 80 else 1.1, "beta": lambda t: 1.1 if t <= 80 else 1.0}
+
+
+@pytest.mark.parametrize(("noise", "clear"), [(0.002, True), (0.2, False)])
+def test_a_dispatcher_from_noise_is_not_clear(tmp_path, noise, clear):
+    """Each is 10 % faster on one side of the cut, which is much or nothing by what the samples scatter."""
+    found = section(tmp_path, run(CROSSING, noise=noise, blocks=6))
+    said = dispatcher_sentence(found)
+    assert found.conclusion.dispatcher.gain > 1.02 and "`alpha` up to T = 80 and `beta` from T = 901" in said
+    assert ("not clear: " in said, "with the errors of measurement 0." in said) == (not clear, not clear)
+
+
+def test_one_block_recommends_no_dispatcher(tmp_path):
+    said = dispatcher_sentence(section(tmp_path, run(CROSSING, noise=0.002, blocks=1)))
+    assert "not clear: `alpha` up to T = 80" in said and "but the samples give no interval" in said

@@ -14,6 +14,9 @@ from blockmoe.report.regimes import DECODE, PREFILL, Regime
 Duel = Callable[[Record, Record], Ratio | None]
 Mix = list[tuple[Regime, float]]
 
+ITSELF = Ratio(1.0, 1.0, 1.0, "SAME")  # what an evaluation is beside itself, whatever its noise
+NO_INTERVAL = "the samples give no interval"
+
 
 def conclude(names: list[str], rows: list[Row], mix: Mix, duel: Duel) -> Conclusion:
     """Choices for pure decode, pure prefill and the mix, and what choosing by T would gain over the mix's choice."""
@@ -23,7 +26,7 @@ def conclude(names: list[str], rows: list[Row], mix: Mix, duel: Duel) -> Conclus
         _scenario(name, shares, names, rows, timed, duel)
         for name, shares in (("decode", [(DECODE, 1.0)]), ("prefill", [(PREFILL, 1.0)]), ("mixed", mix))
     ]
-    dispatcher = _dispatcher(scenarios[-1], rows, timed) if len(scenarios[-1].costs) > 1 else None
+    dispatcher = _dispatcher(scenarios[-1], rows, timed, duel) if len(scenarios[-1].costs) > 1 else None
     return Conclusion(scenarios, dispatcher, "ms" if timed else "1/speedup", _rules(mix, timed))
 
 
@@ -42,7 +45,7 @@ def _rules(mix: Mix, timed: bool) -> list[str]:
         f"The choice is clear where it leads the runner-up by more than {MARGIN:.1%} and, where samples are known, the "
         "interval of their ratio over the traffic's workloads excludes 1.",
         "The dispatcher runs one solution up to some T and another above it, the best such pair; its gain is the cost of "
-        "the best single solution over its own. The bound chooses the best solution for every workload.",
+        "the best single solution over its own, clear as a choice is. The bound chooses the best solution for every workload.",
     ]
 
 
@@ -97,19 +100,28 @@ def _judge(scenario: Scenario, runner_up: str, rows: list[tuple[Row, float]], ti
     if scenario.lead <= 1 + MARGIN:
         scenario.why = f"not clear: {ahead}"
         return
-    sampled = [duel(row.cells[scenario.choice], row.cells[runner_up]) for row, _ in rows]
-    spent = [weight * _cost(row.cells[scenario.choice], timed) for row, weight in rows]
-    ratio = weighted_mean(sampled, spent) if all(sampled) else None
-    if any(sampled) and (ratio is None or ratio.low is None):
-        scenario.why = f"not clear: {ahead}, but the samples give no interval"
-        return
-    if ratio and ratio.low <= 1:
-        scenario.why = f"not clear: {ahead}, but with the errors of measurement {ratio.low:.3f} to {ratio.high:.3f} times"
-        return
-    scenario.clear, scenario.why = True, ahead
+    doubt = _doubt([(row.cells[scenario.choice], row.cells[runner_up], weight) for row, weight in rows], timed, duel)
+    scenario.clear, scenario.why = not doubt, f"not clear: {ahead}, but {doubt}" if doubt else ahead
 
 
-def _dispatcher(scenario: Scenario, rows: list[Row], timed: bool) -> Dispatcher:
+def _doubt(calls: list[tuple[Record, Record, float]], timed: bool, duel: Duel) -> str:
+    """What the samples have against a ratio of two total costs; empty where it holds, or there are no samples.
+
+    `calls` are a workload's evaluation on the cheaper side, on the dearer side, and its weight.
+    """
+    sampled = [duel(cheap, dear) for cheap, dear, _ in calls if cheap is not dear]
+    if not any(sampled):
+        return ""
+    if not all(sampled):
+        return NO_INTERVAL
+    ratios = [ITSELF if cheap is dear else duel(cheap, dear) for cheap, dear, _ in calls]
+    ratio = weighted_mean(ratios, [weight * _cost(cheap, timed) for cheap, _, weight in calls])
+    if ratio.low is None:
+        return NO_INTERVAL
+    return f"with the errors of measurement {ratio.low:.3f} to {ratio.high:.3f} times" if ratio.low <= 1 else ""
+
+
+def _dispatcher(scenario: Scenario, rows: list[Row], timed: bool, duel: Duel) -> Dispatcher:
     """The best cut between two sizes, from running sums of every candidate's weighted costs."""
     weights, _ = _weights(rows, scenario.mix)
     used = [(row, weight) for row, weight in zip(rows, weights, strict=True) if weight > 0]
@@ -121,11 +133,16 @@ def _dispatcher(scenario: Scenario, rows: list[Row], timed: bool) -> Dispatcher:
     best = sums[0, -1]
     below, above = sums.min(axis=0), (sums[:, -1:] - sums).min(axis=0)
     cut = min(cuts, key=lambda place: below[place] + above[place])
+    lower = names[int(sums[:, cut].argmin())] if cut else ""
+    upper = names[int((sums[:, -1] - sums[:, cut]).argmin())] if cut < len(used) else ""
+    chosen = [lower] * cut + [upper] * (len(used) - cut)
+    calls = [(row.cells[name], row.cells[names[0]], weight) for (row, weight), name in zip(used, chosen, strict=True)]
     return Dispatcher(
-        below=names[int(sums[:, cut].argmin())] if cut else "",
-        above=names[int((sums[:, -1] - sums[:, cut]).argmin())] if cut < len(used) else "",
+        below=lower,
+        above=upper,
         last_below=tokens[cut - 1] if cut else None,
         first_above=tokens[cut] if cut < len(used) else None,
         gain=float(best / (below[cut] + above[cut])),
         bound=float(best / costs.min(axis=0).sum()),
+        doubt=_doubt(calls, timed, duel),
     )

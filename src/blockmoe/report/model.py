@@ -158,6 +158,7 @@ class Dispatcher:
     first_above: int | None
     gain: float  # cost of the best single solution over the dispatcher's
     bound: float
+    doubt: str = ""  # what the samples have against the gain
 
 
 @dataclass

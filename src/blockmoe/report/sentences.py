@@ -54,9 +54,10 @@ def dispatcher_sentence(section: Section) -> str:
         return f"**dispatcher**: no cut between two solutions gains anything; {bound}."
     if dispatcher.gain < 1 + MARGIN:
         return f"**dispatcher**: not worth it: the best cut between two solutions gains {dispatcher.gain - 1:.1%}; {bound}."
+    unclear, doubt = ("not clear: ", f", but {dispatcher.doubt}") if dispatcher.doubt else ("", "")
     return (
-        f"**dispatcher**: `{dispatcher.below}` up to T = {dispatcher.last_below:,} and `{dispatcher.above}` from T = "
-        f"{dispatcher.first_above:,} gains {dispatcher.gain - 1:.1%} over the best single solution; {bound}."
+        f"**dispatcher**: {unclear}`{dispatcher.below}` up to T = {dispatcher.last_below:,} and `{dispatcher.above}` from T = "
+        f"{dispatcher.first_above:,} gains {dispatcher.gain - 1:.1%} over the best single solution{doubt}; {bound}."
     )
 
 

@@ -140,8 +140,8 @@ def average_table(section: Section) -> Table:
         whole = [over is None or passed_all(section.rows, contender.name, over) for contender in contenders]
         known = [value for value, able in zip(values, whole, strict=True) if able and value is not None]
         top = best(known) if best and known and min(known) < max(known) else None
-        best_of = [able and top is not None and value == top for value, able in zip(values, whole, strict=True)]
-        cells = [Cell(show(value), value, bold=bold) for value, bold in zip(values, best_of, strict=True)]
+        leads = [able and top is not None and value == top for value, able in zip(values, whole, strict=True)]
+        cells = [Cell(show(value), value, bold=bold) for value, bold in zip(values, leads, strict=True)]
         table.rows.append([Cell(name), *cells])
 
     for kind in ("arithmetic", "geometric"):
