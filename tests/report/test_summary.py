@@ -281,3 +281,28 @@ def test_a_dispatcher_from_noise_is_not_clear(tmp_path, noise, clear):
 def test_one_block_recommends_no_dispatcher(tmp_path):
     said = dispatcher_sentence(section(tmp_path, run(CROSSING, noise=0.002, blocks=1)))
     assert "not clear: `alpha` up to T = 80" in said and "but the samples give no interval" in said
+
+
+def test_versions_and_settings_that_differ_are_doubts(tmp_path):
+    traces = run({"alpha": 1.0, "beta": 1.2})
+    for one in traces:
+        late, extra = one["workload"]["axes"]["seq_len"] > 80, one["evaluation"]["extra"]
+        extra |= {"solution_digest": f"{one['solution']}-{late}" if one["solution"] == "alpha" else "same", "definition_digest": str(late)}
+        extra["settings"] = {"rtol": 0.2, "iterations": 3 if late else 20, "warmup_runs": 5, "seed": 0 if late else 1}
+    found = section(tmp_path, traces)
+    versions = ("alpha is of 2 versions (alpha-False, alpha-True)", f"{DEFINITION} is of 2 versions")
+    for said in (*versions, "Mixed iterations: 20, 3.", "Mixed seeds"):
+        assert any(doubt.startswith(said) for doubt in found.doubts), said
+    assert not any(doubt.startswith(("beta is of", "Mixed warm-up")) for doubt in found.doubts)
+    assert (contender(found, "alpha").digest, contender(found, "beta").digest) == ("alpha-False | alpha-True", "same")
+
+
+def test_what_is_left_out_was_judged_otherwise(tmp_path):
+    """A run of strict tolerances among those of published ones takes their place, and the report says so."""
+    strict = [failed("alpha", 1, "INCORRECT_NUMERICAL")]
+    strict[0]["evaluation"]["extra"]["settings"] = {"rtol": 0.01}
+    report = api.read([folder(tmp_path, [trace("alpha", 1), trace("alpha", 16), trace("alpha", 16), *strict])])
+    assert report.notes == [
+        "2 older evaluation(s) of the same workload and solution left out: the latest counts",
+        "1 of the evaluations left out were judged otherwise than what counts: rtol 0.2 → 0.01",
+    ]

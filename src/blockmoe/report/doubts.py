@@ -48,6 +48,7 @@ def doubts(rows: Sequence[Row], contenders: Sequence[Contender], records: Sequen
         *_words(rows),
         *_noise(passed),
         *_mixtures(records),
+        *_versions(records),
         *_flushes(records),
         *_machine(records),
     ]
@@ -126,10 +127,26 @@ def _mixtures(records: Sequence[Record]) -> Iterable[str]:
     for name, values in (
         ("timers", {record.timer for record in records if record.timer}),
         ("tolerances", {_tolerance(record.settings) for record in records if record.settings}),
-        ("input modes", {str(record.settings["inputs"]) for record in records if record.settings.get("inputs")}),
+        ("input modes", _values(records, "inputs")),
+        ("warm-up calls", _values(records, "warmup_runs")),
+        ("iterations", _values(records, "iterations")),
+        ("trials", _values(records, "num_trials")),
+        ("seeds", _values(records, "seed")),
     ):
         if len(values) > 1:
             yield f"Mixed {name}: {', '.join(sorted(values))}."
+
+
+def _versions(records: Sequence[Record]) -> Iterable[str]:
+    for kind in ("solution", "definition"):
+        found: dict[str, set[str]] = {}
+        for record in records:
+            if digest := record.digests.get(f"{kind}_digest"):
+                found.setdefault(getattr(record, kind), set()).add(digest)
+        for name, digests in found.items():
+            if len(digests) > 1:
+                shown = ", ".join(sorted(digest[:12] for digest in digests))
+                yield f"{name} is of {len(digests)} versions ({shown}): its figures are of all of them."
 
 
 def _flushes(records: Sequence[Record]) -> Iterable[str]:
@@ -163,6 +180,10 @@ def _throttled(gpu: Any) -> set[str]:
 
 def _tolerance(settings: dict[str, Any]) -> str:
     return " / ".join(str(settings.get(name)) for name in ("rtol", "atol", "required_matched_ratio"))
+
+
+def _values(records: Sequence[Record], setting: str) -> set[str]:
+    return {str(record.settings[setting]) for record in records if record.settings.get(setting) not in (None, "")}
 
 
 def _sizes(rows: Sequence[Row]) -> str:

@@ -19,6 +19,7 @@ from blockmoe.geometry import MoEGeometry
 
 REFERENCE = "reference"  # its traces are the scale of all speedups, not a competitor
 MOST_TOKENS = 1 << 53
+JUDGED_BY = ("rtol", "atol", "required_matched_ratio", "inputs")  # settings that make a PASSED another one
 TOKEN_AXES = ("seq_len", "num_tokens", "total_tokens", "batch_size")
 
 
@@ -83,6 +84,11 @@ class Record:
         if self.verdict and self.verdict not in ("PASSED", self.status):
             return self.verdict
         return "" if self.passed else self.status
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What the latest evaluation counts of."""
+        return self.definition, self.hardware, self.workload, self.solution
 
     def beside(self, other: Record) -> bool:
         """Whether block i of both was measured side by side."""
@@ -265,11 +271,14 @@ def _latest(records: list[Record], notes: list[str]) -> list[Record]:
     """The newest evaluation of each (definition, hardware, workload, solution); of equally old ones, the last read."""
     newest: dict[tuple[str, str, str, str], Record] = {}
     for record in records:
-        key = (record.definition, record.hardware, record.workload, record.solution)
-        if key not in newest or record.when >= newest[key].when:
-            newest[key] = record
+        if record.key not in newest or record.when >= newest[record.key].when:
+            newest[record.key] = record
     if superseded := len(records) - len(newest):
         notes.append(f"{superseded} older evaluation(s) of the same workload and solution left out: the latest counts")
+    otherwise = Counter(_otherwise(record, newest[record.key]) for record in records)
+    for change, count in sorted(otherwise.items()):
+        if change:
+            notes.append(f"{count} of the evaluations left out were judged otherwise than what counts: {change}")
     kept = list(newest.values())
     unusable = Counter(r.solution for r in kept if r.passed and r.speedup is None)
     for solution, count in sorted(unusable.items()):
@@ -281,6 +290,13 @@ def _latest(records: list[Record], notes: list[str]) -> list[Record]:
         if record.passed and record.speedup is None:
             record.status = "NO_SPEEDUP"
     return kept
+
+
+def _otherwise(older: Record, newer: Record) -> str:
+    """What differs in how two evaluations were judged, or in what they were fed; empty where nothing is known to."""
+    known = [name for name in JUDGED_BY if name in older.settings and name in newer.settings]
+    differ = [name for name in known if older.settings[name] != newer.settings[name]]
+    return _text(", ".join(f"{name} {older.settings[name]} → {newer.settings[name]}" for name in differ))
 
 
 def _tokens(axes: dict[str, int]) -> int | None:

@@ -76,7 +76,7 @@ class Contender:
     floor_share: Spread
     failures: list[Failure]
     errors: dict[str, float]  # the worst of each error measure
-    digest: str = ""
+    digest: str = ""  # of its sources; all where there are several versions
 
 
 @dataclass

@@ -185,7 +185,7 @@ def _contender(name: str, rows: list[Row], regimes: list[Regime], runs: list[dic
         floor_share=spread(shares),
         failures=[Failure(row.workload, row.tokens, cell.failure or cell.status, cell.message) for row, cell in cells if not cell.passed],
         errors=errors,
-        digest=_first([cell for _, cell in cells], lambda r: r.digests.get("solution_digest")) or "",
+        digest=" | ".join(dict.fromkeys(cell.digests["solution_digest"] for _, cell in cells if "solution_digest" in cell.digests)),
     )
 
 
