@@ -1,15 +1,16 @@
 """Winners, words, cliffs and conclusions on runs whose answer is known."""
 
 import io
+import math
 
 import pytest
 from make import DEFINITION, GPU, SIZES, failed, folder, run, trace
 from rich.console import Console
 
-from blockmoe.report import api
+from blockmoe.report import api, plots
 from blockmoe.report.regimes import parse_mix, parse_regimes
 from blockmoe.report.sentences import dispatcher_sentence
-from blockmoe.report.tables import average_table
+from blockmoe.report.tables import average_table, error_table
 
 
 def section(path, traces, **options):
@@ -306,3 +307,20 @@ def test_what_is_left_out_was_judged_otherwise(tmp_path):
         "2 older evaluation(s) of the same workload and solution left out: the latest counts",
         "1 of the evaluations left out were judged otherwise than what counts: rtol 0.2 → 0.01",
     ]
+
+
+def test_the_worst_errors(tmp_path):
+    """An infinite error is one, and has no mark in the picture; a row's number and counts are none."""
+    traces = [trace("alpha", tokens) for tokens in (1, 16, 80)]
+    for one, error, worst_row in zip(traces, ("Infinity", 0.01, 0.02), (3, 4435, 12), strict=True):
+        counts = {"worst_row": worst_row, "nonzero_rows": 9, "rechecked": 3}
+        one["evaluation"]["correctness"]["extra"] = {"relative_l2": error, "matched_ratio": 0.9, "cosine": 1.0 - worst_row / 1e5} | counts
+    found = section(tmp_path, traces)
+    errors = contender(found, "alpha").errors
+    assert errors == {
+        "max_relative_error": 0.1, "max_absolute_error": 8.0, "relative_l2": math.inf, "matched_ratio": 0.9, "cosine": 1 - 4435 / 1e5
+    }  # fmt: skip
+    assert "inf" in [cell.text for cell in error_table(found).rows[0]]
+    assert plots.errors(found)[1].endswith("Infinite ones (1) have no mark.")
+    api.write([tmp_path], formats=api.FORMATS)
+    assert [record.tokens for _, _, record in api.best([tmp_path], max_relative_l2=0.5)] == [16, 80]

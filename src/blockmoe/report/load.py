@@ -223,7 +223,7 @@ def _record(trace: Any, source: str) -> Record | None:
     _add_times(record, performance, timing)
     measured = {} if timing.get("speedup_only") is True else {**correctness, **accuracy}  # an imported zero is no error
     for name, value in measured.items():
-        if (number := _number(value)) is not None:
+        if (number := _number(value, infinite=True)) is not None:
             record.errors[str(name)] = number
     return record
 
@@ -314,14 +314,14 @@ def _blocks(value: Any) -> list[list[float]]:
     return clean if all(clean) else []
 
 
-def _number(value: Any) -> float | None:
+def _number(value: Any, infinite: bool = False) -> float | None:
     if isinstance(value, bool) or not isinstance(value, (int, float, str)):
         return None
     try:
         number = float(value)
     except (ValueError, OverflowError):
         return None
-    return number if math.isfinite(number) else None
+    return number if math.isfinite(number) or (infinite and math.isinf(number)) else None
 
 
 def _positive(value: Any) -> float | None:

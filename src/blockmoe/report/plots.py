@@ -249,10 +249,11 @@ def errors(section: Section) -> tuple[Figure, str] | None:
     measure, label = "relative_l2", "relative L2 error"
     if not any(measure in cell.errors for row in section.rows for cell in row.cells.values()):
         measure, label = "max_absolute_error", "largest absolute error"
-    found = []
+    found, endless = [], 0
     for place, name in _shown(section):
         values = [row.cells[name].errors.get(measure, 0.0) for row in section.rows if name in row.cells]
-        if positive := [value for value in values if value > 0]:
+        endless += values.count(np.inf)
+        if positive := [value for value in values if 0 < value < np.inf]:
             found.append((place, name, positive))
     if not found:
         return None
@@ -268,7 +269,8 @@ def errors(section: Section) -> tuple[Figure, str] | None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
-    return figure, "A mark for each workload; the line is the median."
+    left_out = f" Infinite ones ({endless}) have no mark." if endless else ""
+    return figure, f"A mark for each workload; the line is the median.{left_out}"
 
 
 class _Between(LogFormatter):

@@ -19,6 +19,7 @@ from blockmoe.report.scale import on_one_scale
 
 ALL_PAIRS_UP_TO = 6  # contenders, and evaluations; beyond it the pairwise table has the leader and the baseline only
 ALL_PAIRS_EVALUATIONS = 2000
+NO_ERRORS = ("worst_row", "nonzero_rows", "rechecked")  # beside the errors in a trace: a row's number, and counts
 
 
 def summarise(loaded: Loaded, regimes: Sequence[Regime], mix: Sequence[tuple[Regime, float]], baseline: str | None = None) -> Report:
@@ -168,8 +169,9 @@ def _contender(name: str, rows: list[Row], regimes: list[Regime], runs: list[dic
     errors: dict[str, float] = {}
     for _, cell in cells:
         for measure, value in cell.errors.items():
-            worst = min if measure.startswith(("matched", "cosine", "rechecked", "nonzero")) else max
-            errors[measure] = worst(errors.get(measure, value), value)
+            if measure not in NO_ERRORS:
+                worst = min if measure.startswith(("matched", "cosine")) else max
+                errors[measure] = worst(errors.get(measure, value), value)
     described = [item for run in runs for item in run["contenders"] if item.get("name") == name]
     return Contender(
         name=name,
