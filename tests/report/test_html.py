@@ -187,3 +187,33 @@ def test_the_headline_is_over_the_workloads_that_it_names(tmp_path):
     assert "alpha leads with 20.01x the reference, 1.101 " in said and "times beta, FASTER (geometric means over 3 workloads)" in said
     assert "Over all 6 that both passed it is 0.74" in said
     assert "Over all" not in html._headline(api.read([tmp_path], solutions=["beta", "gamma"]).sections[0])
+
+
+def test_a_picture_of_one_size_shows_what_it_names(tmp_path):
+    """Lines without markers, and the area below the floors, need two ends."""
+    section = api.read([folder(tmp_path, run({"alpha": 1.0, "beta": 2.0}, [80]))]).sections[0]
+    (axes,) = plots.latency(section)[0].axes
+    lines = {line.get_label(): line.get_xdata() for line in axes.get_lines()}
+    left, right = axes.get_xlim()
+    assert left < 80 < right
+    for name in ("reference", "streaming floor"):
+        assert list(lines[name]) == pytest.approx([left, right])
+    area = axes.collections[0].get_paths()[0].get_extents()
+    assert (area.x0, area.x1) == pytest.approx((left, right)) and area.y1 > area.y0
+
+
+def test_a_narrow_roofline_has_labels(tmp_path):
+    section = api.read([folder(tmp_path, run({"alpha": 0.9, "beta": 1.1}, [80]))]).sections[0]
+    drawn = plots.roofline(section)[0]
+    drawn.draw_without_rendering()
+    for axis in (drawn.axes[0].xaxis, drawn.axes[0].yaxis):
+        low, high = sorted(axis.get_view_interval())
+        ticks = [tick for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()] if low <= tick.get_loc() <= high]
+        assert any(tick.label1.get_text() for tick in ticks)
+
+
+def test_captions_say_what_is_not_drawn(tmp_path):
+    folder(tmp_path, [trace(f"solution_{i:02}", t, 1 + i / 10, blocks=2) for i in range(17) for t in range(1, 62)])
+    captions = {picture.key: picture.caption for picture in plots.pictures(api.read([tmp_path]).sections[0])}
+    assert all(" The first 16 of 17 solutions." in captions[key] for key in ("latency", "heatmap", "roofline", "errors"))
+    assert captions["heatmap"].endswith(" The first 60 of 61 workloads.")

@@ -14,7 +14,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
 
 from blockmoe.report.model import Row, Section
 from blockmoe.report.tables import milliseconds, short
@@ -24,6 +24,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 LINES = ("-", "--", "-.", ":")
 INK, PAPER, SOFT = "#1b1f24", "#fffffe", "#8b949f"  # replaced by variables in SVG; SOFT reads on both papers
 MOST_ROWS, MOST_SOLUTIONS = 60, 16
+AROUND = 1.3  # of T, on either side of the first and last size
 _STYLE = (
     "<style>svg{--ink:#1b1f24;--paper:#fffffe}"
     "@media (prefers-color-scheme:dark){svg{--ink:#e6e8eb;--paper:#14171b}}"
@@ -112,7 +113,7 @@ def latency(section: Section) -> tuple[Figure, str] | None:
     figure, axes = _canvas(8.2, 5.2)
     reference = [(row.tokens, row.reference_latency) for row in section.rows if row.tokens and row.reference_latency]
     if reference:
-        axes.plot(*zip(*reference, strict=True), color=SOFT, linewidth=1.2, linestyle=(0, (1, 1)), label="reference")
+        axes.plot(*zip(*_line(reference), strict=True), color=SOFT, linewidth=1.2, linestyle=(0, (1, 1)), label="reference")
     for place, name in _shown(section):
         points = [(row.tokens, row.cells[name].latency) for row in _timed(section, name)]
         if points:
@@ -125,7 +126,7 @@ def latency(section: Section) -> tuple[Figure, str] | None:
     axes.yaxis.set_minor_formatter(_Between())
     _legend(figure, axes)
     caption = "Median span of a call, both axes logarithmic."
-    return figure, caption + (" Nothing can run inside the hatched area below the floors." if floors else "")
+    return figure, caption + (" Nothing can run inside the hatched area below the floors." if floors else "") + _cut(section)
 
 
 def speedup(section: Section) -> tuple[Figure, str] | None:
@@ -142,12 +143,13 @@ def speedup(section: Section) -> tuple[Figure, str] | None:
     _tokens_axis(axes, section)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     _legend(figure, axes)
-    return figure, "Speedup of every workload; T is logarithmic."
+    return figure, "Speedup of every workload; T is logarithmic." + _cut(section)
 
 
 def heatmap(section: Section) -> tuple[Figure, str] | None:
     """Speedups as text, coloured by their share of the workload's best."""
-    rows = [row for row in section.rows if any(cell.passed for cell in row.cells.values())][:MOST_ROWS]
+    passed = [row for row in section.rows if any(cell.passed for cell in row.cells.values())]
+    rows = passed[:MOST_ROWS]
     names = [name for _, name in _shown(section)]
     if len(rows) < 2 or len(names) < 2:
         return None
@@ -178,7 +180,8 @@ def heatmap(section: Section) -> tuple[Figure, str] | None:
     bar.outline.set_visible(False)
     bar.set_label("share of the workload's best", fontsize=8)
     bar.ax.tick_params(labelsize=8, length=0)
-    return figure, "Speedup over the reference; the brighter, the closer to the best of its row, which is bold."
+    caption = "Speedup over the reference; the brighter, the closer to the best of its row, which is bold."
+    return figure, caption + _cut(section) + (f" The first {len(rows)} of {len(passed)} workloads." if len(passed) > len(rows) else "")
 
 
 def roofline(section: Section) -> tuple[Figure, str] | None:
@@ -209,9 +212,9 @@ def roofline(section: Section) -> tuple[Figure, str] | None:
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be read", ylabel=name_of_unit)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_formatter(_Between())
     _legend(figure, axes)
-    return figure, "Useful work only: the bytes and FLOPs of the pairs that routing chose."
+    return figure, "Useful work only: the bytes and FLOPs of the pairs that routing chose." + _cut(section)
 
 
 def stages(section: Section) -> tuple[Figure, str] | None:
@@ -270,7 +273,7 @@ def errors(section: Section) -> tuple[Figure, str] | None:
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     left_out = f" Infinite ones ({endless}) have no mark." if endless else ""
-    return figure, f"A mark for each workload; the line is the median.{left_out}"
+    return figure, f"A mark for each workload; the line is the median.{left_out}{_cut(section)}"
 
 
 class _Between(LogFormatter):
@@ -312,6 +315,16 @@ def _shown(section: Section) -> list[tuple[int, str]]:
     return list(enumerate(section.names[:MOST_SOLUTIONS]))
 
 
+def _cut(section: Section) -> str:
+    """What a caption says where a picture has no room for all."""
+    return f" The first {MOST_SOLUTIONS} of {len(section.names)} solutions." if len(section.names) > MOST_SOLUTIONS else ""
+
+
+def _line(points: Sequence[tuple[int, float]]) -> Sequence[tuple[float, float]]:
+    """A curve without markers; of one point, a line across it."""
+    return [(tokens * stretch, value) for tokens, value in points for stretch in (1 / AROUND, AROUND)] if len(points) == 1 else points
+
+
 def _sized(section: Section) -> bool:
     return any(row.tokens for row in section.rows) and bool(section.contenders)
 
@@ -329,8 +342,7 @@ def _tokens_axis(axes: Axes, section: Section) -> None:
             ticks.append(size)
     axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    if len(sizes) > 1:
-        axes.set_xlim(sizes[0] / 1.3, sizes[-1] * 1.3)
+    axes.set_xlim(sizes[0] / AROUND, sizes[-1] * AROUND)
 
 
 def _rates(section: Section) -> tuple[float | None, float | None]:
@@ -355,14 +367,14 @@ def _draw_floors(axes: Axes, section: Section, floors: Sequence[tuple[int, float
     """What reading alone and computing alone would take, and the area below the larger of them."""
     if not floors:
         return
-    tokens, floor = zip(*floors, strict=True)
+    tokens, floor = zip(*_line(floors), strict=True)
     bottom = min(floor) / 2
     axes.fill_between(tokens, bottom, floor, facecolor="none", hatch="////", edgecolor=SOFT, linewidth=0, alpha=0.6)
     stream, compute = _rates(section)
     drawn = 0
     for name, kind, rate, line in (("streaming", "bytes", stream, "-"), ("compute", "flops", compute, "--")):
         if points := _floor_of(section, name, kind, rate):
-            axes.plot(*zip(*points, strict=True), color=INK, linewidth=1.0, linestyle=line, label=f"{name} floor")
+            axes.plot(*zip(*_line(points), strict=True), color=INK, linewidth=1.0, linestyle=line, label=f"{name} floor")
             drawn += 1
     if not drawn:
         axes.plot(tokens, floor, color=INK, linewidth=1.0, label="floor")
