@@ -135,6 +135,15 @@ def test_latest_evaluation_counts(tmp_path):
     assert loaded.notes == ["1 older evaluation(s) of the same workload and solution left out: the latest counts"]
 
 
+def test_a_file_counts_once(tmp_path):
+    """However it is named, and if one of the paths holds another."""
+    run_folder = folder(tmp_path / "run", run({"alpha": 1.0}), {"command": "blockmoe run"})
+    (tmp_path / "link").symlink_to(run_folder)
+    traces = next(run_folder.rglob("*.jsonl"))
+    loaded = load([run_folder, tmp_path / "run" / "..", run_folder / "traces", traces, tmp_path / "link"])
+    assert (loaded.notes, len(loaded.runs), len(loaded.records)) == ([], 1, len(load([traces]).records))
+
+
 def test_flashinfer_bench_traces(tmp_path):
     traces = [plain(name, tokens, latency) for tokens in (1, 80) for name, latency in (("alpha", 1.0), ("beta", 1.2))]
     text = rendered(folder(tmp_path, traces))

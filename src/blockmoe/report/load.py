@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -122,10 +123,11 @@ def load(paths: Sequence[Path]) -> Loaded:
     records: list[Record] = []
     runs: list[dict[str, Any]] = []
     notes: list[str] = []
+    read: set[str] = set()  # a file counts once, however many of the paths lead to it
     for path in paths:
-        for file in _trace_files(path):
+        for file in _unread(_trace_files(path), read):
             records.extend(_read_file(file, notes))
-        for file in sorted(path.rglob("run.json")) if path.is_dir() else []:
+        for file in _unread(sorted(path.rglob("run.json")) if path.is_dir() else [], read):
             if run := _read_run(file, notes):
                 runs.append(run)
     if not records and not any(run.get("skipped") for run in runs):
@@ -133,6 +135,13 @@ def load(paths: Sequence[Path]) -> Loaded:
         detail = f" ({notes[0]})" if notes else ""
         raise ReportError(f"{tried}: no evaluated traces found{detail}; expected traces/OP_TYPE/DEFINITION.jsonl")
     return Loaded(_latest(records, notes), runs, notes)
+
+
+def _unread(files: Sequence[Path], read: set[str]) -> Iterator[Path]:
+    for file in files:
+        if (itself := os.path.realpath(file)) not in read:
+            read.add(itself)
+            yield file
 
 
 def _trace_files(path: Path) -> list[Path]:
