@@ -4,13 +4,13 @@ import io
 import math
 
 import pytest
-from make import DEFINITION, GPU, SIZES, failed, folder, run, trace
+from make import DEFINITION, GPU, SIZES, failed, folder, plain, run, trace
 from rich.console import Console
 
 from blockmoe.report import api, plots
 from blockmoe.report.regimes import parse_mix, parse_regimes
 from blockmoe.report.sentences import dispatcher_sentence
-from blockmoe.report.tables import average_table, error_table
+from blockmoe.report.tables import average_table, error_table, latency_table
 
 
 def section(path, traces, **options):
@@ -324,3 +324,10 @@ def test_the_worst_errors(tmp_path):
     assert plots.errors(found)[1].endswith("Infinite ones (1) have no mark.")
     api.write([tmp_path], formats=api.FORMATS)
     assert [record.tokens for _, _, record in api.best([tmp_path], max_relative_l2=0.5)] == [16, 80]
+
+
+def test_a_speedup_is_no_quotient_of_latencies(tmp_path):
+    """A slow block moves the median of all samples, and hardly that of the blocks' ratios: the report says which is which."""
+    said = "A speedup is the median of its blocks' ratios"
+    assert any(note.startswith(said) for note in latency_table(section(tmp_path / "a", run({"alpha": 1.0}))).notes)
+    assert not any(note.startswith(said) for note in latency_table(section(tmp_path / "b", [plain("alpha", 1)])).notes)

@@ -114,6 +114,8 @@ def latency_table(section: Section) -> Table | None:
     floored = any(row.floor for row in section.rows)
     columns = ["workload", "T", "reference"] + ["floor"] * floored + section.names
     notes = ["The share of the floor that a latency reaches stands in brackets."] if floored else []
+    if any(cell.blocks for row in section.rows for cell in row.cells.values()):
+        notes.append("A speedup is the median of its blocks' ratios (docs/measuring.md), so not quite the quotient of two latencies.")
     table = Table("latencies", "Latency, ms", columns, [], _cut(section) + notes)
     for row in section.rows[:MOST_ROWS]:
         cells = [Cell(short(row.workload), row.workload, hover=row.workload), _whole(row.tokens)]
