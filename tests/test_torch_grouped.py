@@ -28,6 +28,7 @@ def solution(geometry, dtype=None):
     namespace = {}
     exec(source, namespace)
     namespace["GEOMETRY"] = asdict(geometry)
+    namespace["run"] = namespace[f"run_{geometry.routing}"]
     if dtype:
         namespace["matmul_dtype"] = lambda device: dtype
     return namespace

@@ -12,32 +12,69 @@ _scratch = {}  # buffers by purpose: contents never outlive a call
 
 
 @torch.no_grad()
-def run(routing_logits, *inputs):
-    """Inputs in the definition's order (routing_bias only where routing has one); returns bfloat16 [T, H]."""
-    routing_bias, *inputs = inputs if GEOMETRY["routing"] == "deepseek_v3" else (None, *inputs)
-    hidden, hidden_scale, w1, w1_scale, w2, w2_scale, offset, factor = inputs
-
+def run_deepseek_v3(
+    routing_logits,
+    routing_bias,
+    hidden_states,
+    hidden_states_scale,
+    gemm1_weights,
+    gemm1_weights_scale,
+    gemm2_weights,
+    gemm2_weights_scale,
+    local_expert_offset,
+    routed_scaling_factor,
+):
+    """The inputs of the definitions that have such routing; returns bfloat16 [T, H]."""
     expert_ids, weights = route(routing_logits.float(), routing_bias)
-    order, counts = sort_pairs(expert_ids - int(offset), len(w1))
+    order, counts = sort_pairs(expert_ids - int(local_expert_offset), len(gemm1_weights))
     tokens = order // GEOMETRY["top_k"]  # of each pair, ascending within an expert
-    weights = (weights * float(factor)).flatten()[order]
+    weights = (weights * float(routed_scaling_factor)).flatten()[order]
 
-    dtype = matmul_dtype(hidden.device)
-    output = torch.zeros(hidden.shape, dtype=torch.float32, device=hidden.device)
+    dtype = matmul_dtype(hidden_states.device)
+    output = torch.zeros(hidden_states.shape, dtype=torch.float32, device=hidden_states.device)
     start = 0
     for expert, count in enumerate(counts):
         if count:
             rows = slice(start, start + count)
             chosen = tokens[rows]
             result = one_expert(
-                activations(hidden, hidden_scale, chosen, dtype),
-                dequantised("w1", w1[expert], w1_scale[expert], dtype),
-                dequantised("w2", w2[expert], w2_scale[expert], dtype),
+                activations(hidden_states, hidden_states_scale, chosen, dtype),
+                dequantised("w1", gemm1_weights[expert], gemm1_weights_scale[expert], dtype),
+                dequantised("w2", gemm2_weights[expert], gemm2_weights_scale[expert], dtype),
             )
             # An expert has a token once at most, so that the order of the sums is fixed even where this uses atomics.
             output.index_add_(0, chosen, result * weights[rows, None])
             start += count
     return output.to(torch.bfloat16)
+
+
+def run_renormalize(
+    routing_logits,
+    hidden_states,
+    hidden_states_scale,
+    gemm1_weights,
+    gemm1_weights_scale,
+    gemm2_weights,
+    gemm2_weights_scale,
+    local_expert_offset,
+    routed_scaling_factor,
+):
+    """The inputs of the definitions that have no routing bias; returns bfloat16 [T, H]."""
+    return run_deepseek_v3(
+        routing_logits,
+        None,
+        hidden_states,
+        hidden_states_scale,
+        gemm1_weights,
+        gemm1_weights_scale,
+        gemm2_weights,
+        gemm2_weights_scale,
+        local_expert_offset,
+        routed_scaling_factor,
+    )
+
+
+run = run_deepseek_v3 if GEOMETRY["routing"] == "deepseek_v3" else run_renormalize
 
 
 def route(logits, bias):

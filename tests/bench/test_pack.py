@@ -145,6 +145,73 @@ def test_packed_tree_keeps_the_formats_rules_and_stands_beside_the_folders(folde
     assert {name for _, name in packed.solutions} == own | {name for name in names if name.startswith("mine")}
 
 
+# --- in other tools ---------------------------------------------------------------------------------------------------
+
+IMPORT_AS_OTHERS = """
+import importlib, inspect, json, sys
+from unittest.mock import MagicMock
+for name in ("deep_gemm", "flashinfer", "flashinfer.fused_moe", "sgl_kernel"):
+    sys.modules[name] = MagicMock()
+sys.modules["blockmoe"] = None  # importing it fails
+sys.path.insert(0, sys.argv[1])
+for package in sys.argv[2:]:
+    print(json.dumps(list(inspect.signature(importlib.import_module(package + ".main").run).parameters)))
+"""
+
+
+def written(solution: Solution, folder) -> Solution:
+    """What `blockmoe pack` writes, read again."""
+    return Solution.model_validate_json(write_packed(solution, "moe", folder / "tree").read_text())
+
+
+def build(solution: Solution, folder) -> None:
+    """The sources as files below `folder`."""
+    for source in solution.sources:
+        path = folder / source.path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source.content)
+
+
+def test_all_are_imported_as_flashinfer_bench_does(tmp_path):
+    """It imports the entry file as a module of a package whose parent is on sys.path; its 0.1.1 calls `run(**inputs)`."""
+    pytest.importorskip("torch")
+    pytest.importorskip("triton")
+    dataset, packages = bundled(), {}
+    add_folders(dataset, bundled_solutions())
+    for key, solution in dataset.solutions.items():
+        packages[key] = f"package_{len(packages)}"
+        build(written(solution, tmp_path), tmp_path / packages[key])
+    command = [sys.executable, "-c", IMPORT_AS_OTHERS, tmp_path, *packages.values()]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    for (definition, name), line in zip(packages, done.stdout.splitlines(), strict=True):
+        if name in ("blockmoe", "torch_grouped"):
+            task, spec = dataset.definitions[definition], dataset.solutions[definition, name].spec
+            assert json.loads(line) == [*task.inputs, *(task.outputs if spec.destination_passing_style else ())]
+
+
+@pytest.mark.parametrize("entry_file", ["main.py", "parts/main.py"])
+def test_neighbours_are_found_before_anything_is_imported(folder, tmp_path, entry_file):
+    manifest = MANIFEST.replace("main.py", entry_file).replace("geometry_line = true\n", "")
+    (folder / "solution.toml").write_text(manifest)
+    (folder / "main.py").unlink()
+    main = '"""Of more\nthan a line."""\n\nfrom __future__ import annotations\n\nfrom neighbour import run  # noqa\n'
+    (folder / entry_file).write_text(main)
+    (folder / "neighbour.py").write_text("def run(): return 'neighbour'\n")
+    solution = pack(folder, TINY.definition_name)
+    assert main in [source.content for source in solution.sources]  # as it is where this bench runs it
+    build(written(solution, tmp_path), tmp_path / "package")
+    module = entry_file.removesuffix(".py").replace("/", ".")
+    code = f"from package.{module} import __doc__, run; print(run(), 'than' in __doc__)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path).split() == ["neighbour", "True"]
+
+
+def test_one_file_is_written_as_it_is(folder, tmp_path):
+    (folder / "parts" / "__init__.py").unlink()
+    solution = pack(folder, HEADLINE.definition_name)
+    assert written(solution, tmp_path).sources == solution.sources
+
+
 # --- bundle -----------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +255,7 @@ def test_bundled_solution_runs_without_the_package(tmp_path):
     add_folders(dataset, bundled_solutions())
     from_folder = dataset.solutions[g.definition_name, "blockmoe"]
     assert [source.path for source in from_folder.sources] == ["main.py"] and "blockmoe" in from_folder.spec.dependencies
-    packed = Solution.model_validate_json(write_packed(from_folder, "moe", tmp_path).read_text())
+    packed = written(from_folder, tmp_path)
 
     assert packed.spec.dependencies == ["torch", "triton"] and "bundle" not in packed.model_extra
     package = {source.path.split("/")[0] for source in packed.sources} - {"main.py"}
@@ -196,10 +263,7 @@ def test_bundled_solution_runs_without_the_package(tmp_path):
     carried = {source.path.partition("/")[2] for source in packed.sources}
     assert {"__init__.py", "geometry.py", "operator/api.py", "operator/route.py"} <= carried
     assert not {path for path in carried if path.startswith(("bench", "report", "cli", "operator/commands"))}
-    for source in packed.sources:
-        target = tmp_path / "built" / source.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(source.content)
+    build(packed, tmp_path / "built")
 
     def codes(*shape):
         return torch.randn(*shape).clamp(-2, 2).to(torch.float8_e4m3fn)
@@ -224,13 +288,13 @@ def test_bundled_solution_runs_without_the_package(tmp_path):
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("import blockmoe.geometry", "line 3: expected `from blockmoe"),
-        ("from blockmoe import __version__", "line 3: blockmoe is not a"),
+        ("import blockmoe.geometry", "bundle: line 3: expected `from blockmoe"),
+        ("from blockmoe import __version__", "bundle: line 3: blockmoe is not a"),
         ("def :", "line 3: invalid syntax"),
     ],
 )
 def test_bundle_refuses_what_it_cannot_rename(folder, line, expected):
     (folder / "solution.toml").write_text(MANIFEST.replace("geometry_line", "bundle = true\ngeometry_line"))
     (folder / "main.py").write_text(MAIN.replace("\n\n", f"\n{line}\n"))
-    with pytest.raises(DatasetError, match=f"main.py: bundle: {expected}"):
+    with pytest.raises(DatasetError, match=f"main.py: {expected}"):
         write_packed(pack(folder, TINY.definition_name), "moe", folder.parent)

@@ -18,6 +18,9 @@ A folder `solutions/NAME/` has a manifest `solution.toml` and its sources:
 The packed form is the format's Solution: one JSON a definition. What `write_packed` writes needs no installed blockmoe where
 the manifest says `bundle`: the modules go with it under the package name `blockmoe_DIGEST`, so that they never meet an
 installed package. A folder that is run, not written, imports the installed one.
+
+An entry file imports its neighbours by name (`from steps import ...`), as it may where this bench runs it. Other tools import it as a
+module of a package, so that the written form first puts its own folder on the path.
 """
 
 from __future__ import annotations
@@ -46,6 +49,12 @@ SIZES_MARK = "__"  # between a packed solution's name and its definition's sizes
 PACKAGE = "blockmoe"
 PACKAGE_FOLDER = Path(__file__).parents[1]
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".hpp")
+FINDS_NEIGHBOURS = """\
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[{depth}]))  # where a tool imports this file only, its neighbours are found
+"""
 
 
 class Manifest(BaseModel):
@@ -141,7 +150,7 @@ def _parsed(path: str, content: str) -> ast.Module:
     try:
         return ast.parse(content, path)
     except SyntaxError as error:
-        raise DatasetError(f"{path}: bundle: line {error.lineno}: {error.msg}") from None
+        raise DatasetError(f"{path}: line {error.lineno}: {error.msg}") from None
 
 
 def _own_imports(path: str, content: str) -> list[ast.ImportFrom]:
@@ -188,6 +197,29 @@ def _renamed(path: str, content: str, package: str) -> str:
     return "\n".join(lines)
 
 
+def _finding_neighbours(solution: Solution) -> Solution:
+    """The solution with `FINDS_NEIGHBOURS` before what its entry file does first; the same where it has one Python file."""
+    entry_file = solution.spec.entry_point.split("::")[0]
+    if not entry_file.endswith(".py") or sum(source.path.endswith(".py") for source in solution.sources) == 1:
+        return solution
+    text = FINDS_NEIGHBOURS.format(depth=entry_file.count("/"))
+    files = [
+        source.model_copy(update={"content": _with_first(source.path, source.content, text)}) if source.path == entry_file else source
+        for source in solution.sources
+    ]
+    return solution.model_copy(update={"sources": files})
+
+
+def _with_first(path: str, content: str, text: str) -> str:
+    """Python with `text` before its first statement but for docstring and `from __future__` imports, which stay first."""
+    tree = _parsed(path, content)
+    first = [node for node in tree.body[:1] if ast.get_docstring(tree, clean=False) is not None]
+    first += [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
+    lines = content.split("\n")
+    at = max((node.end_lineno for node in first), default=0)
+    return "\n".join([*lines[:at], *([""] if at else []), *text.rstrip("\n").split("\n"), *lines[at:]])
+
+
 def solution_folders(root: Path) -> list[Path]:
     """Folders with a manifest directly below `root`."""
     return sorted(path.parent for path in root.glob("*/solution.toml"))
@@ -214,13 +246,14 @@ def add_folders(dataset: Dataset, root: Path) -> None:
 
 
 def write_packed(solution: Solution, op_type: str, root: Path) -> Path:
-    """Write ROOT/solutions/OP_TYPE/DEFINITION/NAME.json, whole where the manifest says `bundle`.
+    """Write ROOT/solutions/OP_TYPE/DEFINITION/NAME.json, whole where the manifest says `bundle`, for any tool to import.
 
     The format wants a name only once in a tree, so that for other definitions than the headline its sizes are appended to it.
     """
     if (solution.model_extra or {}).get("bundle"):
         solution = bundled(solution)
         del solution.model_extra["bundle"]
+    solution = _finding_neighbours(solution)
     if solution.definition != HEADLINE.definition_name:
         suffix = solution.definition.removeprefix("moe_fp8_block_scale_")
         solution = solution.model_copy(update={"name": f"{solution.name}{SIZES_MARK}{suffix}"})
