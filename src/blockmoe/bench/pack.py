@@ -55,6 +55,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[{depth}]))  # where a tool imports this file only, its neighbours are found
 """
+# Of the carried package. Tools import solutions of one digest from the files of the first, and remove those when they like.
+CARRIED_INIT = '''\
+"""Of blockmoe {version} what this solution needs, all imported at once: when a call wants a module its file may be gone."""
+
+from contextlib import suppress
+from importlib import import_module
+
+for name in {names}:
+    with suppress(Exception):  # without Triton, or by one whose Gluon is another: calls there want others
+        import_module(f"{{__name__}}.{{name}}")
+'''
 
 
 class Manifest(BaseModel):
@@ -120,7 +131,8 @@ def _with_geometry(content: str, definition: str, path: Path) -> str:
 def bundled(solution: Solution) -> Solution:
     """The solution with the modules of this package that its sources import, and those that they import, as its own sources."""
     package, modules = _carried(solution.sources)
-    carried = {"__init__.py": f'"""Of blockmoe {__version__} what this solution needs."""\n', **modules}
+    names = [path.removesuffix(".py").removesuffix("/__init__").replace("/", ".") for path in sorted(modules)]
+    carried = {"__init__.py": CARRIED_INIT.format(version=__version__, names=names), **modules}
     mine = {source.path: source.content for source in solution.sources}
     sources = mine | {f"{package}/{path}": content for path, content in sorted(carried.items())}
     others = {name for path, content in carried.items() for name in _other_packages(path, content)}
