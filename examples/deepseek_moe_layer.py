@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import blockmoe
 
 BLOCK = 128
+QUANTISED = ("up_gate_codes", "up_gate_scale", "down_codes", "down_scale")
 
 
 def quantise_activations(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,12 +44,20 @@ class DeepSeekMoE(nn.Module):
         self.down = nn.Parameter(torch.randn(experts, hidden, intermediate) / intermediate**0.5)
         self.shared_up_gate = nn.Linear(hidden, 2 * intermediate, bias=False)
         self.shared_down = nn.Linear(intermediate, hidden, bias=False)
-        self.quantised: tuple[Tensor, ...] | None = None
+        for name in QUANTISED:
+            self.register_buffer(name, None)
 
+    @torch.no_grad()
     def use_blockmoe(self) -> DeepSeekMoE:
-        """Quantise the routed experts; from here on they are one `fused_moe` call."""
-        self.quantised = (*quantise_weights(self.up_gate), *quantise_weights(self.down))
+        """Quantise the routed experts; from here on they are one `fused_moe` call. Convert to another type before: codes stay e4m3."""
+        self.up_gate_codes, self.up_gate_scale = quantise_weights(self.up_gate)
+        self.down_codes, self.down_scale = quantise_weights(self.down)
         return self
+
+    @property
+    def quantised(self) -> tuple[Tensor | None, ...]:
+        """Codes and scales of both weights, as `fused_moe` takes them; None before `use_blockmoe`."""
+        return tuple(getattr(self, name) for name in QUANTISED)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
@@ -56,7 +65,7 @@ class DeepSeekMoE(nn.Module):
         up, gate = self.shared_up_gate(x).chunk(2, dim=1)
         shared = self.shared_down(nn.functional.silu(gate) * up)
         logits = x.float() @ self.router.t().float()
-        if self.quantised is None:
+        if self.up_gate_codes is None:
             return shared + self._experts(x, logits)
         routed = blockmoe.fused_moe(
             logits, self.bias.bfloat16(), *quantise_activations(x), *self.quantised,

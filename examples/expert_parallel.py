@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from deepseek_moe_layer import DeepSeekMoE, quantise_activations
+from deepseek_moe_layer import QUANTISED, DeepSeekMoE, quantise_activations
 from torch import Tensor, nn
 
 import blockmoe
@@ -30,15 +30,16 @@ class ParallelMoE(nn.Module):
         self.whole = whole
         self.local = len(whole.up_gate) // ranks
         self.first = rank * self.local
-        self.weights = [w[self.first : self.first + self.local].contiguous() for w in whole.quantised]
+        for name, w in zip(QUANTISED, whole.quantised, strict=True):
+            self.register_buffer(name, w[self.first : self.first + self.local].clone())
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """x [T, hidden], the same in every process, as is what comes out."""
-        whole = self.whole
+        whole, weights = self.whole, (getattr(self, name) for name in QUANTISED)
         logits = x.float() @ whole.router.t().float()
         routed = blockmoe.fused_moe(
-            logits, whole.bias.bfloat16(), *quantise_activations(x), *self.weights,
+            logits, whole.bias.bfloat16(), *quantise_activations(x), *weights,
             local_expert_offset=self.first, routed_scaling_factor=whole.factor,
             top_k=whole.top_k, n_group=whole.groups, topk_group=whole.kept,
         ).float()  # fmt: skip
