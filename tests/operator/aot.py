@@ -53,7 +53,7 @@ def described(d: Descriptor) -> str:
 
 
 def compiled(launch: Launch, capability: int) -> Usage:
-    """Triton's cubin of one launch for sm_90a or sm_100a, what a clustered kernel says carried out."""
+    """Triton's cubin of one launch for sm_90a, sm_100a, sm_89 or sm_120a, what a clustered kernel says carried out."""
     kernel = launch.kernel
     types = [described(d) for d in launch.descriptors] + [TYPES[slot.dtype] for slot in launch.slots]
     types += ["i32" if isinstance(n, int) else "fp32" for n in launch.numbers]

@@ -1,4 +1,5 @@
-"""Every kernel of every plan compiles for Hopper and Blackwell without a GPU; on Hopper with wgmma and without spills."""
+"""Every kernel of every plan compiles for Hopper and Blackwell without a GPU; on Hopper with wgmma and without spills. On 8.9 and 12.0
+none needs more shared memory than they have."""
 
 import itertools
 import re
@@ -30,7 +31,9 @@ CHOSEN = [*plans(HEADLINE, H100), *plans(HEADLINE, H200)]
 HOPPER = launches(HEADLINE, [*CHOSEN, choose_plan(HEADLINE, 14107, clusters=False), choose_plan(HEADLINE, 901, tma=False)])
 HOPPER |= launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
 BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, Machine(capability=100)) for t in (1, 80, 8192)])
-QUICK = {*launches(HEADLINE, plans(HEADLINE, H200)), *list(BLACKWELL)[-2:]}  # the others, which are much like these, are slow tests
+LITTLE = {c: launches(HEADLINE, plans(HEADLINE, Machine(142, c, shared=99 << 10))) for c in (89, 120)}
+QUICK = {*launches(HEADLINE, plans(HEADLINE, H200)), *list(BLACKWELL)[-2:]}
+QUICK |= {key for key in LITTLE[89] if key[0] == "gate_up_kernel"}  # the others, which are much like these, are slow tests
 
 
 def keys(found: dict) -> list:
@@ -67,6 +70,16 @@ def test_blackwell(key):
     usage = aot.compiled(BLACKWELL[key], 100)
     if usage.kernel.startswith(("gate_up", "down")):
         assert "UTC" in usage.sass  # tcgen05
+
+
+@pytest.mark.parametrize("key", keys(LITTLE[89]))
+def test_ada(key):
+    assert aot.compiled(LITTLE[89][key], 89).shared <= 99 << 10
+
+
+@pytest.mark.parametrize("key", keys(LITTLE[120]))
+def test_blackwell_of_little_shared_memory(key):
+    assert aot.compiled(LITTLE[120][key], 120).shared <= 99 << 10
 
 
 SIZES = [*((HEADLINE, t) for t in (1, 7, 60, 14107)), (MoEGeometry(384, 48, 8, 7168, 2048), 500), (RENORMALIZE, 901), (TINY, 16)]

@@ -53,6 +53,16 @@ def test_paths():
     assert [choose_plan(HEADLINE, t, tma=False).path for t in tokens] == ["dense", "dense", "sorted", "sorted", "sorted", "wide"]
 
 
+def test_little_shared_memory_means_fewer_stages():
+    """Of the tallest tiles of GEMM1 alone, and in the same workspace."""
+    for capability in (89, 120):
+        for t in (1, 4, 5, 7, 8, 192, 193, 448, 449, 1536, 1537, 3071, 3072, 14107):
+            much, little = (choose_plan(HEADLINE, t, Machine(capability=capability, shared=kib << 10)) for kib in (227, 99))
+            tall = much.gate_up.block_i == 128 and much.path != "wide"
+            assert little == (replace(much, gate_up=replace(much.gate_up, stages=3)) if tall else much)
+            assert tall == (t in (5, 7, 449, 1536, 1537, 3071)) and layout(HEADLINE, t, little) == layout(HEADLINE, t, much)
+
+
 def test_how_weights_are_asked_for():
     """By the kind of memory, which between 128 and 1,727 tokens decides more."""
     tiles = {m: [tile for t in (1, 16, 17, 127) for tile in choose_plan(HEADLINE, t, m).gate_up.ways] for m in (H100, H200)}
@@ -85,11 +95,12 @@ def test_tiles_that_cannot_ask_by_twos():
 
 @pytest.mark.parametrize(("gib", "hbm3e"), [(80, False), (94, False), (96, False), (140, True), (144, True)])
 def test_of_gpu(gib, hbm3e, monkeypatch):
-    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=114, total_memory=gib << 30)
+    of_memory = dict(total_memory=gib << 30, shared_memory_per_block_optin=99 << 10)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=114, **of_memory)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     of_gpu.cache_clear()
     try:
-        assert of_gpu(0) == Machine(114, 90, hbm3e) and hash(of_gpu(0)) == hash(Machine(114, 90, hbm3e))
+        assert of_gpu(0) == Machine(114, 90, hbm3e, 99 << 10) and hash(of_gpu(0)) == hash(Machine(114, 90, hbm3e, 99 << 10))
     finally:
         of_gpu.cache_clear()
 

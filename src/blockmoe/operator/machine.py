@@ -9,11 +9,13 @@ from functools import lru_cache
 @dataclass(frozen=True)
 class Machine:
     """`capability`: ten times the compute capability. `hbm3e`: whether its memory is HBM3e: an H200, say; of the Hoppers
-    those have more than 100 GiB, the others at most 96 GB."""
+    those have more than 100 GiB, the others at most 96 GB. `shared`: bytes of shared memory that a program may have: 227 KiB on compute
+    capability 9.0 and 10.0, 99 on 8.9 and 12.x."""
 
     sm_count: int = 132
     capability: int = 90
     hbm3e: bool = False
+    shared: int = 227 << 10
 
 
 H100, H200 = Machine(), Machine(hbm3e=True)
@@ -29,4 +31,5 @@ def of_gpu(index: int, argument: str = "hidden_states") -> Machine:
     capability = 10 * properties.major + properties.minor
     if capability < 89:
         raise ValueError(f"{argument}: expected a GPU with FP8 (compute capability 8.9 or more), got {capability / 10}")
-    return Machine(properties.multi_processor_count, capability, properties.total_memory > 100 << 30)
+    hbm3e, shared = properties.total_memory > 100 << 30, getattr(properties, "shared_memory_per_block_optin", 227 << 10)
+    return Machine(properties.multi_processor_count, capability, hbm3e, shared)

@@ -307,7 +307,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     if rows <= 14:
         return Plan("sorted", route, GateUpTile(64, 32, 4, 4), DownTile(64, 32, 5, 4), pdl)
     block_n = 32 if rows <= 48 else 64  # at 28 (T = 901): 586 us and 602; between it and 128 nothing is measured
-    return Plan("sorted", route, GateUpTile(128, block_n, 4, 8), DownTile(128, block_n, 4, 4), pdl)
+    return Plan("sorted", route, _tall(block_n, machine), DownTile(128, block_n, 4, 4), pdl)
 
 
 def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
@@ -367,11 +367,16 @@ def _dense(geometry: MoEGeometry, tokens: int, route: RouteTile, machine: Machin
     # 6 active experts: 114.5 us with 128 (96 programs), 118.0 with 64; 3: 66.4 (48 programs) and 64.6. 6 stages beat 4.
     pairs = tokens * geometry.top_k * geometry.num_local_experts / geometry.num_experts
     wide = pairs * (geometry.intermediate_size // BLOCK) >= machine.sm_count / 2
-    gate_up = GateUpTile(128, 16, 4, 8) if wide else GateUpTile(64, 16, 6, 4)
+    gate_up = _tall(16, machine) if wide else GateUpTile(64, 16, 6, 4)
     # A program a row block where those nearly fill the SMs (112 of 132 at H = 7168); else several share one.
     row_blocks = geometry.hidden_size // 64
     split = 1 if row_blocks >= 0.75 * machine.sm_count else min(8, max(1, round(2 * machine.sm_count / row_blocks)))
     return Plan("dense", route, gate_up, DownTile(64, 16, 8, 4, split), pdl)
+
+
+def _tall(block_n: int, machine: Machine) -> GateUpTile:
+    """2 x 128 weight rows by `block_n` pairs, in 4 stages, or as many as shared memory holds: Triton keeps a K block less."""
+    return GateUpTile(128, block_n, min(4, 1 + machine.shared // (BLOCK * (2 * BLOCK + block_n))), 8)
 
 
 def plans(geometry: MoEGeometry, machine: Machine = H100, *, clusters: bool = True, tma: bool = True) -> list[Plan]:
