@@ -31,5 +31,5 @@ def of_gpu(index: int, argument: str = "hidden_states") -> Machine:
     capability = 10 * properties.major + properties.minor
     if capability < 89:
         raise ValueError(f"{argument}: expected a GPU with FP8 (compute capability 8.9 or more), got {capability / 10}")
-    hbm3e, shared = properties.total_memory > 100 << 30, getattr(properties, "shared_memory_per_block_optin", 227 << 10)
-    return Machine(properties.multi_processor_count, capability, hbm3e, shared)
+    shared = getattr(properties, "shared_memory_per_block_optin", (227 if 90 <= capability < 120 else 99) << 10)
+    return Machine(properties.multi_processor_count, capability, properties.total_memory > 100 << 30, shared)
