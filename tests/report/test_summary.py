@@ -201,6 +201,21 @@ def test_watch(tmp_path):
     assert "alpha" in console.file.getvalue()
 
 
+@pytest.mark.parametrize(
+    ("options", "measured", "message"),
+    [
+        ({"regimes": "warm"}, False, "--regimes warm: expected sizes"),
+        ({"mix": "decode"}, False, "--mix decode: expected PHASE=SHARE"),
+        ({"baseline": "gamma"}, True, "--baseline gamma: no such solution"),
+    ],
+)
+def test_watch_does_not_wait_for_what_no_trace_will_mend(tmp_path, options, measured, message):
+    if measured:
+        folder(tmp_path, run({"alpha": 1.0}))
+    with pytest.raises(api.ReportError, match=message):
+        api.watch([tmp_path], Console(file=io.StringIO()), seconds=0, rounds=1, **options)
+
+
 def test_the_only_solution_is_judged_against_the_reference(tmp_path):
     folder(tmp_path, run({"alpha": 1.0}))
     console = Console(file=io.StringIO(), width=80)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from blockmoe.report import compare, export, markdown, terminal
 from blockmoe.report.cut import only
-from blockmoe.report.load import REFERENCE, Record, ReportError, load, read_line
+from blockmoe.report.load import REFERENCE, NoTraces, Record, ReportError, load, read_line
 from blockmoe.report.markdown import SavedPicture
 from blockmoe.report.model import Report
 from blockmoe.report.regimes import parse_mix, parse_regimes
@@ -117,14 +117,15 @@ def watch(
     regimes: str | None = None,
     mix: str | None = None,
 ) -> None:
-    """Redraw the terminal table while traces are being written, until interrupted."""
+    """Redraw the terminal table while traces are being written, until interrupted. Raises ReportError for all but traces yet to come."""
+    parse_regimes(regimes), parse_mix(mix)  # before there are traces: what is wrong here no trace will mend
     console = console or Console()
     with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
         done = 0
         while rounds is None or done < rounds:
             try:
                 live.update(terminal_table(folders, baseline, regimes, mix), refresh=True)
-            except ReportError as error:
+            except NoTraces as error:
                 live.update(Text(f"waiting: {error}"), refresh=True)
             done += 1
             time.sleep(seconds if done != rounds else 0)

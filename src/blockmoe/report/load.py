@@ -28,6 +28,10 @@ class ReportError(Exception):
     """One line for the user: what was asked for can't be reported."""
 
 
+class NoTraces(ReportError):
+    """Nothing to read there, or not yet."""
+
+
 @dataclass
 class Record:
     """One evaluation, with everything optional that a trace may lack. Times in ms."""
@@ -119,7 +123,7 @@ def read_line(file: Path, number: int) -> Record:
 
 
 def load(paths: Sequence[Path]) -> Loaded:
-    """Read trace files and result folders; raises ReportError where there is nothing to read at all."""
+    """Read trace files and result folders; raises NoTraces where there is nothing to read at all."""
     records: list[Record] = []
     runs: list[dict[str, Any]] = []
     notes: list[str] = []
@@ -133,7 +137,7 @@ def load(paths: Sequence[Path]) -> Loaded:
     if not records and not any(run.get("skipped") for run in runs):
         tried = ", ".join(str(path) for path in paths) or "no folder given"
         detail = f" ({notes[0]})" if notes else ""
-        raise ReportError(f"{tried}: no evaluated traces found{detail}; expected traces/OP_TYPE/DEFINITION.jsonl")
+        raise NoTraces(f"{tried}: no evaluated traces found{detail}; expected traces/OP_TYPE/DEFINITION.jsonl")
     return Loaded(_latest(records, notes), runs, notes)
 
 
@@ -146,7 +150,7 @@ def _unread(files: Sequence[Path], read: set[str]) -> Iterator[Path]:
 
 def _trace_files(path: Path) -> list[Path]:
     if not path.exists():
-        raise ReportError(f"{path}: no such file or folder")
+        raise NoTraces(f"{path}: no such file or folder")
     if path.is_file():
         return [path]
     root = path / "traces" if (path / "traces").is_dir() else path
