@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from make import DEFINITION, GPU, failed, folder, plain, run, trace
+from make import DEFINITION, GPU, SIZES, failed, folder, plain, run, trace
 from typer import Typer
 from typer.testing import CliRunner
 
@@ -190,6 +190,16 @@ def test_commands(runs, tmp_path):
     invoke("report", new, "--against", old, "--format", "md", "--solutions", "alpha", "--output", tmp_path / "one")
     assert "`beta`" not in (text := (tmp_path / "one" / "report.md").read_text()).partition("What moved")[2] and "What moved" in text
     assert invoke("report", tmp_path / "none").exit_code == 2
+
+
+def test_names_stay_whole_in_a_pipe_and_readable_in_a_narrow_terminal(tmp_path, monkeypatch):
+    name = "a_solution_with_a_rather_long_name_v2"
+    old, new = (folder(tmp_path / run_id, run({name: latency}, run=run_id)) for run_id, latency in (("r1", 1.0), ("r2", 1.1)))
+    for columns, shown in ((None, name), (80, name[:16]), (40, name[:16])):
+        monkeypatch.delenv("COLUMNS", raising=False) if columns is None else monkeypatch.setenv("COLUMNS", str(columns))
+        for command in (["compare", old, new], ["best", old]):
+            lines = invoke(*command).output.splitlines()
+            assert sum(line.startswith(shown) for line in lines) >= (len(SIZES) if command[0] == "best" else 1 + len(SIZES))
 
 
 def test_show_shows_what_was_asked_for(tmp_path):

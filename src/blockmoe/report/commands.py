@@ -5,19 +5,20 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from functools import wraps
+from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
+from blockmoe.bench.listing import console
 from blockmoe.geometry import HEADLINE
 from blockmoe.report import api, terminal
 from blockmoe.report import compare as comparing
 from blockmoe.report.importing import import_csv as import_table
 from blockmoe.report.load import ReportError
-from blockmoe.report.tables import factor, milliseconds, short
+from blockmoe.report.tables import Cell, Table, factor, milliseconds, short
 
 Folders = Annotated[
     list[Path],
@@ -109,11 +110,11 @@ def compare(
         raise ReportError("--allow-missing: only with --fail-slower")
     threshold = comparing.parse_threshold(fail_slower) if fail_slower is not None else None
     comparison = comparing.compare(first, second, threshold, by, allow_missing=allow_missing)
-    console = _console()
+    shown = console()
     for table in comparing.tables(comparison):
-        console.print(terminal.plain_table(table))
+        shown.print(terminal.plain_table(table))
     for failure in comparison.failures:
-        console.print(Text(f"over the threshold: {failure}", style="red"))
+        shown.print(Text(f"over the threshold: {failure}", style="red"))
     if comparison.failed:
         raise typer.Exit(1)
 
@@ -123,18 +124,16 @@ def best(
     max_relative_l2: Annotated[float | None, typer.Option(help="Only solutions whose relative L2 error is at most this.", min=0)] = None,
 ) -> None:
     """Name the fastest solution that passed, for every workload."""
-    table = terminal.RichTable(box=terminal.box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for column, justify in (("workload", "left"), ("T", "right"), ("solution", "left"), ("ms", "right"), ("speedup", "right")):
-        table.add_column(column, justify=justify, overflow="fold")
-    console, heading = _console(), None
-    for definition, workload, record in api.best(folders, max_relative_l2):
-        if heading != (definition, record.hardware):
-            heading = (definition, record.hardware)
-            table.add_section()
-            table.add_row(Text(f"{definition} on {record.hardware}", style="bold"))
-        latency = milliseconds(record.latency)
-        table.add_row(Text(short(workload)), str(record.tokens), Text(record.solution), latency, factor(record.speedup))
-    console.print(table if table.row_count else "no solution passed any workload")
+    shown, found = console(), [record for _, _, record in api.best(folders, max_relative_l2)]
+    if not found:
+        shown.print("no solution passed any workload")
+    for (definition, hardware), records in groupby(found, key=lambda record: (record.definition, record.hardware)):
+        columns = ["solution", "workload", "T", "ms", "speedup"]
+        table = Table("best", f"{definition} on {hardware}", columns, [], text_columns=2)
+        for record in records:
+            cells = record.solution, short(record.workload), str(record.tokens), milliseconds(record.latency), factor(record.speedup)
+            table.rows.append([Cell(text) for text in cells])
+        shown.print(terminal.plain_table(table))
 
 
 def show(
@@ -143,7 +142,7 @@ def show(
     solution: Annotated[str | None, typer.Option(help="A solution's name.")] = None,
 ) -> None:
     """Show traces in full: status, times, errors, every sample."""
-    _console().print(api.show(path, workload, solution))
+    console().print(api.show(path, workload, solution))
 
 
 def import_csv(
@@ -157,7 +156,3 @@ def import_csv(
     Its latencies are unknown and stay so: reports of it show speedups only.
     """
     print(import_table(csv, output, definition=definition, hardware=hardware))
-
-
-def _console() -> Console:
-    return Console(highlight=False)

@@ -1,11 +1,11 @@
-"""The report in a terminal: fits 80 columns, and reads as plain text in a pipe."""
+"""The report in a terminal: fits 80 columns, is cut off at the right where there are fewer, and reads as plain text in a pipe."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 from rich import box
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -26,6 +26,8 @@ from blockmoe.report.tables import (
 
 MOST_COLUMNS = 6  # solutions side by side in 80 columns; beyond it only the summary is shown
 MOST_ROWS = 60
+LEAST_WIDTH = 80  # that tables are laid out for: squeezed further, rich gives the column of names no width at all
+NAME_WIDTH = 16  # a longer name is folded, but never into narrower pieces
 
 
 def render(report: Report) -> Group:
@@ -58,7 +60,7 @@ def _section(section: Section) -> Iterator[RenderableType]:
 def _summary(section: Section, letters: dict[str, str]) -> RichTable:
     table = _table()
     table.add_column("", style="bold")
-    table.add_column("solution", overflow="fold", ratio=1)
+    table.add_column("solution", overflow="fold", ratio=1, min_width=NAME_WIDTH)
     for title in ("passed", "geo mean", "min", "max", "wins"):
         table.add_column(title, justify="right", no_wrap=True)
     floored = any(contender.floor_share.count for contender in section.contenders)
@@ -163,16 +165,22 @@ def plain_table(table: Table) -> Group:
     """Any of the report's tables, with its title and notes."""
     drawn = _table()
     for place, column in enumerate(table.columns):
-        words = place < table.text_columns
-        drawn.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words)
+        words, lists = place < table.text_columns, any(", " in row[place].text for row in table.rows)
+        drawn.add_column(column, justify="left" if words else "right", overflow="fold", no_wrap=not words and not lists)
+    drawn.columns[0].min_width = min(NAME_WIDTH, max(len(row[0].text) for row in table.rows)) if table.rows else None
     for row in table.rows:
         drawn.add_row(*(Text(cell.text, style="bold" if cell.bold else "") for cell in row))
     notes = [Text(note) for note in table.notes]
     return Group(Text(table.title, style="bold"), *([drawn] if table.rows else [Text("nothing")]), *notes, Text())
 
 
+class _Table(RichTable):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        return super().__rich_console__(console, options.update(max_width=max(options.max_width, LEAST_WIDTH)))
+
+
 def _table() -> RichTable:
-    return RichTable(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
+    return _Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, padding=(0, 1))
 
 
 def _plain(text: str) -> Text:
