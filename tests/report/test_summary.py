@@ -201,6 +201,16 @@ def test_watch(tmp_path):
     assert "alpha" in console.file.getvalue()
 
 
+def test_show_has_the_end_of_a_failures_log(tmp_path):
+    broken = failed("alpha", 1, message="")
+    broken["evaluation"]["log"] = "\n".join([*(f"earlier {number}" for number in range(100)), "  assert False", "AssertionError:"])
+    console = Console(file=io.StringIO(), width=80)
+    console.print(api.show(folder(tmp_path, [broken]), "1"))
+    text = console.file.getvalue()
+    assert "earlier 99" in text and "assert False" in text and "earlier 50" not in text
+    assert "times" not in text and text.count("RUNTIME_ERROR") == 1
+
+
 @pytest.mark.parametrize(
     ("options", "measured", "message"),
     [

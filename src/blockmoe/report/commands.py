@@ -141,7 +141,7 @@ def show(
     workload: Annotated[str | None, typer.Option(help="T, or a uuid's first four characters or more.")] = None,
     solution: Annotated[str | None, typer.Option(help="A solution's name.")] = None,
 ) -> None:
-    """Show traces in full: status, times, errors, every sample."""
+    """Show traces in full: status, times, errors, every sample, and the end of a failure's log."""
     console().print(api.show(path, workload, solution))
 
 

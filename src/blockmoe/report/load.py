@@ -20,6 +20,7 @@ from blockmoe.geometry import MoEGeometry
 
 REFERENCE = "reference"  # its traces are the scale of all speedups, not a competitor
 MOST_TOKENS = 1 << 53
+LOG_LINES, LOG_CHARACTERS = 40, 8000  # of a failure's log, its end
 JUDGED_BY = ("rtol", "atol", "required_matched_ratio", "inputs")  # settings that make a PASSED another one
 TOKEN_AXES = ("seq_len", "num_tokens", "total_tokens", "batch_size")
 
@@ -45,6 +46,7 @@ class Record:
     offset: int | None = None
     verdict: str = ""
     message: str = ""
+    log: str = ""  # its end
     speedup: float | None = None
     latency: float | None = None
     reference_latency: float | None = None
@@ -221,6 +223,7 @@ def _record(trace: Any, source: str) -> Record | None:
         axes=axes,
         verdict=_text(extra.get("verdict")),
         message=_text(extra.get("message")) or _last_line(_text(evaluation.get("log"))),
+        log="\n".join(_text(evaluation.get("log"))[-LOG_CHARACTERS:].rstrip().splitlines()[-LOG_LINES:]),
         pairs=_count(extra.get("pairs")),
         active_experts=_count(extra.get("active_experts")),
         run=_text(extra.get("run")),

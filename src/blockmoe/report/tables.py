@@ -57,10 +57,6 @@ def percent(value: float | None, digits: int = 1) -> str:
     return DASH if value is None else f"{value:.{digits}%}"
 
 
-def count(value: int | None) -> str:
-    return DASH if value is None else f"{value:,}"
-
-
 def section_tables(section: Section) -> list[Table]:
     """Every table of a section that has something to say, in reading order."""
     tables = [
@@ -282,9 +278,13 @@ def word_of(row: Row) -> str:
 
 def hover_text(cell: Record) -> str:
     """Everything known of one measurement, a line each."""
-    lines = [f"{cell.solution}, T = {cell.tokens}"]
-    if cell.failure:
-        lines.append(f"{cell.failure}: {cell.message}" if cell.message else cell.failure)
+    what = f"{cell.failure}: {cell.message}" if cell.message else cell.failure
+    return "\n".join([f"{cell.solution}, T = {cell.tokens}", *([what] if cell.failure else []), *time_lines(cell)])
+
+
+def time_lines(cell: Record) -> list[str]:
+    """What was measured of its times, a line each."""
+    lines = []
     if cell.latency:
         lines.append(f"latency {milliseconds(cell.latency)} ms")
     if cell.speedup:
@@ -302,7 +302,7 @@ def hover_text(cell: Record) -> str:
         flat = sorted(sample for block in cell.blocks for sample in block)
         low, high = milliseconds(flat[0]), milliseconds(flat[-1])
         lines.append(f"{len(flat)} samples in {len(cell.blocks)} blocks, {low} to {high} ms")
-    return "\n".join(lines)
+    return lines
 
 
 def _cut(section: Section) -> list[str]:

@@ -16,10 +16,10 @@ from blockmoe.report.tables import (
     DASH,
     Table,
     factor,
-    hover_text,
     interval_cells,
     milliseconds,
     percent,
+    time_lines,
     won,
     word_of,
 )
@@ -131,7 +131,7 @@ def _failures(section: Section) -> Iterator[RenderableType]:
 
 
 def show(record: Record) -> RenderableType:
-    """One trace in full, its samples block by block."""
+    """One trace in full, its samples block by block; of a failure's log the end."""
     table = RichTable(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
@@ -143,7 +143,8 @@ def show(record: Record) -> RenderableType:
         "routing": "" if record.pairs is None else f"{record.pairs} pairs, {record.active_experts} active experts",
         "status": record.failure or record.status,
         "message": record.message,
-        "times": hover_text(record).partition("\n")[2],
+        "log": "" if record.passed else record.log,
+        "times": "\n".join(time_lines(record)),
         "errors": ", ".join(f"{name} {value:.4g}" for name, value in record.errors.items()),
         "stages": ", ".join(f"{name} {milliseconds(value)} ms" for name, value in record.stages.items()),
         "hardware": record.hardware,
