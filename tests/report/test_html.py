@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from make import SIZES, failed, folder, plain, run, trace
 
-from blockmoe.report import api, html, plots
+from blockmoe.report import api, canvas, html, plots
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 VOID = {"meta", "link", "br", "wbr", "input", "img", "hr"}
@@ -77,10 +77,10 @@ def test_pictures(tmp_path):
     assert [picture.key for picture in drawn] == ["latency", "heatmap", "roofline", "stages", "errors"]
     for picture in drawn:
         for inline in (False, True):
-            root = ElementTree.fromstring(plots.svg(picture, inline).encode())
+            root = ElementTree.fromstring(canvas.svg(picture, inline).encode())
             assert root.tag.endswith("svg")
-        assert "var(--ink)" in plots.svg(picture) and "prefers-color-scheme:dark" in plots.svg(picture)
-        assert plots.png(picture).startswith(b"\x89PNG")
+        assert "var(--ink)" in canvas.svg(picture) and "prefers-color-scheme:dark" in canvas.svg(picture)
+        assert canvas.png(picture).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("reference", [1.5, 4.0, 9.0])
@@ -88,7 +88,7 @@ def test_labels_of_a_short_axis_are_numbers(tmp_path, reference):
     """Matplotlib writes those between decades as formulas, and formulas are off: names may hold dollars."""
     traces = [plain(name, t, latency, reference) for name, latency in (("alpha", 1.1), ("beta", 1.3)) for t in (1, 16, 80)]
     drawn = plots.pictures(api.read([folder(tmp_path, traces)]).sections[0])[0]
-    labels = re.findall(r">([^<]*)</text>", plots.svg(drawn))
+    labels = re.findall(r">([^<]*)</text>", canvas.svg(drawn))
     assert drawn.key == "latency" and not any("$" in label for label in labels)
     assert {1.5: "1.2", 4.0: "2", 9.0: "3"}[reference] in labels
 

@@ -150,7 +150,7 @@ def _save_pictures(report: Report, folder: Path, formats: Sequence[str]) -> list
         kinds = ["svg"]  # pictures drawn before stay in the report, and current
     if not kinds:
         return []
-    from blockmoe.report import plots
+    from blockmoe.report import canvas, plots
 
     (folder / "pictures").mkdir(exist_ok=True)
     saved = []
@@ -159,9 +159,9 @@ def _save_pictures(report: Report, folder: Path, formats: Sequence[str]) -> list
             stem = folder / "pictures" / (f"{picture.key}-{number + 1}" if number else picture.key)
             files = []
             if "svg" in kinds:
-                files.append(_save(stem.with_suffix(".svg"), plots.svg(picture)))
+                files.append(_save(stem.with_suffix(".svg"), canvas.svg(picture)))
             if "png" in kinds:
-                stem.with_suffix(".png").write_bytes(plots.png(picture))
+                stem.with_suffix(".png").write_bytes(canvas.png(picture))
                 files.append(stem.with_suffix(".png"))
             saved.append(SavedPicture(section, picture.title, picture.caption, files, files[0].relative_to(folder)))
     return saved

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup, escape
 
-from blockmoe.report import plots
+from blockmoe.report import canvas, plots
 from blockmoe.report.model import Pair, Report, Row, Section
 from blockmoe.report.sentences import cliff_sentences, dispatcher_sentence, leader_sentence
 from blockmoe.report.tables import (
@@ -54,7 +54,7 @@ def _section(section: Section, number: int, sampled: bool) -> dict[str, Any]:
         "dispatcher": dispatcher_sentence(section),
         "leaders": leader_sentence(section),
         "cliffs": cliff_sentences(section),
-        "pictures": [(picture, Markup(plots.svg(picture, inline=True))) for picture in pictures],
+        "pictures": [(picture, Markup(canvas.svg(picture, inline=True))) for picture in pictures],
         "tables": section_tables(section),
         "samples": _samples(section) if sampled else {},
         "passed_any": any(contender.overall.count for contender in section.contenders),

@@ -1,67 +1,22 @@
-"""The report's pictures. Their ink and paper are CSS variables in SVG, so that one file reads in light, dark and print.
-
-Solutions differ in colour (Okabe and Ito's palette, distinct to the colour-blind), marker and line style at once.
-"""
+"""The report's pictures, each from what a section's traces have the numbers for."""
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, NullLocator
 
+from blockmoe.report.canvas import COLOURS, INK, PAPER, SETTINGS, SOFT, Between, Picture, canvas, legend, look
 from blockmoe.report.model import Row, Section
 from blockmoe.report.tables import milliseconds, short
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A6FD1", "#7F7F7F")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-LINES = ("-", "--", "-.", ":")
-INK, PAPER, SOFT = "#1b1f24", "#fffffe", "#8b949f"  # replaced by variables in SVG; SOFT reads on both papers
 MOST_ROWS, MOST_SOLUTIONS = 60, 16
 AROUND = 1.3  # of T, on either side of the first and last size
-_STYLE = (
-    "<style>svg{--ink:#1b1f24;--paper:#fffffe}"
-    "@media (prefers-color-scheme:dark){svg{--ink:#e6e8eb;--paper:#14171b}}"
-    "@media print{svg{--ink:#1b1f24;--paper:#fffffe}}</style>"
-)
-_SETTINGS = {
-    "text.parse_math": False,  # names may hold dollars
-    "svg.fonttype": "none",
-    "svg.hashsalt": "blockmoe",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans", "Verdana", "Arial", "sans-serif"],
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": SOFT,
-    "axes.facecolor": "none",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "grid.color": SOFT,
-    "grid.alpha": 0.35,
-    "grid.linewidth": 0.6,
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-    "legend.frameon": False,
-    "hatch.linewidth": 0.5,
-    "hatch.color": SOFT,
-}
-
-
-@dataclass
-class Picture:
-    key: str
-    title: str
-    caption: str
-    figure: Figure
 
 
 def pictures(section: Section) -> list[Picture]:
@@ -75,56 +30,32 @@ def pictures(section: Section) -> list[Picture]:
         ("errors", "Error against the reference", errors),
     ]
     drawn = []
-    with matplotlib.rc_context(_SETTINGS):
+    with matplotlib.rc_context(SETTINGS):
         for key, title, draw in wanted:
             if result := draw(section):
                 drawn.append(Picture(key, title, result[1], result[0]))
     return drawn
 
 
-def svg(picture: Picture, inline: bool = False) -> str:
-    """SVG text; inline, it takes the variables of the page around it and is described for screen readers."""
-    buffer = io.StringIO()
-    with matplotlib.rc_context(_SETTINGS):
-        picture.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
-    text = buffer.getvalue()
-    text = text[text.index("<svg") :].replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
-    opening, closing = text[: text.index(">") + 1], text[text.index(">") + 1 :]
-    if not inline:
-        return f'<?xml version="1.0" encoding="utf-8"?>\n{opening}{_STYLE}{closing}'
-    opening = re.sub(r' (width|height)="[^"]*"', "", opening)
-    opening = opening.replace("<svg", f'<svg role="img" aria-label="{_attribute(picture.title)}"', 1)
-    # Several drawings in one page: their ids must not meet.
-    closing = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>{picture.key}-", closing)
-    return opening + re.sub(r"<metadata>.*?</metadata>", "", closing, flags=re.S)
-
-
-def png(picture: Picture) -> bytes:
-    buffer = io.BytesIO()
-    with matplotlib.rc_context(_SETTINGS):
-        picture.figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight", metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def latency(section: Section) -> tuple[Figure, str] | None:
     """Latency against T, log-log, over the floors that no measurement can be below."""
     if not section.has_times or not _sized(section):
         return None
-    figure, axes = _canvas(8.2, 5.2)
+    figure, axes = canvas(8.2, 5.2)
     reference = [(row.tokens, row.reference_latency) for row in section.rows if row.tokens and row.reference_latency]
     if reference:
         axes.plot(*zip(*_line(reference), strict=True), color=SOFT, linewidth=1.2, linestyle=(0, (1, 1)), label="reference")
     for place, name in _shown(section):
         points = [(row.tokens, row.cells[name].latency) for row in _timed(section, name)]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, **_look(place))
+            axes.plot(*zip(*points, strict=True), label=name, **look(place))
     floors = _floors(section)
     _draw_floors(axes, section, floors)
     axes.set(xscale="log", yscale="log", xlabel="tokens (T)", ylabel="latency, ms")
     _tokens_axis(axes, section)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.yaxis.set_minor_formatter(_Between())
-    _legend(figure, axes)
+    axes.yaxis.set_minor_formatter(Between())
+    legend(figure, axes)
     caption = "Median span of a call, both axes logarithmic."
     return figure, caption + (" Nothing can run inside the hatched area below the floors." if floors else "") + _cut(section)
 
@@ -133,16 +64,16 @@ def speedup(section: Section) -> tuple[Figure, str] | None:
     """Speedups against T, with their intervals where samples gave any."""
     if section.has_times or not _sized(section):
         return None
-    figure, axes = _canvas(8.2, 4.6)
+    figure, axes = canvas(8.2, 4.6)
     for place, name in _shown(section):
         rows = [row for row in section.rows if row.tokens and name in row.cells and row.cells[name].passed]
         if rows:
-            axes.plot([row.tokens for row in rows], [row.cells[name].speedup for row in rows], label=name, **_look(place))
+            axes.plot([row.tokens for row in rows], [row.cells[name].speedup for row in rows], label=name, **look(place))
     axes.set(xscale="log", xlabel="tokens (T)", ylabel="speedup over the reference")
     axes.set_ylim(bottom=0)
     _tokens_axis(axes, section)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure, "Speedup of every workload; T is logarithmic." + _cut(section)
 
 
@@ -159,7 +90,7 @@ def heatmap(section: Section) -> tuple[Figure, str] | None:
             if name in row.cells and row.cells[name].passed:
                 values[i, j] = row.cells[name].speedup
     share = values / np.nanmax(values, axis=1, keepdims=True)
-    figure, axes = _canvas(1.6 + 1.25 * len(names), 1.2 + 0.27 * len(rows))
+    figure, axes = canvas(1.6 + 1.25 * len(names), 1.2 + 0.27 * len(rows))
     image = axes.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     for i, row in enumerate(rows):
         for j, name in enumerate(names):
@@ -193,7 +124,7 @@ def roofline(section: Section) -> tuple[Figure, str] | None:
     known = [(place, name, cells) for place, name, cells in known if cells]
     if not known:
         return None
-    figure, axes = _canvas(8.2, 4.8)
+    figure, axes = canvas(8.2, 4.8)
     lowest, highest = np.inf, 0.0
     slow = max(cell.flops / cell.latency for _, _, cells in known for cell in cells) < 1e9
     unit, name_of_unit = (1e6, "GFLOP/s") if slow else (1e9, "TFLOP/s")  # FLOPs a millisecond
@@ -201,7 +132,7 @@ def roofline(section: Section) -> tuple[Figure, str] | None:
         intensity = [cell.flops / cell.bytes for cell in cells]
         lowest, highest = min(lowest, *intensity), max(highest, *intensity)
         rate = [cell.flops / cell.latency / unit for cell in cells]
-        axes.plot(intensity, rate, label=name, **{**_look(place), "linestyle": "none"})
+        axes.plot(intensity, rate, label=name, **{**look(place), "linestyle": "none"})
     stream, compute = _rates(section)
     span = np.geomspace(lowest / 1.5, highest * 1.5, 200)
     if stream:
@@ -212,8 +143,8 @@ def roofline(section: Section) -> tuple[Figure, str] | None:
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be read", ylabel=name_of_unit)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-        axis.set_minor_formatter(_Between())
-    _legend(figure, axes)
+        axis.set_minor_formatter(Between())
+    legend(figure, axes)
     return figure, "Useful work only: the bytes and FLOPs of the pairs that routing chose." + _cut(section)
 
 
@@ -226,7 +157,7 @@ def stages(section: Section) -> tuple[Figure, str] | None:
         bars += [(f"{name}, T = {row.tokens}", row.cells[name].stages) for row in chosen]
     if not bars:
         return None
-    figure, axes = _canvas(8.2, 0.9 + 0.36 * len(bars))
+    figure, axes = canvas(8.2, 0.9 + 0.36 * len(bars))
     order = list(dict.fromkeys(stage for _, found in bars for stage in found))
     left = np.zeros(len(bars))
     totals = np.array([sum(found.values()) for _, found in bars])
@@ -243,7 +174,7 @@ def stages(section: Section) -> tuple[Figure, str] | None:
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes.grid(axis="y", visible=False)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure, "Share of each stage in the time of one call."
 
 
@@ -260,10 +191,10 @@ def errors(section: Section) -> tuple[Figure, str] | None:
             found.append((place, name, positive))
     if not found:
         return None
-    figure, axes = _canvas(8.2, 1.0 + 0.42 * len(found))
+    figure, axes = canvas(8.2, 1.0 + 0.42 * len(found))
     for line, (place, _, values) in enumerate(found):
         jitter = line + np.linspace(-0.22, 0.22, len(values)) if len(values) > 1 else [line]
-        axes.plot(values, jitter, **{**_look(place), "linestyle": "none", "alpha": 0.75})
+        axes.plot(values, jitter, **{**look(place), "linestyle": "none", "alpha": 0.75})
         axes.plot([np.median(values)] * 2, [line - 0.32, line + 0.32], color=INK, linewidth=1.6)
     axes.set_yticks(range(len(found)), [name for _, name, _ in found])
     every = [value for _, _, values in found for value in values]
@@ -274,41 +205,6 @@ def errors(section: Section) -> tuple[Figure, str] | None:
     axes.grid(axis="y", visible=False)
     left_out = f" Infinite ones ({endless}) have no mark." if endless else ""
     return figure, f"A mark for each workload; the line is the median.{left_out}{_cut(section)}"
-
-
-class _Between(LogFormatter):
-    """Labels between the decades of a short axis, as plain numbers: those that come with it are formulas, which are not read here."""
-
-    def __call__(self, value: float, pos: int | None = None) -> str:
-        return f"{value:,g}" if super().__call__(value, pos) else ""
-
-
-def _canvas(width: float, height: float) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.grid(True, which="major")
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _look(place: int) -> dict[str, object]:
-    size = len(COLOURS)
-    return {
-        "color": COLOURS[place % size],
-        "marker": MARKERS[place % size],
-        "linestyle": LINES[(place // size + place) % len(LINES)],
-        "linewidth": 1.3,
-        "markersize": 5,
-        "markeredgecolor": PAPER,
-        "markeredgewidth": 0.5,
-    }
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    longest = max((len(label) for label in labels), default=1)
-    columns = max(1, min(len(labels), 100 // (longest + 8)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def _shown(section: Section) -> list[tuple[int, str]]:
@@ -406,7 +302,3 @@ def _folded(name: str) -> str:
             lines.append("")
         lines[-1] += part
     return "\n".join(lines)
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
