@@ -93,6 +93,19 @@ def test_labels_of_a_short_axis_are_numbers(tmp_path, reference):
     assert {1.5: "1.2", 4.0: "2", 9.0: "3"}[reference] in labels
 
 
+@pytest.mark.filterwarnings("error")
+def test_pictures_have_names_as_they_are(tmp_path):
+    names = ["_mine", "torch__grouped__ds_", "-dash", "名前", "_child0"]
+    traces = run({name: 1.0 + place / 10 for place, name in enumerate(names)}, blocks=2)
+    for line in traces:
+        line["evaluation"]["performance"]["extra"]["stages_ms"] = {"_route": 0.1, "down": 0.4}
+    for drawn in plots.pictures(api.read([folder(tmp_path, traces)]).sections[0]):
+        axes, legends = drawn.figure.axes[0], drawn.figure.legends
+        texts = [*axes.get_xticklabels(), *axes.get_yticklabels(), *(text for legend in legends for text in legend.get_texts())]
+        wanted = ["_route", "down"] if drawn.key == "stages" else names
+        assert canvas.png(drawn) and set(wanted) <= {text.get_text().replace("\n", "") for text in texts}, drawn.key
+
+
 def test_saved_pictures_are_linked(tmp_path):
     folder(tmp_path, run({"alpha": 1.0, "beta": 1.5}) + run({"alpha": 1.0}, hardware="NVIDIA H200"))
     written = api.write([tmp_path], None, ["md", "svg", "png"])

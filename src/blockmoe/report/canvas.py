@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import matplotlib
@@ -24,7 +27,7 @@ _STYLE = (
     "@media (prefers-color-scheme:dark){svg{--ink:#e6e8eb;--paper:#14171b}}"
     "@media print{svg{--ink:#1b1f24;--paper:#fffffe}}</style>"
 )
-SETTINGS = {
+_SETTINGS = {
     "text.parse_math": False,  # names may hold dollars
     "svg.fonttype": "none",
     "svg.hashsalt": "blockmoe",
@@ -58,10 +61,18 @@ class Picture:
     figure: Figure
 
 
+@contextmanager
+def settings() -> Iterator[None]:
+    """Matplotlib as the pictures are drawn and saved. An SVG's names are written by the reader's fonts: what ours lack is no fault."""
+    with matplotlib.rc_context(_SETTINGS), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
+
+
 def svg(picture: Picture, inline: bool = False) -> str:
     """SVG text; inline, it takes the variables of the page around it and is described for screen readers."""
     buffer = io.StringIO()
-    with matplotlib.rc_context(SETTINGS):
+    with settings():
         picture.figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
     text = buffer.getvalue()
     text = text[text.index("<svg") :].replace(INK, "var(--ink)").replace(PAPER, "var(--paper)")
@@ -77,7 +88,7 @@ def svg(picture: Picture, inline: bool = False) -> str:
 
 def png(picture: Picture) -> bytes:
     buffer = io.BytesIO()
-    with matplotlib.rc_context(SETTINGS):
+    with settings():
         picture.figure.savefig(buffer, format="png", dpi=160, bbox_inches="tight", metadata={"Software": None})
     return buffer.getvalue()
 
@@ -103,11 +114,18 @@ def look(place: int) -> dict[str, object]:
     }
 
 
+def entry(name: str) -> str:
+    """The label of a line or bar that the legend is to have under any name: matplotlib hides those that begin with an underscore."""
+    return f" {name}"
+
+
 def legend(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     longest = max((len(label) for label in labels), default=1)
     columns = max(1, min(len(labels), 100 // (longest + 8)))
-    figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+    drawn = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9)
+    for text, label in zip(drawn.get_texts(), labels, strict=True):
+        text.set_text(label.removeprefix(" "))
 
 
 class Between(LogFormatter):

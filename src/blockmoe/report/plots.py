@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from blockmoe.report.canvas import COLOURS, INK, PAPER, SETTINGS, SOFT, Between, Picture, canvas, legend, look
+from blockmoe.report.canvas import COLOURS, INK, PAPER, SOFT, Between, Picture, canvas, entry, legend, look, settings
 from blockmoe.report.model import Row, Section
 from blockmoe.report.tables import milliseconds, short
 
@@ -30,7 +29,7 @@ def pictures(section: Section) -> list[Picture]:
         ("errors", "Error against the reference", errors),
     ]
     drawn = []
-    with matplotlib.rc_context(SETTINGS):
+    with settings():
         for key, title, draw in wanted:
             if result := draw(section):
                 drawn.append(Picture(key, title, result[1], result[0]))
@@ -48,7 +47,7 @@ def latency(section: Section) -> tuple[Figure, str] | None:
     for place, name in _shown(section):
         points = [(row.tokens, row.cells[name].latency) for row in _timed(section, name)]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, **look(place))
+            axes.plot(*zip(*points, strict=True), label=entry(name), **look(place))
     floors = _floors(section)
     _draw_floors(axes, section, floors)
     axes.set(xscale="log", yscale="log", xlabel="tokens (T)", ylabel="latency, ms")
@@ -68,7 +67,7 @@ def speedup(section: Section) -> tuple[Figure, str] | None:
     for place, name in _shown(section):
         rows = [row for row in section.rows if row.tokens and name in row.cells and row.cells[name].passed]
         if rows:
-            axes.plot([row.tokens for row in rows], [row.cells[name].speedup for row in rows], label=name, **look(place))
+            axes.plot([row.tokens for row in rows], [row.cells[name].speedup for row in rows], label=entry(name), **look(place))
     axes.set(xscale="log", xlabel="tokens (T)", ylabel="speedup over the reference")
     axes.set_ylim(bottom=0)
     _tokens_axis(axes, section)
@@ -132,7 +131,7 @@ def roofline(section: Section) -> tuple[Figure, str] | None:
         intensity = [cell.flops / cell.bytes for cell in cells]
         lowest, highest = min(lowest, *intensity), max(highest, *intensity)
         rate = [cell.flops / cell.latency / unit for cell in cells]
-        axes.plot(intensity, rate, label=name, **{**look(place), "linestyle": "none"})
+        axes.plot(intensity, rate, label=entry(name), **{**look(place), "linestyle": "none"})
     stream, compute = _rates(section)
     span = np.geomspace(lowest / 1.5, highest * 1.5, 200)
     if stream:
@@ -164,7 +163,7 @@ def stages(section: Section) -> tuple[Figure, str] | None:
     for place, stage in enumerate(order):
         width = np.array([found.get(stage, 0.0) for _, found in bars]) / totals
         colour = COLOURS[place % len(COLOURS)]
-        axes.barh(range(len(bars)), width, left=left, color=colour, edgecolor=PAPER, linewidth=1, label=stage)
+        axes.barh(range(len(bars)), width, left=left, color=colour, edgecolor=PAPER, linewidth=1, label=entry(stage))
         for i, share in enumerate(width):
             if share > 0.06:
                 axes.text(left[i] + share / 2, i, f"{share:.0%}", ha="center", va="center", fontsize=8, color="black")
@@ -297,7 +296,7 @@ def _row_label(row: Row) -> str:
 def _folded(name: str) -> str:
     """A long name on several lines, broken at its underscores."""
     lines = [""]
-    for part in re.findall(r"[^_\-]+[_\-]?", name) or [name]:
+    for part in re.findall(r"[^_\-]*[_\-]*", name):
         if len(lines[-1]) + len(part) > 13 and lines[-1]:
             lines.append("")
         lines[-1] += part
