@@ -85,12 +85,16 @@ def test_pictures(tmp_path):
 
 @pytest.mark.parametrize("reference", [1.5, 4.0, 9.0])
 def test_labels_of_a_short_axis_are_numbers(tmp_path, reference):
-    """Matplotlib writes those between decades as formulas, and formulas are off: names may hold dollars."""
+    """Matplotlib writes those between decades as formulas, and formulas are off: names may hold dollars. An axis that holds a whole decade
+    has none between them before matplotlib 3.11."""
     traces = [plain(name, t, latency, reference) for name, latency in (("alpha", 1.1), ("beta", 1.3)) for t in (1, 16, 80)]
     drawn = plots.pictures(api.read([folder(tmp_path, traces)]).sections[0])[0]
     labels = re.findall(r">([^<]*)</text>", canvas.svg(drawn))
     assert drawn.key == "latency" and not any("$" in label for label in labels)
-    assert {1.5: "1.2", 4.0: "2", 9.0: "3"}[reference] in labels
+    axis = drawn.figure.axes[0].yaxis
+    low, high = axis.get_view_interval()
+    ticks = [tick for tick in [*axis.get_major_ticks(), *axis.get_minor_ticks()] if low <= tick.get_loc() <= high]
+    assert {1.5: "1.2", 4.0: "2", 9.0: "1"}[reference] in [tick.label1.get_text() for tick in ticks]
 
 
 @pytest.mark.filterwarnings("error")
