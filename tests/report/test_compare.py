@@ -241,6 +241,8 @@ def test_import_csv(tmp_path):
     ("table", "said"),
     [
         ("seq_len,a,a\n1,2,3\n", "expected columns of different names, got 'a' 2 times"),
+        ("seq_len, a,b ,a\n1,2,3,4\n", "expected columns of different names, got 'a' 2 times"),
+        ("seq_len,a\n\n1,2\n\n80,fast\n", "line 5: a: expected a positive number, got 'fast'"),
         ("seq_len,a\n80.7,2\n", "line 2: seq_len: expected a whole number, got '80.7'"),
         ("seq_len,a\n80,2\n80,3\n", "line 3: expected a workload a line, got T80 again"),
         ("seq_len,a\n80,\n", "expected at least one speedup, got empty cells"),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from blockmoe.geometry import HEADLINE
-from blockmoe.report.load import ReportError
+from blockmoe.report.load import ReportError, as_name
 
 COMMAND = "blockmoe import-csv"
 _SIZES = ("uuid", "seq_len", "local_expert_offset")
@@ -34,11 +34,11 @@ def import_csv(
         raise ReportError(f"--definition {definition!r}: expected a name of letters, digits, '_', '-' and '.'")
     _require_free(output)
     rows = _read(source)
-    solutions = [name for name in rows[0] if name not in _SIZES]
+    solutions = [name for name in rows[0][1] if name not in _SIZES]
     if not solutions:
         raise ReportError(f"{source}: expected a column for at least one solution beside {', '.join(_SIZES)}")
     lines, seen = [], set()
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         workload = _workload(row, source, number)
         if workload["uuid"] in seen:
             raise ReportError(f"{source} line {number}: expected a workload a line, got {workload['uuid']} again")
@@ -72,20 +72,22 @@ def _require_free(output: Path) -> None:
         raise ReportError(f"{output}: expected a new folder or that of an earlier import, got one with the results of a run")
 
 
-def _read(source: Path) -> list[dict[str, str]]:
+def _read(source: Path) -> list[tuple[int, dict[str, str]]]:
+    """Rows with the number of their line, by columns named as a report names them."""
     try:
         with source.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
-            rows, columns = list(reader), list(reader.fieldnames or ())
+            reader.fieldnames = columns = [as_name(column) for column in reader.fieldnames or ()]
+            rows = [(reader.line_num, row) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ReportError(f"{source}: not readable as CSV ({getattr(error, 'strerror', None) or error})") from None
-    if not rows or "seq_len" not in rows[0]:
+    if not rows or "seq_len" not in columns:
         raise ReportError(f"{source}: expected a header with seq_len and at least one row")
     if twice := [name for name in dict.fromkeys(columns) if columns.count(name) > 1]:
         raise ReportError(f"{source}: expected columns of different names, got {twice[0]!r} {columns.count(twice[0])} times")
-    for number, row in enumerate(rows, 2):
+    for number, row in rows:
         if None in row or None in row.values():
-            raise ReportError(f"{source} line {number}: expected {len(rows[0])} fields")
+            raise ReportError(f"{source} line {number}: expected {len(columns)} fields")
     return rows
 
 

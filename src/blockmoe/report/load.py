@@ -213,11 +213,11 @@ def _record(trace: Any, source: str) -> Record | None:
     axes = {str(name): int(value) for name, value in _table(workload.get("axes")).items() if _number(value) is not None}
     offset = _number(_table(_table(workload.get("inputs")).get("local_expert_offset")).get("value"))
     record = Record(
-        definition=_name(trace.get("definition")) or "unnamed definition",
+        definition=as_name(trace.get("definition")) or "unnamed definition",
         workload=_text(workload.get("uuid")) or json.dumps(axes, sort_keys=True),
-        solution=_name(solution) or "unnamed solution",
+        solution=as_name(solution) or "unnamed solution",
         status=_text(evaluation.get("status")) or "UNKNOWN",
-        hardware=_name(environment.get("hardware")) or "unknown hardware",
+        hardware=as_name(environment.get("hardware")) or "unknown hardware",
         tokens=_tokens(axes),
         offset=None if offset is None else int(offset),
         axes=axes,
@@ -356,7 +356,7 @@ def _text(value: Any) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _name(value: Any) -> str:
+def as_name(value: Any) -> str:
     """A name on one line; backticks would end the code spans that names stand in."""
     return " ".join(_text(value).replace("`", "'").split())
 
