@@ -139,6 +139,27 @@ def test_what_the_parser_refuses(blockmoe, arguments, expected):
     assert err.endswith("--help)\n")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "--solutions", "alpha", "results"],
+        ["pack", "--definitions", "*e8*", "torch_grouped"],
+        ["list", "--definitions", "*e8*", "workloads"],
+    ],
+)
+def test_what_an_option_of_several_values_took(blockmoe, monkeypatch, tmp_path, arguments):
+    """It says so in the help and where an argument is missing; after -- that argument is one."""
+    monkeypatch.chdir(tmp_path)
+    command, flag, value, _ = arguments
+    code, out, err = blockmoe(*arguments)
+    said = f"{flag} takes all words up to the next option: other arguments stand before it, or after --"
+    assert code == 2 and out == "" and said in err and err.count("\n") == 1
+    monkeypatch.setenv("COLUMNS", "200")
+    out = blockmoe(command, "--help")[1]
+    assert "all words up to the next option" in out and re.search(rf"{flag} +NAME…", out)
+    assert "takes all words" not in blockmoe(command, flag, value, "--", "nothing")[2]
+
+
 def test_cuda_without_a_cuda_torch(tree, blockmoe, monkeypatch):
     monkeypatch.setattr(commands, "torch_build", lambda: "")
     code, _, err = blockmoe("run", "--local", tree, "--device", "cuda:1")

@@ -67,6 +67,9 @@ def main() -> None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "blockmoe"
         message = " ".join(error.format_message().replace("Value error, ", "").split())
+        taker = next((argument for argument in sys.argv if argument in _MANY), None)
+        if taker and message.startswith("Missing argument"):
+            message += f" {bench_commands.greedy(taker)}"
         print(f"blockmoe: {message} (see {command} --help)", file=sys.stderr)
         code = error.exit_code
     sys.exit(code if isinstance(code, int) else 0)

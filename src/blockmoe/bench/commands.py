@@ -51,6 +51,11 @@ class UsageError(ValueError):
     """What was asked for makes no sense; one line for the user."""
 
 
+def greedy(flag: str) -> str:
+    """What the help and every error say of an option of several values."""
+    return f"{flag} takes all words up to the next option: other arguments stand before it, or after --"
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands of this module to an application."""
     app.command("run")(_one_line_errors(run))
@@ -201,6 +206,14 @@ def load_dataset(local: list[Path] | None) -> Dataset:
     return dataset
 
 
+def _definitions(dataset: Dataset, wanted: list[str]) -> list[str]:
+    """Those that `--definitions` names; of several words one may have been meant for another argument."""
+    try:
+        return trees.select_names("definition", wanted, dataset.definitions)
+    except DatasetError as error:
+        raise UsageError(f"{error} ({greedy('--definitions')})" if len(wanted) > 1 else str(error)) from None
+
+
 def _chosen_solutions(dataset: Dataset, name: str, names: list[str], wanted: list[str] | None) -> list[Solution]:
     known = {solution.name: solution for solution in dataset.solutions_of(name)}
     if not wanted:
@@ -299,13 +312,17 @@ def list_(
     ] = "all",
     local: Local = None,
     definitions: Annotated[
-        list[str] | None, typer.Option(help="Of these definitions only; names or patterns.", show_default="the headline for workloads")
+        list[str] | None,
+        typer.Option(metavar="NAME…", help="Of these definitions only; names or patterns.", show_default="the headline for workloads"),
     ] = None,
 ) -> None:
-    """List definitions, workloads and solutions, and what this machine can run."""
+    """List definitions, workloads and solutions, and what this machine can run.
+
+    --local and --definitions take all words up to the next option: WHAT stands before them, or after --.
+    """
     dataset = load_dataset(local)
     shown = console()
-    names = trees.select_names("definition", definitions, dataset.definitions) if definitions else list(dataset.definitions)
+    names = _definitions(dataset, definitions) if definitions else list(dataset.definitions)
     tables = []
     if what in ("definitions", "all"):
         tables.append(definitions_table(dataset, names))
@@ -339,16 +356,19 @@ def doctor(
 
 def pack(
     solutions: Annotated[list[str] | None, typer.Argument(help="Solutions; names or patterns.", show_default="all")] = None,
-    definitions: Annotated[list[str] | None, typer.Option(help="Definitions to pack for.", show_default="the headline")] = None,
+    definitions: Annotated[
+        list[str] | None, typer.Option(metavar="NAME…", help="Definitions to pack for; names or patterns.", show_default="the headline")
+    ] = None,
     output: Annotated[Path, typer.Option(help="FlashInfer-Trace tree to write into.")] = Path("packed"),
 ) -> None:
     """Pack solution folders into FlashInfer-Trace JSON, in a tree with their definition and its workloads.
 
     The tree is what flashinfer-bench reads, and `blockmoe run --local`. Blobs are made on first use.
     For other definitions than the headline, the sizes are appended to a solution's name: the format wants names only once.
+    --definitions takes all words up to the next option: solutions stand before it, or after --.
     """
     dataset = load_dataset(None)
-    names = trees.select_names("definition", definitions or [HEADLINE.definition_name], dataset.definitions)
+    names = _definitions(dataset, definitions or [HEADLINE.definition_name])
     for name in names:
         op_type = dataset.definitions[name].op_type
         try:

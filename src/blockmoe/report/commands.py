@@ -76,6 +76,7 @@ def report(
     """Write reports from traces: tables, averages, who wins where, and which solution to deploy.
 
     Reads traces of blockmoe and of flashinfer-bench. The reference is the scale, never a competitor.
+    --solutions takes all words up to the next option: folders stand before it, or after --.
     """
     if watch and solutions:
         raise ReportError("--solutions: not with --watch")
