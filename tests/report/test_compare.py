@@ -1,13 +1,16 @@
 """Two runs joined: what moved, what changed around it, and the threshold for CI."""
 
+import io
 import json
+import re
 
 import pytest
 from make import DEFINITION, GPU, SIZES, failed, folder, plain, run, trace
+from rich.console import Console
 from typer import Typer
 from typer.testing import CliRunner
 
-from blockmoe.report import ReportError
+from blockmoe.report import ReportError, api
 from blockmoe.report.commands import register
 from blockmoe.report.compare import compare, parse_threshold, tables
 
@@ -200,6 +203,25 @@ def test_names_stay_whole_in_a_pipe_and_readable_in_a_narrow_terminal(tmp_path, 
         for command in (["compare", old, new], ["best", old]):
             lines = invoke(*command).output.splitlines()
             assert sum(line.startswith(shown) for line in lines) >= (len(SIZES) if command[0] == "best" else 1 + len(SIZES))
+
+
+def test_a_workload_without_a_size_has_its_name(tmp_path):
+    """In the table of the best, in doubts, failures, pictures and what is over the threshold."""
+    old, new = (run({"alpha": latency, "beta": 1.005}, [16], run=run_id) for latency, run_id in ((1.0, "r1"), (1.5, "r2")))
+    for line in old + new:
+        line["workload"] = {"axes": {}, "inputs": {}, "uuid": "the only one"}
+        line["evaluation"]["performance"]["extra"] |= {"drift": {"change": 0.1, "drifted": True}, "stages_ms": {"route": 1.0}}
+    new.append(failed("gamma", message="broke") | {"workload": new[0]["workload"]})
+    old, new = folder(tmp_path / "old", old), folder(tmp_path / "new", new)
+    found = invoke("compare", old, new, "--fail-slower", "3%").output, invoke("best", new).output
+    assert "over the threshold: alpha at the only one: " in found[0] and re.search("^beta +the only one +– ", found[1], re.MULTILINE)
+    (written,) = api.write([new], formats=["html"])
+    console = Console(file=io.StringIO(), width=200)
+    console.print(api.terminal_table([new]))
+    said = console.file.getvalue()
+    assert " at the only one by +10.0%" in said and "gamma, the only one: RUNTIME_ERROR" in said
+    assert "alpha, the only one (" in written.read_text()
+    assert not any("T = None" in text or " None " in text for text in (*found, said, written.read_text()))
 
 
 def test_show_shows_what_was_asked_for(tmp_path):

@@ -18,7 +18,8 @@ from blockmoe.report import api, terminal
 from blockmoe.report import compare as comparing
 from blockmoe.report.importing import import_csv as import_table
 from blockmoe.report.load import ReportError
-from blockmoe.report.tables import Cell, Table, factor, milliseconds, short
+from blockmoe.report.model import short
+from blockmoe.report.tables import DASH, Cell, Table, factor, milliseconds
 
 Folders = Annotated[
     list[Path],
@@ -132,7 +133,8 @@ def best(
         columns = ["solution", "workload", "T", "ms", "speedup"]
         table = Table("best", f"{definition} on {hardware}", columns, [], text_columns=2)
         for record in records:
-            cells = record.solution, short(record.workload), str(record.tokens), milliseconds(record.latency), factor(record.speedup)
+            size = DASH if record.tokens is None else str(record.tokens)
+            cells = record.solution, short(record.workload), size, milliseconds(record.latency), factor(record.speedup)
             table.rows.append([Cell(text) for text in cells])
         shown.print(terminal.plain_table(table))
 

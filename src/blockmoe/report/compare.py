@@ -14,7 +14,8 @@ from blockmoe.bench.stats import MARGIN, Ratio, geometric_mean, rank_agreement, 
 from blockmoe.report.cut import matching
 from blockmoe.report.doubts import facts
 from blockmoe.report.load import REFERENCE, Record, ReportError, load
-from blockmoe.report.tables import DASH, Cell, Table, short
+from blockmoe.report.model import short, size_of
+from blockmoe.report.tables import DASH, Cell, Table
 
 Measure = Literal["latency", "speedup"]
 MOST_MOVES = 60
@@ -80,7 +81,7 @@ class Comparison:
 
     def place(self, record: Record) -> str:
         named = "".join(f", {getattr(record, name)}" for name in self.several)
-        return f"{record.solution} at T = {record.tokens}{named}"
+        return f"{record.solution} at {size_of(record)}{named}"
 
 
 def compare(

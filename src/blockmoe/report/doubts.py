@@ -9,7 +9,7 @@ from typing import Any
 
 from blockmoe.bench.stats import MARGIN
 from blockmoe.report.load import Record
-from blockmoe.report.model import Contender, Row
+from blockmoe.report.model import Contender, Row, size_of
 
 _SETTINGS = (
     "rtol", "atol", "required_matched_ratio", "warmup_runs", "iterations", "num_trials", "inputs", "seed", "device", "fresh_processes",
@@ -86,7 +86,7 @@ def _noise(passed: Sequence[Record]) -> Iterable[str]:
     if wide:
         worst = max(wide, key=lambda r: (r.interval[1] - r.interval[0]) / r.speedup)
         yield (
-            f"{len(wide)} speedups have an interval wider than ±3 %; the widest is {worst.solution} at T = {worst.tokens}: "
+            f"{len(wide)} speedups have an interval wider than ±3 %; the widest is {worst.solution} at {size_of(worst)}: "
             f"{worst.interval[0]:.3g} to {worst.interval[1]:.3g}."
         )
     single = [record for record in passed if record.blocks and len(record.blocks) == 1]
@@ -100,11 +100,11 @@ def _noise(passed: Sequence[Record]) -> Iterable[str]:
     if drifted:
         worst = max(drifted, key=lambda r: abs(r.drift or 0))
         change = f" by {worst.drift:+.1%}" if worst.drift is not None else ""
-        yield f"{len(drifted)} evaluations drifted while they ran; the most: {worst.solution} at T = {worst.tokens}{change}."
+        yield f"{len(drifted)} evaluations drifted while they ran; the most: {worst.solution} at {size_of(worst)}{change}."
     beaten = [record for record in passed if record.floor_fraction and record.floor_fraction > 1]
     for record in beaten[:3]:
         yield (
-            f"{record.solution} at T = {record.tokens} is faster than the floor ({record.latency:.4g} < {record.floor:.4g} "
+            f"{record.solution} at {size_of(record)} is faster than the floor ({record.latency:.4g} < {record.floor:.4g} "
             "ms): a defect of the measurement or of the solution."
         )
 
@@ -187,7 +187,7 @@ def _values(records: Sequence[Record], setting: str) -> set[str]:
 
 
 def _sizes(rows: Sequence[Row]) -> str:
-    shown = ", ".join(f"T = {row.tokens}" for row in rows[:8])
+    shown = ", ".join(size_of(row) for row in rows[:8])
     return f"{shown} and {len(rows) - 8} more" if len(rows) > 8 else shown
 
 

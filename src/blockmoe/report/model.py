@@ -207,6 +207,16 @@ class Report:
     notes: list[str]
 
 
+def short(workload: str) -> str:
+    """The first part of a UUID; other names stay whole."""
+    return workload[:8] if len(workload) == 36 and workload[8] == "-" else workload[:20]
+
+
+def size_of(item: Row | Failure | Record) -> str:
+    """Its T; the workload's name where there is none."""
+    return short(item.workload) if item.tokens is None else f"T = {item.tokens}"
+
+
 def passed_all(rows: Sequence[Row], name: str, regime: Regime) -> bool:
     """Whether a solution passed every workload of a regime, so that its mean there may be set beside another's."""
     return all(name in row.cells and row.cells[name].passed for row in rows if regime.holds(row.tokens))

@@ -11,8 +11,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from blockmoe.report.canvas import COLOURS, INK, PAPER, SOFT, Between, Picture, canvas, entry, legend, look, settings
-from blockmoe.report.model import Row, Section
-from blockmoe.report.tables import milliseconds, short
+from blockmoe.report.model import Row, Section, short, size_of
+from blockmoe.report.tables import milliseconds
 
 MOST_ROWS, MOST_SOLUTIONS = 60, 16
 AROUND = 1.3  # of T, on either side of the first and last size
@@ -153,7 +153,7 @@ def stages(section: Section) -> tuple[Figure, str] | None:
     for name in section.names:
         staged = [row for row in section.rows if name in row.cells and row.cells[name].stages]
         chosen = staged if len(staged) <= 6 else [staged[i] for i in np.linspace(0, len(staged) - 1, 6).round().astype(int)]
-        bars += [(f"{name}, T = {row.tokens}", row.cells[name].stages) for row in chosen]
+        bars += [(f"{name}, {size_of(row)}", row.cells[name].stages) for row in chosen]
     if not bars:
         return None
     figure, axes = canvas(8.2, 0.9 + 0.36 * len(bars))

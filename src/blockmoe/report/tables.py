@@ -8,7 +8,7 @@ from typing import Any
 
 from blockmoe.bench.stats import MARGIN, word_for
 from blockmoe.report.load import Record
-from blockmoe.report.model import Contender, Pair, Row, Section, Spread, passed_all
+from blockmoe.report.model import Contender, Pair, Row, Section, Spread, passed_all, short, size_of
 from blockmoe.report.regimes import ALL, Regime
 
 DASH = "–"
@@ -39,11 +39,6 @@ class Table:
 def factor(value: float | None) -> str:
     """Two decimals, halves rounded up: 3.725 is binary 3.72499… and still reads 3.73."""
     return DASH if value is None else f"{value + 1e-9:.2f}x"
-
-
-def short(workload: str) -> str:
-    """The first part of a UUID; other names stay whole."""
-    return workload[:8] if len(workload) == 36 and workload[8] == "-" else workload[:20]
 
 
 def milliseconds(value: float | None) -> str:
@@ -279,7 +274,7 @@ def word_of(row: Row) -> str:
 def hover_text(cell: Record) -> str:
     """Everything known of one measurement, a line each."""
     what = f"{cell.failure}: {cell.message}" if cell.message else cell.failure
-    return "\n".join([f"{cell.solution}, T = {cell.tokens}", *([what] if cell.failure else []), *time_lines(cell)])
+    return "\n".join([f"{cell.solution}, {size_of(cell)}", *([what] if cell.failure else []), *time_lines(cell)])
 
 
 def time_lines(cell: Record) -> list[str]:
@@ -357,7 +352,7 @@ def _word_cell(row: Row) -> Cell:
 
 def _pair_cells(pair: Pair, worded: bool) -> list[Cell]:
     span = f"{pair.low:.2f}–{pair.high:.2f}"
-    where = f"lowest at T = {pair.low_at}, highest at T = {pair.high_at}"
+    where = f"lowest at T = {_whole(pair.low_at).text}, highest at T = {_whole(pair.high_at).text}"
     cells = [
         Cell(pair.first, pair.first),
         Cell(pair.second, pair.second),

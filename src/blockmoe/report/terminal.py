@@ -10,7 +10,7 @@ from rich.table import Table as RichTable
 from rich.text import Text
 
 from blockmoe.report.load import Record
-from blockmoe.report.model import Contender, Report, Row, Section
+from blockmoe.report.model import Contender, Report, Row, Section, size_of
 from blockmoe.report.sentences import cliff_sentences, dispatcher_sentence, scenario_sentence
 from blockmoe.report.tables import (
     DASH,
@@ -124,7 +124,7 @@ def _failures(section: Section) -> Iterator[RenderableType]:
         shown = {(failure.what, failure.message): failure for failure in contender.failures}
         for failure in list(shown.values())[:3]:
             same = sum(1 for other in contender.failures if (other.what, other.message) == (failure.what, failure.message))
-            place = f"T = {failure.tokens}" if same == 1 else f"{same} workloads"
+            place = size_of(failure) if same == 1 else f"{same} workloads"
             yield Text(f"{contender.name}, {place}: {failure.what} {failure.message}".rstrip(), style="red")
     for item in section.skipped:
         yield Text(f"{item.get('solution')}: SKIPPED, {item.get('reason')}", style="yellow")
