@@ -124,7 +124,8 @@ def test_run_faults_are_one_line(tree, blockmoe, arguments, expected):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["run", "--timeout", "soon"], "Invalid value for '--timeout': "),
+        (["run", "--timeout", "soon"], "Invalid value for '--timeout': .*'soon'"),
+        (["run", "--iterations=1.5", "--seed", "2"], "Invalid value for '--iterations': .*'1.5'"),
         (["run", "--preset", "slow"], "Invalid value for '--preset': .*'slow' is not one of 'quick', 'full'"),
         (["run", "--no-such-flag"], "[Nn]o such option.*--no-such-flag"),
         (["run", "--solutions"], "Option '--solutions' requires an argument"),

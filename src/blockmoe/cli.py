@@ -59,6 +59,16 @@ def expand(arguments: list[str]) -> list[str]:
     return expanded
 
 
+def _given(error: _ParserError) -> str:
+    """What came for the option that the parser refuses; empty where it refuses something else."""
+    flags = [name for name in getattr(getattr(error, "param", None), "opts", []) if name.startswith("-")]
+    for argument, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        name, equals, value = argument.partition("=")
+        if name in flags:
+            return value if equals else following
+    return ""
+
+
 def main() -> None:
     """Entry point of the console script and of `python -m blockmoe`. What the parser refuses is one line, and exit code 2."""
     try:
@@ -67,6 +77,8 @@ def main() -> None:
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "blockmoe"
         message = " ".join(error.format_message().replace("Value error, ", "").split())
+        if (given := _given(error)) and repr(given) not in message:
+            message = f"{message.rstrip('.')}, got {given!r}"
         taker = next((argument for argument in sys.argv if argument in _MANY), None)
         if taker and message.startswith("Missing argument"):
             message += f" {bench_commands.greedy(taker)}"

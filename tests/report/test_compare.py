@@ -188,6 +188,7 @@ def test_commands(runs, tmp_path):
     assert "block 12" in invoke("show", old, "--workload", "1", "--solution", "alpha").output
     line = next((old / "traces").rglob("*.jsonl"))
     assert "alpha" in invoke("show", f"{line}:2").output
+    assert "no such file or folder" in invoke("show", f"{line}:²").stderr
     result = invoke("show", f"{line}:9999")
     assert result.exit_code == 2 and "expected the line of an evaluation" in result.stderr
     invoke("report", new, "--against", old, "--format", "md", "--solutions", "alpha", "--output", tmp_path / "one")

@@ -99,7 +99,7 @@ def best(folders: Sequence[Path], max_relative_l2: float | None = None) -> list[
 def show(path: Path, workload: str | None = None, solution: str | None = None) -> RenderableType:
     """Traces of a folder, a file or FILE:LINE in full: those of a workload (T, or a uuid's first four characters) and a solution."""
     name, _, line = str(path).rpartition(":")
-    numbered = not path.exists() and Path(name).is_file() and line.isdigit()
+    numbered = not path.exists() and Path(name).is_file() and line.isdecimal()
     records = [read_line(Path(name), int(line))] if numbered else load([path]).records
     chosen = [record for record in _of_workload(records, workload) if solution in (None, record.solution)]
     if not chosen:
