@@ -253,6 +253,8 @@ def test_import_csv(tmp_path):
     result = invoke("report", tmp_path / "run", "--format", "md")
     text = (tmp_path / "run" / "report.md").read_text()
     assert result.exit_code == 0 and "Latency" not in text and "**12.00x**" in text and "Errors" not in text
+    said = invoke("best", tmp_path / "run", "--max-relative-l2", "0.5").output  # a table of speedups knows no errors
+    assert said == "no solution that passed is known to have a relative L2 error of at most 0.5\n"
     for bad in ("", "seq_len\n1\n", "alpha\n1\n", "seq_len,alpha\n1,fast\n", "seq_len,alpha\n1,-2\n", "seq_len,alpha\n1,2,3\n"):
         source.write_text(bad)
         result = invoke("import-csv", source, tmp_path / "other")

@@ -128,7 +128,8 @@ def best(
     """Name the fastest solution that passed, for every workload."""
     shown, found = console(), [record for _, _, record in api.best(folders, max_relative_l2)]
     if not found:
-        shown.print("no solution passed any workload")
+        bound = f"no solution that passed is known to have a relative L2 error of at most {max_relative_l2}"
+        shown.print(bound if api.best(folders) else "no solution passed any workload")
     for (definition, hardware), records in groupby(found, key=lambda record: (record.definition, record.hardware)):
         columns = ["solution", "workload", "T", "ms", "speedup"]
         table = Table("best", f"{definition} on {hardware}", columns, [], text_columns=2)
