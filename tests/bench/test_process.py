@@ -60,6 +60,13 @@ def test_what_is_no_reply(worker, sent):
     writer.join()
 
 
+def test_text_that_no_file_would_hold(worker):
+    """A lone surrogate, as os.listdir gives for a name that is not UTF-8."""
+    found, other = worker
+    other.sendall(b'{"graph_error": "cannot read caf\\udce9", "outputs": {"\\ud800": 0.5}}\n')
+    assert found.receive(20.0) == {"graph_error": "cannot read caf?", "outputs": {"?": 0.5}}
+
+
 SAMPLE = {"call": 1000, "ms": 1.5, "events_ms": None}
 BLOCK = {"samples": [SAMPLE], "outputs": {"1000": "d"}, "inputs": "d", "timer": "host_clock"}
 

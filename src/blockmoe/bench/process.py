@@ -84,7 +84,7 @@ class WorkerProcess:
         line = bytes(self._buffer[:end])
         del self._buffer[: end + 1]
         try:
-            return dict(json.loads(line))
+            return dict(_writable(json.loads(line)))
         except (TypeError, ValueError, RecursionError):
             raise WorkerLost("the process wrote to the bench's own socket") from None
 
@@ -131,3 +131,8 @@ class WorkerProcess:
         self._reader.join(1.0)
         if not self._reader.is_alive():  # else a process that left the group holds the pipe, and the thread reads on
             self._process.stdout.close()
+
+
+def _writable(reply: Any) -> Any:
+    """With `?` for lone surrogates, as the message of an error may hold where a file's name is not UTF-8: no trace could be written."""
+    return json.loads(json.dumps(reply, ensure_ascii=False).encode("utf-8", "replace"))
