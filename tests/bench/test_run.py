@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import json
 import os
+import resource
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import toy_tree as toy
 
 from blockmoe.bench import record, runner
 from blockmoe.bench.commands import load_dataset
-from blockmoe.bench.dataset import Dataset
+from blockmoe.bench.dataset import Dataset, read_traces
 from blockmoe.bench.runner import Plan, Run
 from blockmoe.bench.schema import Definition, Solution, Status, Trace
 from blockmoe.bench.session import BuildError, Session
@@ -253,6 +254,27 @@ def test_a_reference_that_fails_is_not_blamed_on_solutions_and_the_next_workload
     nothing = "the reference failed: ValueError: y: 256 of 256 elements are NaN or infinite: nothing can be held against it"
     assert said["cccc", "good_nan"] == said["cccc", "good_late"] == ("REFERENCE_FAILED", nothing)
     assert said["cccc", "good_broken"][1] == "the reference failed: ModuleNotFoundError: No module named 'no_such_package'"
+
+
+# --- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_scratch_folder_is_not_blamed_on_a_solution(tmp_path):
+    """As a limit on files' size makes it; a solution that sets the limit for itself is to blame, whatever its process says."""
+    itself = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n" + toy.GOOD
+    tree = toy.make_tree(tmp_path / "tree", {"good": toy.GOOD, "limits_itself": itself}, [(4, "aaaa"), (4096, "bbbb")])
+    outcome = execute(plan_of(tree))
+    statuses = {(trace.workload.uuid, trace.solution): trace.evaluation.status.value for trace in outcome.traces}
+    assert statuses["bbbb", "good"] == "PASSED" and statuses["bbbb", "limits_itself"] == "RUNTIME_ERROR" and outcome.error == ""
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
+    try:
+        outcome = execute(plan_of(tree, tmp_path / "out"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert {trace.workload.uuid for trace in outcome.traces} == {"aaaa"} and outcome.error.endswith(": File too large")
+    assert len(read_traces(tmp_path / "out")[0]) == len(outcome.traces)
 
 
 # --- several workloads ------------------------------------------------------------------------------------------------

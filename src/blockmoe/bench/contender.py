@@ -16,6 +16,7 @@ from blockmoe.bench.verdicts import Verdict, status_of
 
 START_TIMEOUT = 600.0  # imports and input generation: the bench's own time, not charged to the solution
 MESSAGE_CHARACTERS = 500
+DTYPE_BYTES = {"float32": 4, "int32": 4, "int64": 8, "bfloat16": 2, "float16": 2, "int16": 2}  # 1 for all others
 ERRORS = {"BUILD", "RUNTIME", *(verdict.value for verdict in Verdict)}  # kinds that a worker reports
 
 
@@ -202,13 +203,12 @@ class Contender:
 
     def needed_bytes(self, workload: Workload) -> int:
         """Estimate of what the worker holds at its fullest: inputs, plus float32 weights for the reference, plus slack."""
-        sizes = {"float32": 4, "int32": 4, "int64": 8, "bfloat16": 2, "float16": 2, "int16": 2}
         inputs = weights = 0
         for name, spec in self.definition.inputs.items():
             elements = 1
             for size in self.definition.shape(name, workload.axes) or ():
                 elements *= size
-            inputs += elements * sizes.get(spec.dtype, 1)
+            inputs += elements * DTYPE_BYTES.get(spec.dtype, 1)
             weights += elements if spec.dtype.startswith("float8") else 0
         slack = (4 << 30) if self.settings.on_cuda else (1 << 30)
         work = 4 * weights if self.is_reference else weights // 2

@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from blockmoe.bench.contender import Contender, Failed
+from blockmoe.bench.contender import DTYPE_BYTES, Contender, Failed
 from blockmoe.bench.environment import gpu_state
 from blockmoe.bench.schema import Status, Workload
+from blockmoe.bench.scratch import require_room
 from blockmoe.bench.settings import Settings
 from blockmoe.bench.verdicts import Verdict, status_of
 
@@ -54,7 +55,10 @@ class Residency:
 
 
 class Group:
-    """One workload's contenders through all phases. Findings are left in each contender; a failure never stops the others."""
+    """One workload's contenders through all phases. Findings are left in each contender; a failure never stops the others.
+
+    Methods raise OSError where what looks like a contender's failure is a scratch folder that is full.
+    """
 
     def __init__(
         self, workload: Workload, reference: Contender, contenders: list[Contender], settings: Settings, residency: Residency,
@@ -66,8 +70,10 @@ class Group:
         self.floors: dict[str, Any] = {}
         self.gpu: list[dict[str, Any]] = []
         self._order = random.Random(f"{settings.seed} {workload.uuid}")
-        shapes = [reference.definition.shape(name, workload.axes) or () for name in reference.definition.outputs]
-        self._elements = sum(math.prod(shape) for shape in shapes)  # of a call's outputs
+        definition = reference.definition
+        elements = {name: math.prod(definition.shape(name, workload.axes) or ()) for name in definition.outputs}
+        self._elements = sum(elements.values())  # of a call's outputs
+        self._output_bytes = sum(count * DTYPE_BYTES.get(definition.outputs[name].dtype, 1) for name, count in elements.items())
 
     @property
     def standing(self) -> list[Contender]:
@@ -108,6 +114,7 @@ class Group:
         try:
             yield
         except Failed as failure:
+            self._require_room(failure)
             if contender.is_reference or failure.whose is self.reference:
                 raise
             contender.findings.failure = failure
@@ -264,11 +271,18 @@ class Group:
                     contender.close()
                 contender.findings.graph = answer
             except Failed as failure:
+                self._require_room(failure)
                 if failure.whose is self.reference:
                     raise
                 contender.findings.graph = {"graph_error": failure.message}
 
     # pieces
+
+    def _require_room(self, failure: Failed) -> None:
+        """A worker that could not leave its sources or an output is not to blame. Looked at from here: what it says may be untrue."""
+        if failure.whose:
+            require_room(failure.whose.sources, sum(len(source.content) for source in failure.whose.solution.sources))
+            require_room(self.folder, self._output_bytes)
 
     def _remember(self, calls: list[int]) -> None:
         """Have the reference's outputs of these calls in its own process."""

@@ -13,6 +13,7 @@ from pathlib import Path
 PREFIX = "blockmoe-run-"
 LOCK = ".lock"  # held as long as the run lives, so that the next run knows what a killed one has left behind
 LEAST_FREE_BYTES = 4 << 30
+SLACK_BYTES = 1 << 16  # of a file beside its tensors
 
 
 @contextlib.contextmanager
@@ -28,6 +29,16 @@ def scratch_folder(*, in_memory: bool = False) -> Iterator[Path]:
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def require_room(folder: Path, size: int) -> None:
+    """Raises OSError, naming the folder, where no file of `size` bytes can be written to it."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            for _ in range(0, size + SLACK_BYTES, SLACK_BYTES):
+                file.write(bytes(SLACK_BYTES))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(folder)) from None
 
 
 def _remove_if_abandoned(lock: Path) -> None:
