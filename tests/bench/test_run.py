@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import toy_tree as toy
+from safetensors.numpy import save_file
 
 from blockmoe.bench import record, runner
 from blockmoe.bench.commands import load_dataset
@@ -295,6 +297,17 @@ def test_a_solution_that_cannot_be_imported_is_tried_once_and_a_crash_costs_one_
     assert all("RuntimeError: no" in found[uuid, "import_fails"].log for uuid in ("aaaa", "cccc"))
     assert [found[uuid, "crashes_once"].status.value for uuid in ("aaaa", "bbbb", "cccc")] == ["RUNTIME_ERROR", "PASSED", "PASSED"]
     assert all(found[uuid, "good"].status is Status.PASSED for uuid in ("aaaa", "bbbb", "cccc"))
+
+
+def test_a_solution_may_change_the_folder_it_runs_in(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = f"import os\ndef run(x):\n    os.chdir({str(tmp_path / 'tree')!r})\n    return x * 2\n"
+    tree = toy.make_tree(Path("tree"), {"moves": source}, ())
+    blob = {"x": {"type": "safetensors", "path": "x.safetensors", "tensor_key": "x"}}
+    toy.write(toy.workloads_path(tree), *(toy.workload(8, uuid, inputs=blob) for uuid in ("aaaa", "bbbb")))
+    save_file({"x": np.ones((8, 64), np.float32)}, tree / "x.safetensors")
+    outcome = execute(plan_of(tree))
+    assert outcome.complete(named=True), [trace.evaluation.extra["message"] for trace in outcome.traces]
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

@@ -109,7 +109,7 @@ class Run:
         return self.outcome
 
     def _definition(self, definition: Definition, scratch: Path, sources: Path) -> None:
-        root = str(self.plan.dataset.roots[definition.name])
+        root = str(self.plan.dataset.roots[definition.name].resolve())  # a solution may change the folder it runs in
         reference = Contender(definition, reference_solution(definition), root, self.settings, sources)
         contenders = [Contender(definition, solution, root, self.settings, sources) for solution in self.plan.solutions[definition.name]]
         try:
