@@ -105,6 +105,8 @@ FAILING = {
     "wrong_dtype": ("def run(x):\n    return (x * 2).double()\n", "INCORRECT_DTYPE", "expected torch.float32, got torch.float64"),
     "wrong_values": ("def run(x):\n    return x * 3\n", "INCORRECT_NUMERICAL", "matched ratio 0.0"),
     "imports": ("import no_such_package\ndef run(x):\n    return x * 2\n", "COMPILE_ERROR", "No module named 'no_such_package'"),
+    "says_much": ("raise RuntimeError('error: expected ;\\n' * 400_000)\n", "COMPILE_ERROR", "RuntimeError: error: expected ; error"),
+    "says_much_in_a_line": ("def run(x):\n    raise RuntimeError('no ' * 2_000_000)\n", "RUNTIME_ERROR", "RuntimeError: no no"),
     "hangs": ("import time\ndef run(x):\n    time.sleep(1000)\n", "TIMEOUT", "no result within the timeout of 3 s"),
     "hangs_at_import": ("import time\ntime.sleep(1000)\n", "TIMEOUT", "no result within the timeout of 3 s"),
     "hangs_and_is_deaf": (

@@ -26,11 +26,18 @@ from blockmoe.bench.timing import DeviceTimer, make_timer
 from blockmoe.bench.verdicts import Verdict
 from blockmoe.bench.watch import Watch
 
+MESSAGE_CHARACTERS = 4000  # sent of an error; the parent keeps fewer
 SETTLE_SECONDS = 0.2  # how long a CPU output is watched for late writes while it is checked
 
 
 class BuildError(Exception):
     """The solution could not be imported."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of an exception, with its type."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 class Session:
@@ -242,7 +249,7 @@ class Session:
         except Tripped:
             raise
         except Exception as error:
-            return {"graph_error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
+            return {"graph_error": first_line(error)[:MESSAGE_CHARACTERS]}
         sealed.write(self._named(outputs), Path(path), self.key)
         return {"graph_ms": ms}
 

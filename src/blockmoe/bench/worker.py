@@ -118,18 +118,25 @@ class Handler:
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
-    from blockmoe.bench.guards import Tripped
-    from blockmoe.bench.session import BuildError
+    """Kind and message, which is cut: a compiler's output can be longer than a reply may be. The log has its end."""
+    from blockmoe.bench.session import MESSAGE_CHARACTERS
 
     traceback.print_exc()
-    text = str(error).strip()
+    kind, message = _kind_and_message(error)
+    return {"kind": kind, "message": message[:MESSAGE_CHARACTERS]}
+
+
+def _kind_and_message(error: BaseException) -> tuple[str, str]:
+    from blockmoe.bench.guards import Tripped
+    from blockmoe.bench.session import BuildError, first_line
+
     if isinstance(error, Tripped):
-        return {"kind": error.verdict.value, "message": error.message}
+        return error.verdict.value, error.message
     if isinstance(error, BuildError):
-        return {"kind": "BUILD", "message": text}
+        return "BUILD", str(error).strip()
     if isinstance(error, SystemExit):
-        return {"kind": "RUNTIME", "message": f"the solution called sys.exit({error.code!r})"}
-    return {"kind": "RUNTIME", "message": f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"}
+        return "RUNTIME", f"the solution called sys.exit({error.code!r})"
+    return "RUNTIME", first_line(error)
 
 
 if __name__ == "__main__":
