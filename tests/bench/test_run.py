@@ -228,6 +228,17 @@ def test_a_skip_counts_where_it_was_named():
     assert not runner.Outcome(traces=outcome.traces, error="No space left").complete(named=False)
 
 
+@pytest.mark.parametrize("extra", [None, {"key": ["a"]}, {"key": "a", "settings": None}, {"key": "a", "settings": ["full"]}])
+def test_resuming_among_odd_traces(extra, tmp_path):
+    """What has no key of a run is left alone, a folder with a trace file's name is said."""
+    tree = toy.make_tree(tmp_path / "tree", {}, ())
+    toy.write(toy.traces_path(tmp_path), PASSED | {"evaluation": PASSED["evaluation"] | {"extra": extra}})
+    (tmp_path / "traces" / "d.jsonl").mkdir()
+    watcher = Watcher()
+    assert execute(plan_of(tree, tmp_path, resume=True), watcher).resumed == 0
+    assert watcher.notes == [f"ignored: {tmp_path / 'traces' / 'd.jsonl'}: Is a directory"]
+
+
 # --- the reference fails ----------------------------------------------------------------------------------------------
 
 

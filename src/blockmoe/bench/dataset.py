@@ -345,10 +345,15 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def read_traces(folder: Path) -> tuple[list[Trace], list[str]]:
-    """Every readable trace below FOLDER/traces, and one message for each line that is not one (half-written, say)."""
+    """Every readable trace below FOLDER/traces, and one message for each file and each line that is not (half-written, say)."""
     traces, faults = [], []
     for path in sorted((folder / "traces").rglob("*.jsonl")):
-        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as error:
+            faults.append(f"{path}: {error.strerror}")
+            continue
+        for number, line in enumerate(lines, start=1):
             try:
                 if line.strip():
                     traces.append(Trace.model_validate_json(line))

@@ -184,21 +184,24 @@ class Run:
         for fault in faults:
             self.observer.note(f"ignored: {fault}")
         for trace in traces:
-            if trace.evaluation and (key := (trace.evaluation.extra or {}).get("key")):
+            key = (trace.evaluation.extra or {}).get("key") if trace.evaluation else None
+            if isinstance(key, str):
                 self._kept[key] = trace
         if self._kept and (changed := self._settings_that_differ()):
             self.observer.note(f"the earlier run had {changed}: its evaluations are kept beside this run's, and are not of it")
 
     def _settings_that_differ(self) -> str:
-        """Of every earlier evaluation; empty where one was made with this run's settings."""
+        """Of every earlier evaluation that names its settings; empty where one was made with this run's."""
         now = self.settings.identity()
         found = []
         for trace in self._kept.values():
-            before = trace.evaluation.extra.get("settings", {})
+            before = trace.evaluation.extra.get("settings")
+            if not isinstance(before, dict):
+                continue
             names = [name for name in dict.fromkeys([*now, *before]) if name != "timeout"]
             values = {name: [side.get(name, LEFT_OUT.get(name)) for side in (before, now)] for name in names}
             found.append([f"{name} {old} (now {new})" for name, (old, new) in values.items() if old != new])
-        return "" if not all(found) else ", ".join(min(found, key=len))
+        return ", ".join(min(found, key=len, default=[]))
 
     def _done_before(self, contender: Contender, workload: Workload) -> bool:
         trace = self._kept.get(resume_key(contender, workload.to_json(), self.settings, self._hardware.name))
