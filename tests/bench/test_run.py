@@ -14,13 +14,14 @@ import pytest
 import toy_tree as toy
 from safetensors.numpy import save_file
 
-from blockmoe.bench import record, runner
+from blockmoe.bench import record, runner, scratch
 from blockmoe.bench.commands import load_dataset
 from blockmoe.bench.dataset import Dataset, read_traces
 from blockmoe.bench.runner import Plan, Run
 from blockmoe.bench.schema import Definition, Solution, Status, Trace
 from blockmoe.bench.session import BuildError, Session
 from blockmoe.bench.settings import Settings
+from blockmoe.files import write_whole
 from blockmoe.geometry import TINY
 
 PASSED = toy.workload(8, "aaaa") | {
@@ -226,6 +227,26 @@ def test_a_skip_counts_where_it_was_named():
     assert outcome.complete(named=False) and not outcome.complete(named=True)
     assert not runner.Outcome(traces=outcome.traces, interrupted=True).complete(named=False)
     assert not runner.Outcome(traces=outcome.traces, error="No space left").complete(named=False)
+
+
+def test_runs_that_start_at_once_leave_each_other_alone(tmp_path, monkeypatch):
+    """In one result folder another run removes the probe; a scratch folder is no moment without the lock that it seems to have."""
+
+    def write(path, content):
+        write_whole(path, content).unlink()
+        return path
+
+    monkeypatch.setattr(runner, "write_whole", write)
+    runner.prepare_output(tmp_path / "out")
+    monkeypatch.setattr(scratch.tempfile, "gettempdir", lambda: str(tmp_path))
+    locked = []
+
+    def lock(*_):
+        locked.append(list(tmp_path.glob(f"*/{scratch.LOCK}")))
+
+    monkeypatch.setattr(scratch.fcntl, "flock", lock)
+    with scratch.scratch_folder() as folder:
+        assert locked == [[]] and (folder / scratch.LOCK).exists()
 
 
 @pytest.mark.parametrize("extra", [None, {"key": ["a"]}, {"key": "a", "settings": None}, {"key": "a", "settings": ["full"]}])

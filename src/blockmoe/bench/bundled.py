@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import numpy as np
 
 from blockmoe.bench.routing_logits import routing_inputs
 from blockmoe.bench.schema import Definition, Trace, Workload
+from blockmoe.files import write_whole
 from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY, MoEGeometry
 
 OP_TYPE = "moe"
@@ -246,8 +245,7 @@ def write_blob(root: Path, definition_name: str, workload: Workload) -> Path:
     if BIAS in workload.inputs:
         tensors[BIAS] = ("BF16", (bias.view(np.uint32) >> 16).astype("<u2"))  # exact: the lower half is zero
     path = root / workload.inputs[LOGITS].path
-    _write_whole(path, _safetensors(tensors))
-    return path
+    return write_whole(path, _safetensors(tensors))
 
 
 def _safetensors(tensors: dict[str, tuple[str, np.ndarray]]) -> bytes:
@@ -259,20 +257,6 @@ def _safetensors(tensors: dict[str, tuple[str, np.ndarray]]) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the tensors begin aligned
     return b"".join([len(text).to_bytes(8, "little"), text, *(array.tobytes() for _, array in tensors.values())])
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that nobody sees half of it, whoever else writes it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a shared dataset's blob from others
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # --- the tree -------------------------------------------------------------------------------------------------------
@@ -294,7 +278,7 @@ def main() -> None:
     parser.add_argument("--blobs", action="store_true", help="also generate every workload's safetensors file")
     arguments = parser.parse_args()
     for relative, text in tree():
-        _write_whole(arguments.root / relative, text.encode())
+        write_whole(arguments.root / relative, text)
     if arguments.blobs:
         for name, geometry in GEOMETRIES.items():
             for workload in workloads_of(geometry):

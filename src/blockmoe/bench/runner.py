@@ -21,6 +21,7 @@ from blockmoe.bench.record import resume_key, traces_of
 from blockmoe.bench.schema import Definition, Solution, Status, Trace, Workload
 from blockmoe.bench.scratch import scratch_folder
 from blockmoe.bench.settings import LEFT_OUT, Settings
+from blockmoe.files import write_whole
 
 HEADROOM_BYTES = 1 << 30  # left free beside the contenders' estimates
 
@@ -229,21 +230,16 @@ class Run:
             "environment": self._environment, "contenders": self._contenders, "skipped": self.outcome.skipped,
             "started": self._started, "finished": finished, "interrupted": self.outcome.interrupted, "error": self.outcome.error,
         }  # fmt: skip
-        partial = self.plan.output / "run.json.partial"
+        path = self.plan.output / "run.json"
         try:
-            self.plan.output.mkdir(parents=True, exist_ok=True)
-            partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            partial.rename(self.plan.output / "run.json")
+            write_whole(path, json.dumps(manifest, indent=2) + "\n")
         except OSError as error:
-            self.outcome.error = self.outcome.error or f"{partial}: {error.strerror}"
+            self.outcome.error = self.outcome.error or f"{path}: {error.strerror}"
 
 
 def prepare_output(folder: Path) -> None:
-    """Make the result folder and prove that it can be written; raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / ".write-probe"
-    probe.write_text("")
-    probe.unlink()
+    """Make the result folder and prove that it can be written, as another run may do beside this one; raises OSError."""
+    write_whole(folder / ".write-probe", "").unlink(missing_ok=True)
 
 
 def _now() -> str:

@@ -24,8 +24,9 @@ def scratch_folder(*, in_memory: bool = False) -> Iterator[Path]:
         _remove_if_abandoned(path)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=root))
     try:
-        with (folder / LOCK).open("w") as lock:
+        with (folder / "new").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            Path(lock.name).rename(folder / LOCK)  # under this name it was never seen unlocked
             yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
