@@ -1,6 +1,8 @@
 """Shared by all tests. That this file exists puts `tests/` on the path, for `toy_tree`."""
 
+import contextlib
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +21,22 @@ def the_same_numbers_every_time():
     """torch's generator begins with another seed in every process."""
     if "torch" in sys.modules:
         sys.modules["torch"].manual_seed(0)
+
+
+@pytest.fixture
+def most_bytes_a_file():
+    """`with most_bytes_a_file(1000):` as a disk that is full then, for this process and those it starts."""
+
+    @contextlib.contextmanager
+    def limited(size):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,10 @@ from typer.main import get_command
 
 from blockmoe import __version__, cli
 from blockmoe.bench import commands, settings
+from blockmoe.bench.dataset import append_trace
+from blockmoe.bench.schema import Trace
 from blockmoe.geometry import HEADLINE, TINY
+from blockmoe.report import ReportError
 
 COMMANDS = ("run", "list", "doctor", "pack", "report", "compare", "best", "show", "import-csv", "warmup")
 
@@ -267,6 +270,26 @@ def test_run_from_a_pipe_is_plain(tree, tmp_path):
         assert answer.stderr.count("SKIPPED elsewhere: runs on NVIDIA_B200; this is ") == 1
         assert ("good: PASSED" in answer.stderr) == ("better" in answer.stdout) == (code == 0)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_run_without_its_report_is_not_all_that_was_asked_for(tree, blockmoe, monkeypatch):
+    trace = {"solution": "good", "evaluation": {"status": "PASSED", "environment": {"hardware": "cpu"}, "timestamp": "now"}}
+    trace["evaluation"] |= {"correctness": {}, "performance": {"latency_ms": 1.0, "reference_latency_ms": 2.0, "speedup_factor": 2.0}}
+    done = Trace.model_validate(toy.workload(8, "aaaa-first") | trace)
+
+    def execute(plan, log_level):
+        append_trace(plan.output, toy.OP, done)
+        return commands.Outcome([done])
+
+    monkeypatch.setattr(commands, "_execute", execute)
+    assert blockmoe("run", "--local", tree, "--output", "out")[0] == 0
+
+    def full(*_, **__):
+        raise ReportError("out: not writable (No space left on device)")
+
+    monkeypatch.setattr("blockmoe.report.write", full)
+    code, _, err = blockmoe("run", "--local", tree, "--output", "out")
+    assert code == 1 and err.endswith("blockmoe: no report: out: not writable (No space left on device)\n")
 
 
 def test_list_says_what_runs_here(tree, blockmoe):

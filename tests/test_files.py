@@ -1,25 +1,11 @@
 """Files that are there whole or not at all."""
 
-import contextlib
-import resource
-
 import pytest
 
 from blockmoe.files import write_whole
 
 
-@contextlib.contextmanager
-def most_bytes_a_file(size):
-    """As a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_full_disk_leaves_what_stood_there(tmp_path):
+def test_a_full_disk_leaves_what_stood_there(tmp_path, most_bytes_a_file):
     path = write_whole(tmp_path / "made" / "report.md", "é\udce9\n")
     with most_bytes_a_file(1000), pytest.raises(OSError, match="File too large"):
         write_whole(path, "x" * 2000)

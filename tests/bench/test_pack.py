@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import pytest
 
 from blockmoe.bench.bundled import definition_of
-from blockmoe.bench.dataset import Dataset, DatasetError, bundled_root, bundled_solutions
+from blockmoe.bench.dataset import Dataset, DatasetError, bundled_root, bundled_solutions, copy_task
 from blockmoe.bench.pack import PACKAGE_FOLDER, add_folders, pack, read_manifest, solution_folders, write_packed
 from blockmoe.bench.schema import Solution
 from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY
@@ -144,6 +144,27 @@ def test_packed_tree_keeps_the_formats_rules_and_stands_beside_the_folders(folde
     add_folders(packed, bundled_solutions())
     own = {read_manifest(path).name for path in solution_folders(bundled_solutions())}
     assert {name for _, name in packed.solutions} == own | {name for name in names if name.startswith("mine")}
+
+
+def test_copied_definition_is_whole_and_the_datasets_and_workloads_may_be_the_trees_own(tmp_path, most_bytes_a_file):
+    dataset, name = Dataset.load([bundled_root()]), TINY.definition_name
+    definition, workloads = (tmp_path / kind / "moe" / f"{name}.{end}" for kind, end in (("definitions", "json"), ("workloads", "jsonl")))
+    with most_bytes_a_file(1000), pytest.raises(OSError, match="File too large"):
+        copy_task(dataset, name, tmp_path)
+    assert not definition.exists()
+    copy_task(dataset, name, tmp_path)
+    before = definition.read_bytes()
+    definition.write_bytes(before[:1000])
+    workloads.write_text("my own\n")
+    copy_task(dataset, name, tmp_path)
+    assert definition.read_bytes() == before and workloads.read_text() == "my own\n"
+
+
+def test_packed_solution_is_whole(tmp_path, most_bytes_a_file):
+    solution = pack(bundled_solutions() / "torch_grouped", TINY.definition_name)
+    with most_bytes_a_file(1000), pytest.raises(OSError, match="File too large"):
+        write_packed(solution, "moe", tmp_path)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 # --- in other tools ---------------------------------------------------------------------------------------------------

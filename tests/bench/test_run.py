@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import json
 import os
-import resource
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -295,7 +294,7 @@ def test_a_reference_that_fails_is_not_blamed_on_solutions_and_the_next_workload
 # --- a full disk ------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_scratch_folder_is_not_blamed_on_a_solution(tmp_path):
+def test_a_full_scratch_folder_is_not_blamed_on_a_solution(tmp_path, most_bytes_a_file):
     """As a limit on files' size makes it; a solution that sets the limit for itself is to blame, whatever its process says."""
     itself = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))\n" + toy.GOOD
     tree = toy.make_tree(tmp_path / "tree", {"good": toy.GOOD, "limits_itself": itself}, [(4, "aaaa"), (4096, "bbbb")])
@@ -303,12 +302,8 @@ def test_a_full_scratch_folder_is_not_blamed_on_a_solution(tmp_path):
     statuses = {(trace.workload.uuid, trace.solution): trace.evaluation.status.value for trace in outcome.traces}
     assert statuses["bbbb", "good"] == "PASSED" and statuses["bbbb", "limits_itself"] == "RUNTIME_ERROR" and outcome.error == ""
 
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, before[1]))
-    try:
+    with most_bytes_a_file(300_000):
         outcome = execute(plan_of(tree, tmp_path / "out"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert {trace.workload.uuid for trace in outcome.traces} == {"aaaa"} and outcome.error.endswith(": File too large")
     assert len(read_traces(tmp_path / "out")[0]) == len(outcome.traces)
 

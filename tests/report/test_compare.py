@@ -288,3 +288,16 @@ def test_import_csv_destroys_nothing(tmp_path):
     assert {path: path.read_bytes() for path in measured.rglob("*.json*")} == before
     assert invoke("import-csv", tmp_path / "t.csv", tmp_path / "out", "--definition", "../x").exit_code == 2
     assert [invoke("import-csv", tmp_path / "t.csv", tmp_path / "out").exit_code for _ in range(2)] == [0, 0]
+
+
+def test_a_full_disk_leaves_no_torso(tmp_path, most_bytes_a_file):
+    """A table can be imported again afterwards, and an earlier report stays."""
+    (tmp_path / "t.csv").write_text("seq_len,a\n" + "".join(f"{tokens},2\n" for tokens in range(1, 40)))
+    out = tmp_path / "out"
+    with most_bytes_a_file(1000):
+        assert invoke("import-csv", tmp_path / "t.csv", out).exit_code == 2
+    assert invoke("import-csv", tmp_path / "t.csv", out).exit_code == 0 and invoke("report", out).exit_code == 0
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    with most_bytes_a_file(1000):
+        assert invoke("report", out).exit_code == 2
+    assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before

@@ -24,6 +24,7 @@ from blockmoe.bench.environment import commit, gpu_state, worker_environment
 from blockmoe.bench.listing import console
 from blockmoe.bench.settings import BLOCK_CALLS
 from blockmoe.bench.timing import DeviceTimer, HostTimer, make_timer
+from blockmoe.files import write_whole
 
 WITHIN_SHARE, WITHIN_US = 0.03, 2.0  # the larger of the two is allowed
 REPEATS = 60  # as many samples as the published settings take
@@ -220,8 +221,7 @@ def show(output: Path | None) -> int:
         environment = seen["extra"] | {"commit": commit(), "driver": before.get("driver"), "gpu": state}
         stamp = datetime.now(timezone.utc).isoformat(timespec="seconds")
         found = document(agreement, hardware=seen["name"], libs=seen["libs"], environment=environment, timestamp=stamp)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(found) + "\n", encoding="utf-8")
+        write_whole(output, json.dumps(found) + "\n")
     console().print(table(agreement), "", *summary(agreement), sep="\n")
     return 0 if agreement.holds else 1
 

@@ -133,7 +133,7 @@ def run(
 
     Each contender has a process of its own, and is measured in blocks that are interleaved with the others'.
 
-    Exit codes: 0 all that was asked for ran and passed, 1 something did not, 2 bad usage, 130 interrupted.
+    Exit codes: 0 all that was asked for ran and passed, 1 something did not, or there is no report, 2 bad usage, 130 interrupted.
     """
     if torch_build() is None:
         raise RunError("run needs torch, which is not installed: pip install 'blockmoe[torch]'")
@@ -156,10 +156,10 @@ def run(
     with scratch_folder() as unsaved:
         plan.output = _output(output, resume) if save_results else unsaved
         outcome = _execute(plan, log_level)
-        _summary(plan, outcome, save_results)
+        reported = _summary(plan, outcome, save_results)
     if outcome.interrupted:
         raise typer.Exit(130)
-    if not outcome.complete(plan.named):
+    if not (reported and outcome.complete(plan.named)):
         raise typer.Exit(1)
 
 
@@ -271,10 +271,11 @@ def _execute(plan: Plan, log_level: str) -> Outcome:
             signal.signal(number, handler)
 
 
-def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> None:
+def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> bool:
+    """Tables, reports and what is to be said of the run; False where there should be a report and is none."""
     from blockmoe import report
 
-    shown = console()
+    shown, reported = console(), True
     if plan.resume:
         evaluations = sum(trace.solution != REFERENCE for trace in outcome.traces)
         print(f"blockmoe: {outcome.resumed} of {evaluations} evaluations were in {plan.output} already", file=sys.stderr)
@@ -284,7 +285,7 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> None:
             written = report.write([plan.output], formats=["md", "html"]) if save_results else []
         except (report.ReportError, OSError) as error:
             print(f"blockmoe: no report: {error}", file=sys.stderr)
-            written = []
+            written, reported = [], False
         for path in written:
             shown.print(Text(str(path)), soft_wrap=True)
     if outcome.error:
@@ -293,6 +294,7 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> None:
     if outcome.interrupted:
         kept = f"{len(outcome.traces)} traces are kept. To go on: {_again(plan)}" if save_results else "nothing is kept"
         print(f"blockmoe: interrupted; {kept}", file=sys.stderr)
+    return reported
 
 
 def _again(plan: Plan) -> str:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from blockmoe.bench.schema import Definition, SafetensorsInput, Solution, Trace, Workload
+from blockmoe.files import write_whole
 
 _SAFETENSORS_DTYPES = {
     "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "float8_e5m2": "F8_E5M2",
@@ -309,14 +310,13 @@ def size(workload: Workload) -> int:
 
 
 def copy_task(dataset: Dataset, definition: str, root: Path) -> None:
-    """Write a definition and its workloads into another tree, unless they stand there."""
+    """Write a definition into another tree, and its workloads unless some stand there: a tree may have its own."""
     op_type = dataset.definitions[definition].op_type
     for kind, suffix in (("definitions", "json"), ("workloads", "jsonl")):
         source = dataset.roots[definition] / kind / op_type / f"{definition}.{suffix}"
         target = root / kind / op_type / source.name
-        if source.exists() and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(source.read_bytes())
+        if source.exists() and not (target.exists() and (kind == "workloads" or target.read_bytes() == source.read_bytes())):
+            write_whole(target, source.read_bytes())
 
 
 def append_trace(folder: Path, op_type: str, trace: Trace) -> None:

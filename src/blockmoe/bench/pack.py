@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from blockmoe import __version__
 from blockmoe.bench.dataset import Dataset, DatasetError, first_fault, read_text, unknown
 from blockmoe.bench.schema import BuildSpec, Name, Solution, SourceFile, digest
+from blockmoe.files import write_whole
 from blockmoe.geometry import HEADLINE, MoEGeometry
 
 try:
@@ -270,6 +271,4 @@ def write_packed(solution: Solution, op_type: str, root: Path) -> Path:
         suffix = solution.definition.removeprefix("moe_fp8_block_scale_")
         solution = solution.model_copy(update={"name": f"{solution.name}{SIZES_MARK}{suffix}"})
     path = root / "solutions" / op_type / solution.definition / f"{solution.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(solution.model_dump_json(indent=2, exclude_none=True) + "\n", encoding="utf-8")
-    return path
+    return write_whole(path, solution.model_dump_json(indent=2, exclude_none=True) + "\n")

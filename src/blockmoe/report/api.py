@@ -10,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from blockmoe.files import write_whole
 from blockmoe.report import compare, export, markdown, terminal
 from blockmoe.report.cut import only
 from blockmoe.report.load import REFERENCE, NoTraces, Record, ReportError, load, read_line
@@ -70,7 +71,7 @@ def write(
             "csv": lambda: export.to_csv(report),
             "json": lambda: export.to_json(report, earlier),
         }
-        texts = [_save(folder / f"report.{name}", draw()) for name, draw in renderers.items() if name in formats]
+        texts = [write_whole(folder / f"report.{name}", draw()) for name, draw in renderers.items() if name in formats]
     except OSError as error:
         raise ReportError(f"{folder}: not writable ({error.strerror})") from None
     return texts + [path for picture in pictures for path in picture.files]
@@ -159,10 +160,9 @@ def _save_pictures(report: Report, folder: Path, formats: Sequence[str]) -> list
             stem = folder / "pictures" / (f"{picture.key}-{number + 1}" if number else picture.key)
             files = []
             if "svg" in kinds:
-                files.append(_save(stem.with_suffix(".svg"), canvas.svg(picture)))
+                files.append(write_whole(stem.with_suffix(".svg"), canvas.svg(picture)))
             if "png" in kinds:
-                stem.with_suffix(".png").write_bytes(canvas.png(picture))
-                files.append(stem.with_suffix(".png"))
+                files.append(write_whole(stem.with_suffix(".png"), canvas.png(picture)))
             saved.append(SavedPicture(section, picture.title, picture.caption, files, files[0].relative_to(folder)))
     return saved
 
@@ -177,11 +177,6 @@ def _of_workload(records: list[Record], workload: str | None) -> list[Record]:
 
 def _cut(total: int, shown: int) -> Text:
     return Text(f"… and {total - shown} more; narrow by workload and solution") if total > shown else Text()
-
-
-def _save(path: Path, text: str) -> Path:
-    path.write_text(text, encoding="utf-8", errors="replace")
-    return path
 
 
 def _listed(names: set[str]) -> str:

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from blockmoe.files import write_whole
 from blockmoe.geometry import HEADLINE
 from blockmoe.report.load import ReportError, as_name
 
@@ -53,9 +54,8 @@ def import_csv(
     run = {"command": f"{COMMAND} {source.name}", "settings": {}, "environment": {"hardware": hardware}}
     run |= {"contenders": [{"name": name} for name in solutions], "skipped": []}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        (output / "run.json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
+        write_whole(output / "run.json", json.dumps(run, indent=1) + "\n")  # first: by it the next import knows that the folder is its own
+        write_whole(path, "\n".join(lines) + "\n")
     except OSError as error:
         raise ReportError(f"{output}: not writable ({error.strerror})") from None
     return path
