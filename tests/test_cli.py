@@ -243,15 +243,18 @@ def test_runs_of_the_same_second_have_folders_of_their_own(tree, blockmoe, plann
     assert [plan.output.name for plan in planned] == ["20260102-000000", "20260102-000000-2", "20260102-000000-3"]
 
 
-def test_resume_takes_the_newest_run(tree, blockmoe, planned):
-    for name in ("20260101-000000", "20260102-000000", "20260103-000000"):
-        (commands.RUNS / name).mkdir(parents=True)
-    for age, name in enumerate(("20260102-000000", "20260101-000000", "baseline")):  # a name says nothing of when
-        (commands.RUNS / name).mkdir(exist_ok=True)
-        (commands.RUNS / name / "run.json").write_text("{}")
-        os.utime(commands.RUNS / name / "run.json", (1e9, 1e9 - age))
-    blockmoe("run", "--local", tree, "--resume")
+def test_resume_takes_the_newest_run_of_the_command(tree, blockmoe, planned):
+    (commands.RUNS / "20260103-000000").mkdir(parents=True)
+    command = f"blockmoe run --local {tree} --workloads 8"
+    others = {"other": "blockmoe run --local elsewhere", "null": None, "broken": "'"}
+    earlier = others | {"20260102-000000": f"{command} --output runs/20260102-000000 --resume", "20260101-000000": command}
+    for age, (name, said) in enumerate(earlier.items()):  # a name says nothing of when
+        about = toy.write(commands.RUNS / name / "run.json", {"command": said})
+        os.utime(about, (1e9, 1e9 - age))
+    blockmoe("run", "--local", tree, "--workloads", "8", "--resume", "--retry-failed")
     assert planned[0].output == commands.RUNS / "20260102-000000" and planned[0].resume
+    code, _, err = blockmoe("run", "--local", tree, "--resume")
+    assert code == 2 and err.endswith("of this command in runs/, found others; to go on in the newest: --output runs/other\n")
 
 
 # --- whole commands ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import shlex
 import signal
 import sys
@@ -122,7 +123,7 @@ def run(
         bool, _how("--fresh-processes", help="Begin each trial in new processes: intervals then hold what these differ by.")
     ] = False,
     output: Annotated[Path | None, _result(metavar="DIR", help="Result folder.", show_default="runs/DATE-TIME")] = None,
-    resume: Annotated[bool, _result("--resume", help="Keep the evaluations that DIR, or the newest run, has already.")] = False,
+    resume: Annotated[bool, _result("--resume", help="Keep the evaluations that DIR, or this command's newest run, has already.")] = False,
     retry_failed: Annotated[bool, _result("--retry-failed", help="With --resume: do failed evaluations again.")] = False,
     save_results: Annotated[bool, _result(help="Write traces and a report.")] = True,
     log_level: Annotated[
@@ -154,7 +155,7 @@ def run(
     plan = make_plan(local, definitions, solutions, QUICK_CPU_WORKLOADS if quick_cpu else workloads, settings)
     plan.resume, plan.retry_failed, plan.command = resume, retry_failed, shlex.join(["blockmoe", *sys.argv[1:]])
     with scratch_folder() as unsaved:
-        plan.output = _output(output, resume) if save_results else unsaved
+        plan.output = _output(output or (_earlier_run(plan.command) if resume else None)) if save_results else unsaved
         outcome = _execute(plan, log_level)
         reported = _summary(plan, outcome, save_results)
     if outcome.interrupted:
@@ -230,12 +231,29 @@ def _nothing_to_run(dataset: Dataset, names: list[str]) -> str:
     return f"nothing to run: definition {names[0]} has no {missing}"
 
 
-def _output(output: Path | None, resume: bool) -> Path:
-    if output is None:
-        earlier = sorted(RUNS.glob("*/run.json"), key=lambda about: about.stat().st_mtime) if resume else []
-        if resume and not earlier:
-            raise UsageError("--resume: expected an earlier run in runs/, found none; name its folder with --output")
-        output = earlier[-1].parent if earlier else None
+def _earlier_run(command: str) -> Path:
+    """The newest run in runs/ of this command, that is of the same but for how it is resumed and where its results go."""
+    earlier = sorted(RUNS.glob("*/run.json"), key=lambda about: about.stat().st_mtime, reverse=True)
+    if not earlier:
+        raise UsageError("--resume: expected an earlier run in runs/, found none; name its folder with --output")
+    for about in earlier:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            if _asked(str(json.loads(about.read_text(encoding="utf-8"))["command"])) == _asked(command):
+                return about.parent
+    newest = earlier[0].parent
+    raise UsageError(f"--resume: expected an earlier run of this command in runs/, found others; to go on in the newest: --output {newest}")
+
+
+def _asked(command: str) -> list[str]:
+    """A command's words without --resume, --retry-failed and --output."""
+    words = [word for word in shlex.split(command) if word not in ("--resume", "--retry-failed") and not word.startswith("--output=")]
+    if "--output" in words:
+        at = words.index("--output")
+        del words[at : at + 2]
+    return words
+
+
+def _output(output: Path | None) -> Path:
     try:
         output = output or _new_folder()
         prepare_output(output)
@@ -299,10 +317,8 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> bool:
 
 def _again(plan: Plan) -> str:
     """The command that finishes a run."""
-    words = [word for word in shlex.split(plan.command) if word != "--resume"]
-    if not any(word.split("=")[0] == "--output" for word in words):
-        words += ["--output", str(plan.output)]
-    return shlex.join([*words, "--resume"])
+    again = ["--output", str(plan.output), "--resume", *(["--retry-failed"] if plan.retry_failed else [])]
+    return shlex.join([*_asked(plan.command), *again])
 
 
 # --- list, doctor, pack ---------------------------------------------------------------------------------------------
