@@ -1,6 +1,7 @@
 """What a run keeps when it is cut off, and what `--resume` does afterwards. The parent is a process of its own."""
 
 import dataclasses
+import json
 import os
 import re
 import resource
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import toy_tree as toy
 
-from blockmoe.bench import scratch
+from blockmoe.bench import commands, scratch
 from blockmoe.bench.contender import Contender, reference_solution
 from blockmoe.bench.dataset import Dataset, read_traces
 from blockmoe.bench.record import resume_key
@@ -106,6 +107,30 @@ def test_interrupted_and_resumed_by_the_hint(tree, tmp_path):
     assert again.returncode == 0, again.stderr
     after, _ = traces(tmp_path)
     assert after[:4] == before and len(after) == 6
+
+
+def test_hang_up(tree, tmp_path):
+    """As a terminal's end, it is an interrupt; under nohup it is nothing."""
+    run = start(tmp_path)
+    in_the_third_workload(tmp_path, run)
+    run.send_signal(signal.SIGHUP)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130 and "blockmoe: interrupted; 4 traces are kept" in err
+    about = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert about["interrupted"] and about["finished"] and (tmp_path / "out" / "report.md").exists()
+
+
+def test_hang_up_that_is_ignored(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(commands.Run, "execute", lambda run: seen.append(signal.getsignal(signal.SIGHUP)))
+    plan = commands.Plan(Dataset(), {}, {}, Settings(), tmp_path)
+    before = signal.getsignal(signal.SIGHUP)
+    for handler in (signal.SIG_IGN, signal.SIG_DFL):
+        signal.signal(signal.SIGHUP, handler)
+        commands._execute(plan, "ERROR")
+        assert signal.getsignal(signal.SIGHUP) is handler
+    signal.signal(signal.SIGHUP, before)
+    assert seen[0] is signal.SIG_IGN and callable(seen[1]) and seen[1] is not signal.SIG_DFL
 
 
 @pytest.mark.slow

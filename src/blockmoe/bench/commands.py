@@ -273,14 +273,18 @@ def _new_folder() -> Path:
 
 
 def _execute(plan: Plan, log_level: str) -> Outcome:
-    """Run with SIGTERM taken as Ctrl-C, so that a batch system's end also leaves a report. Cleaning up is not interrupted."""
+    """Run with SIGTERM and SIGHUP taken as Ctrl-C, so that a batch system's or a terminal's end also leaves a report.
+
+    Cleaning up is not interrupted, and a hang-up that is ignored (nohup) stays so.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP])]
 
     def interrupt(*_: object) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in numbers:
             signal.signal(number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, interrupt) for number in numbers}
     try:
         with TerminalObserver(log_level) as observer:
             return Run(plan, observer).execute()
@@ -299,11 +303,12 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> bool:
         print(f"blockmoe: {outcome.resumed} of {evaluations} evaluations were in {plan.output} already", file=sys.stderr)
     if any(plan.output.glob("traces/**/*.jsonl")):
         try:
-            shown.print(report.terminal_table([plan.output]))
             written = report.write([plan.output], formats=["md", "html"]) if save_results else []
         except (report.ReportError, OSError) as error:
             print(f"blockmoe: no report: {error}", file=sys.stderr)
             written, reported = [], False
+        with contextlib.suppress(report.ReportError, OSError):  # a terminal that has hung up, say
+            shown.print(report.terminal_table([plan.output]))
         for path in written:
             shown.print(Text(str(path)), soft_wrap=True)
     if outcome.error:
