@@ -317,7 +317,7 @@ def test_list_of_the_bundled_dataset_is_fit_for_grep(blockmoe, monkeypatch):
 
 def test_pack_writes_a_tree_that_runs_would_read(blockmoe, planned, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert blockmoe("pack", "torch_groupd")[0] == 2
+    assert blockmoe("pack", "torch_groupd", "--output", "packed")[0] == 2 and not list(tmp_path.iterdir())
     code, out, _ = blockmoe("pack", "torch_grouped", "--definitions", TINY.definition_name, HEADLINE.definition_name, "--output", "packed")
     assert code == 0
     names = {json.loads((tmp_path / line).read_text())["name"] for line in out.splitlines()}

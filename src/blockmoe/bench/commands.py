@@ -392,11 +392,12 @@ def pack(
     """
     dataset = load_dataset(None)
     names = _definitions(dataset, definitions or [HEADLINE.definition_name])
+    chosen = {name: _chosen_solutions(dataset, name, names, solutions) for name in names}
     for name in names:
         op_type = dataset.definitions[name].op_type
         try:
             trees.copy_task(dataset, name, output)
-            for solution in _chosen_solutions(dataset, name, names, solutions):
+            for solution in chosen[name]:
                 print(write_packed(solution, op_type, output))
         except OSError as error:
             raise UsageError(f"--output {output}: not writable ({error.strerror})") from None
