@@ -188,6 +188,15 @@ def test_nothing_to_run(tree, blockmoe):
     assert blockmoe("list", "--local", tree)[0] == 0
 
 
+def test_nothing_to_run_says_what_each_definition_lacks(tree, blockmoe):
+    toy.write(toy.definition_path(tree).with_name("other.json"), toy.definition(name="other"))
+    toy.write(toy.workloads_path(tree).with_name("other.jsonl"), toy.workload(50, "cccc") | {"definition": "other"})
+    toy.write(toy.solution_path(tree, "mine"), toy.solution("mine") | {"definition": "other"})
+    code, _, err = blockmoe("run", "--local", tree, "--solutions", "mine", "--workloads", "8")
+    lacks = f"definition other has none of these workloads; definition {toy.NAME} has none of these solutions"
+    assert (code, err) == (2, f"blockmoe: nothing to run: {lacks}\n")
+
+
 def test_malformed_tree(tree, blockmoe):
     path = toy.write(toy.workloads_path(tree), toy.workload(8, "aaaa"), '{"definition"')
     for command in ("run", "list"):

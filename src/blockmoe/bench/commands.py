@@ -194,7 +194,8 @@ def make_plan(
         if selected and chosen[name]:
             plan.workloads[name], plan.solutions[name] = selected, chosen[name]
     if not plan.workloads:
-        raise UsageError(_nothing_to_run(dataset, names))
+        lacks = [f"definition {name} has {_lack(dataset, name, chosen[name])}" for name in names]
+        raise UsageError(f"nothing to run: {'; '.join(lacks)}")
     return plan
 
 
@@ -226,9 +227,13 @@ def _chosen_solutions(dataset: Dataset, name: str, names: list[str], wanted: lis
     return [solution for name, solution in known.items() if any(trees.matches(name, pattern) for pattern in wanted)]
 
 
-def _nothing_to_run(dataset: Dataset, names: list[str]) -> str:
-    missing = "workloads" if not dataset.workloads.get(names[0]) else "solutions"
-    return f"nothing to run: definition {names[0]} has no {missing}"
+def _lack(dataset: Dataset, name: str, chosen: list[Solution]) -> str:
+    """Why a definition has nothing to run."""
+    if not dataset.workloads.get(name):
+        return "no workloads"
+    if not dataset.solutions_of(name):
+        return "no solutions"
+    return "none of these workloads" if chosen else "none of these solutions"
 
 
 def _earlier_run(command: str) -> Path:
