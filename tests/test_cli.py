@@ -228,12 +228,14 @@ def test_defaults_are_the_published_ones_and_quick_on_a_cpu(tree, blockmoe, plan
     blockmoe("run", "--no-save-results")
     blockmoe("run", "--no-save-results", "--preset", "full")
     blockmoe("run", "--no-save-results", "--definitions", TINY.definition_name, "--rtol", "0", "--log-level", "warning")
-    quick, full, tiny = planned
+    blockmoe("run", "--no-save-results", "--definitions", HEADLINE.definition_name, TINY.definition_name)
+    quick, full, tiny, both = planned
     assert [workload.axes["seq_len"] for workload in quick.workloads[HEADLINE.definition_name]] == [1, 80]
     assert (quick.settings.warmup_runs, quick.settings.iterations, quick.settings.num_trials) == (1, 3, 1)
     assert len(full.workloads[HEADLINE.definition_name]) == 19 and full.settings == settings.Settings()
     assert (full.settings.rtol, full.settings.atol, full.settings.required_matched_ratio) == (0.2, 0.1, 0.85)
     assert (full.settings.warmup_runs, full.settings.iterations, full.settings.num_trials) == (5, 20, 3)
+    assert both.workloads == quick.workloads | tiny.workloads
     assert len(tiny.workloads[TINY.definition_name]) == 6 and tiny.settings.rtol == 0 and not tiny.named
 
 

@@ -194,6 +194,7 @@ def test_skipped_with_the_reason(parade):
     assert reasons["lacking"] == "needs the package no-such-package==1.0, which is not installed"
     assert reasons["elsewhere"].startswith("runs on NVIDIA_B200; this is ")
     assert reasons["compiled"] == "written in cuda; this bench runs python and triton"
+    assert watcher.evaluations == len(outcome.traces) - 1  # the reference's is none
     assert sorted(watcher.notes) == sorted(f"SKIPPED {name}: {reason}" for name, reason in reasons.items())
     assert json.loads((root / "out0" / "run.json").read_text())["skipped"] == outcome.skipped
 

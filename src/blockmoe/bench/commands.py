@@ -32,9 +32,9 @@ from blockmoe.geometry import HEADLINE
 
 RUNS = Path("runs")
 # A first look on a CPU: one row, one expert's few rows, every expert active. The reference takes seconds a call.
-QUICK_CPU_WORKLOADS = ["1", "80"]
+QUICK_CPU_TOKENS = (1, 80)
 
-_WORKLOADS = f"all; of the headline on a CPU those of {', '.join(QUICK_CPU_WORKLOADS)} tokens"
+_WORKLOADS = f"all; of the headline, quick on a CPU, those of {', '.join(map(str, QUICK_CPU_TOKENS))} tokens"
 
 _how = partial(typer.Option, rich_help_panel="How to measure")
 _result = partial(typer.Option, rich_help_panel="Results")
@@ -151,8 +151,8 @@ def run(
         raise UsageError("--resume: expected saved results, got --no-save-results")
     if retry_failed and not resume:
         raise UsageError("--retry-failed: expected --resume beside it")
-    quick_cpu = settings.device == "cpu" and preset_name != "full" and not workloads and not local and not definitions
-    plan = make_plan(local, definitions, solutions, QUICK_CPU_WORKLOADS if quick_cpu else workloads, settings)
+    first_look = settings.device == "cpu" and preset_name != "full"
+    plan = make_plan(local, definitions, solutions, workloads, settings, first_look)
     plan.resume, plan.retry_failed, plan.command = resume, retry_failed, shlex.join(["blockmoe", *sys.argv[1:]])
     with scratch_folder() as unsaved:
         plan.output = _output(output or (_earlier_run(plan.command) if resume else None)) if save_results else unsaved
@@ -173,9 +173,13 @@ def _settings(device: str | None, preset_name: str | None, changes: dict) -> Set
 
 
 def make_plan(
-    local: list[Path] | None, definitions: list[str] | None, solutions: list[str] | None, workloads: list[str] | None, settings: Settings
-) -> Plan:
-    """What to run. Raises DatasetError or UsageError for what is unknown, malformed or empty, before anything starts."""
+    local: list[Path] | None, definitions: list[str] | None, solutions: list[str] | None, workloads: list[str] | None, settings: Settings,
+    first_look: bool,
+) -> Plan:  # fmt: skip
+    """What to run; for a first look a few of the headline's workloads, unless some are named.
+
+    Raises DatasetError or UsageError for what is unknown, malformed or empty, before anything starts.
+    """
     dataset = load_dataset(local)
     if not dataset.definitions:
         raise UsageError("nothing to run: there is no definition")
@@ -191,6 +195,8 @@ def make_plan(
     wanted_workloads = trees.select_workloads(known, workloads) if workloads and known else known  # each pattern somewhere
     for name in names:
         selected = [workload for workload in dataset.workloads.get(name, []) if workload in wanted_workloads]
+        if first_look and not workloads and name == HEADLINE.definition_name:
+            selected = [workload for workload in selected if trees.size(workload) in QUICK_CPU_TOKENS] or selected
         if selected and chosen[name]:
             plan.workloads[name], plan.solutions[name] = selected, chosen[name]
     if not plan.workloads:

@@ -89,7 +89,6 @@ class Run:
         """Run everything; KeyboardInterrupt ends it early with `outcome.interrupted`, a full disk, say, with `outcome.error`."""
         if self.plan.resume and self.plan.output:
             self._read_earlier()
-        self.observer.begin(sum(len(self.plan.workloads[name]) * len(self.plan.solutions[name]) for name in self.plan.workloads))
         try:
             # apart: a solution knows where its sources lie, and may build there what memory would not let it load (noexec)
             with scratch_folder(in_memory=True) as scratch, scratch_folder() as sources:
@@ -114,7 +113,10 @@ class Run:
         reference = Contender(definition, reference_solution(definition), root, self.settings, sources)
         contenders = [Contender(definition, solution, root, self.settings, sources) for solution in self.plan.solutions[definition.name]]
         try:
+            first = self._hardware is None
             self._learn_hardware(reference)
+            if first:
+                self.observer.begin(self._evaluations())
             contenders = self._able(contenders)
             self._write_manifest()
             residency = Residency(self._capacity(reference))
@@ -145,6 +147,12 @@ class Run:
         seen = reference.environment
         self._hardware = Hardware(seen["kind"], seen["name"], seen["sm"])
         self._environment = {"hardware": seen["name"], "libs": seen["libs"], "commit": self._commit} | seen["extra"]
+
+    def _evaluations(self) -> int:
+        """How many there are to be: of solutions that can run here."""
+        lacks, plan = self._hardware.lacks, self.plan
+        able = {name: sum(lacks(solution) is None for solution in solutions) for name, solutions in plan.solutions.items()}
+        return sum(able[name] * len(workloads) for name, workloads in plan.workloads.items())
 
     def _able(self, contenders: list[Contender]) -> list[Contender]:
         able = []
