@@ -286,6 +286,13 @@ def test_run_from_a_pipe_is_plain(tree, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_a_run_in_which_nothing_can_run_says_so(tree, blockmoe, monkeypatch):
+    skipped = [{"solution": name, "reason": "written in cuda; this bench runs python and triton"} for name in ("good", "better")]
+    monkeypatch.setattr(commands, "_execute", lambda *_: commands.Outcome(skipped=skipped))
+    said = "blockmoe: no solution can run here: the first of 2, good: written in cuda; this bench runs python and triton\n"
+    assert blockmoe("run", "--local", tree, "--no-save-results", "--log-level", "ERROR") == (1, "", said)
+
+
 def test_a_run_without_its_report_is_not_all_that_was_asked_for(tree, blockmoe, monkeypatch):
     trace = {"solution": "good", "evaluation": {"status": "PASSED", "environment": {"hardware": "cpu"}, "timestamp": "now"}}
     trace["evaluation"] |= {"correctness": {}, "performance": {"latency_ms": 1.0, "reference_latency_ms": 2.0, "speedup_factor": 2.0}}

@@ -322,6 +322,10 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> bool:
             shown.print(report.terminal_table([plan.output]))
         for path in written:
             shown.print(Text(str(path)), soft_wrap=True)
+    if outcome.skipped and not (outcome.traces or outcome.interrupted or outcome.error):
+        first = outcome.skipped[0]
+        number = f"the first of {len(outcome.skipped)}, " if len(outcome.skipped) > 1 else ""
+        print(f"blockmoe: no solution can run here: {number}{first['solution']}: {first['reason']}", file=sys.stderr)
     if outcome.error:
         kept = f"; finished evaluations are kept. To go on: {_again(plan)}" if save_results and outcome.traces else ""
         print(f"blockmoe: {outcome.error}{kept}", file=sys.stderr)
