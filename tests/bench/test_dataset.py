@@ -149,6 +149,13 @@ def test_integer_scalar_must_be_one(tree, value):
     assert f"{path}:1: workload.inputs.k: expected int32, got " in fault(tree)
 
 
+@pytest.mark.parametrize("dtype", ["int32", "float32"])
+def test_scalar_beyond_any_float(tree, dtype):
+    toy.write(toy.definition_path(tree), scalar_definition(dtype))
+    path = toy.write(toy.workloads_path(tree), toy.workload(8, "eeee", inputs={"x": BLOB["x"], "k": {"type": "scalar", "value": 10**400}}))
+    assert fault(tree) == f"{path}:1: workload.inputs.k: expected {dtype}, got a number of over 300 digits"
+
+
 def test_tensor_for_a_scalar(tree):
     toy.write(toy.definition_path(tree), scalar_definition())
     path = toy.write(toy.workloads_path(tree), toy.workload(8, "eeee", inputs={"k": BLOB["x"], "x": {"type": "random"}}))

@@ -193,12 +193,21 @@ def check_workload(definition: Definition, workload: Workload) -> None:
         is_scalar = definition.inputs[name].shape is None
         if spec.type == "scalar" and not is_scalar:
             raise ValueError(f"inputs.{name}: expected a tensor, got the scalar {spec.value}")
-        if spec.type == "scalar" and definition.inputs[name].dtype.startswith("int") and not float(spec.value).is_integer():
-            raise ValueError(f"inputs.{name}: expected {definition.inputs[name].dtype}, got {spec.value}")
+        if spec.type == "scalar":
+            _check_scalar(name, definition.inputs[name].dtype, spec.value)
         if spec.type == "safetensors" and is_scalar:
             raise ValueError(f"inputs.{name}: expected a scalar, got a tensor of {spec.path}")
     if missing := [name for name in definition.inputs if name not in workload.inputs]:
         raise ValueError(f"inputs.{missing[0]}: expected an entry, got none")
+
+
+def _check_scalar(name: str, dtype: str, value: float) -> None:
+    try:
+        whole = float(value).is_integer()
+    except OverflowError:
+        raise ValueError(f"inputs.{name}: expected {dtype}, got a number of over 300 digits") from None
+    if dtype.startswith("int") and not whole:
+        raise ValueError(f"inputs.{name}: expected {dtype}, got {value}")
 
 
 def find_blob(root: Path, definition: Definition, workload: Workload, name: str) -> Path:
