@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from blockmoe.operator.route import SHARE
+from blockmoe.operator.choose import SHARE
 
 THREADS = 32
 COMPARE = {"eq": np.equal, "ne": np.not_equal, "gt": np.greater, "lt": np.less, "le": np.less_equal, "ge": np.greater_equal}
