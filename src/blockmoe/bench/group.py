@@ -103,6 +103,7 @@ class Group:
             if self.settings.on_cuda and self.settings.cuda_graph:
                 self._replay()
         except Failed as failure:  # the reference's
+            self._require_room(failure)
             message = f"the reference failed: {failure.message}"
             for contender in self.standing:
                 contender.findings.failure = Failed(Status.RUNTIME_ERROR, message, Verdict.REFERENCE_FAILED)
@@ -114,9 +115,9 @@ class Group:
         try:
             yield
         except Failed as failure:
-            self._require_room(failure)
             if contender.is_reference or failure.whose is self.reference:
                 raise
+            self._require_room(failure)
             contender.findings.failure = failure
 
     # phases
@@ -271,9 +272,9 @@ class Group:
                     contender.close()
                 contender.findings.graph = answer
             except Failed as failure:
-                self._require_room(failure)
                 if failure.whose is self.reference:
                     raise
+                self._require_room(failure)
                 contender.findings.graph = {"graph_error": failure.message}
 
     # pieces
