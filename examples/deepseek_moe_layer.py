@@ -49,7 +49,8 @@ class DeepSeekMoE(nn.Module):
 
     @torch.no_grad()
     def use_blockmoe(self) -> DeepSeekMoE:
-        """Quantise the routed experts; from here on they are one `fused_moe` call. Convert to another type before: codes stay e4m3."""
+        """Quantise the routed experts; from here on they are one `fused_moe` call. Convert the module before: `.to(dtype)` afterwards would
+        convert the codes too."""
         self.up_gate_codes, self.up_gate_scale = quantise_weights(self.up_gate)
         self.down_codes, self.down_scale = quantise_weights(self.down)
         return self

@@ -2,7 +2,7 @@
 
     second   tensors on cuda:1 while cuda:0 is current: the bits that cuda:0 gives, cuda:0 still current; tensors on both: an error
     graph    captured on cuda:1, with other routing replayed there while cuda:0 computes
-    threads  a thread a GPU, each sizes in another order, kernels compiled and launched by both at once
+    threads  a thread a GPU, each sizes in another order, launched by both at once; by then all kernels are loaded
     bench    `blockmoe warmup`, `doctor` and `run` with --device cuda:1; `run`'s memory is on cuda:1, none on cuda:0
     example  examples/expert_parallel.py by two processes and NCCL
 

@@ -23,7 +23,6 @@ For the sanitizers, few and small launches through every plan of the headline ge
 from __future__ import annotations
 
 import argparse
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -39,13 +38,14 @@ import torch
 from stress_checks import FACTOR, Layer, compare, passes, special, verify
 
 from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY, MoEGeometry
+from blockmoe.operator.launch import interpreted
 from blockmoe.operator.plan import TOKEN_CHUNK, Plan, choose_plan, plans
 from blockmoe.operator.workspace import workspace_size
 from blockmoe.reference import moe_reference, route
 
 MODES = ("trace", "realistic")
 SMALL = MoEGeometry(32, 8, 4, 512, 512, "deepseek_v3", 4, 2)  # for the sanitizers
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+INTERPRETED = interpreted()
 
 
 class Stress:

@@ -132,7 +132,8 @@ def machine(device: torch.device) -> Machine:
 
 def plan_of(g: MoEGeometry, tokens: int, device: torch.device, *, tma: bool = True) -> Plan:
     """The plan of a call's first round, as the call chooses it; `tma`: for tensors that begin at multiples of 16 bytes."""
-    clusters = device.type != "cuda" or versions.known()
+    on_cpu = device.type != "cuda"
+    clusters, tma = on_cpu or versions.known(), tma and (on_cpu or versions.gluon())
     return choose_plan(g, min(tokens, TOKEN_CHUNK), machine(device), clusters=clusters, tma=tma)
 
 

@@ -110,8 +110,8 @@ def test_interrupted_and_resumed_by_the_hint(tree, tmp_path):
 
 
 def test_hang_up(tree, tmp_path):
-    """As a terminal's end, it is an interrupt; under nohup it is nothing."""
-    run = start(tmp_path)
+    """As a terminal's end, it is an interrupt; under nohup, as these tests may be, it is nothing."""
+    run = start(tmp_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL))
     in_the_third_workload(tmp_path, run)
     run.send_signal(signal.SIGHUP)
     _, err = run.communicate(timeout=60)
@@ -125,11 +125,13 @@ def test_hang_up_that_is_ignored(monkeypatch, tmp_path):
     monkeypatch.setattr(commands.Run, "execute", lambda run: seen.append(signal.getsignal(signal.SIGHUP)))
     plan = commands.Plan(Dataset(), {}, {}, Settings(), tmp_path)
     before = signal.getsignal(signal.SIGHUP)
-    for handler in (signal.SIG_IGN, signal.SIG_DFL):
-        signal.signal(signal.SIGHUP, handler)
-        commands._execute(plan, "ERROR")
-        assert signal.getsignal(signal.SIGHUP) is handler
-    signal.signal(signal.SIGHUP, before)
+    try:
+        for handler in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, handler)
+            commands._execute(plan, "ERROR")
+            assert signal.getsignal(signal.SIGHUP) is handler
+    finally:
+        signal.signal(signal.SIGHUP, before)
     assert seen[0] is signal.SIG_IGN and callable(seen[1]) and seen[1] is not signal.SIG_DFL
 
 

@@ -1,6 +1,8 @@
 """Launches carried out on the CPU, with Triton's C launcher and the encoding of descriptors as stubs."""
 
 import ctypes
+import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -207,7 +209,8 @@ def test_clusters_that_cannot_run_leave_nothing_half_launched(stub, monkeypatch)
     sent, _ = stub
     launched = []
     monkeypatch.setattr(triton.JITFunction, "run", lambda self, *arguments, **options: launched.append(self))
-    monkeypatch.setattr(triton.JITFunction, "warmup", lambda self, *arguments, **options: None)
+    loaded = SimpleNamespace(_init_handles=lambda: None)
+    monkeypatch.setattr(triton.JITFunction, "warmup", lambda self, *arguments, **options: loaded)
 
     def refuse(kernel):
         raise Unexpected("ptxas: not this one")
@@ -258,3 +261,47 @@ def test_what_is_compiled_beforehand_is_loaded_too(stub, monkeypatch):
     for each in one.launches:
         launch.compile_only(each)
     assert len(loads) == len(one.launches)
+
+
+def test_a_kernel_that_did_not_load_is_tried_again(stub, monkeypatch):
+    """Triton would launch no function: it takes its launcher for a sign that all is loaded."""
+    sent, _ = stub
+    one, _ = prepared()
+    compiled, loads = triton.JITFunction.run(None), []
+
+    def load() -> None:
+        loads.append(0)
+        if len(loads) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(compiled, "_init_handles", load)
+    addresses = tuple(4096 * (i + 1) for i in range(10))
+    with pytest.raises(RuntimeError, match="capturing"):
+        one.run(addresses)
+    assert one.run(addresses) and one.run(addresses) and len(sent) == len(one.launches) and len(loads) > 3
+
+
+def test_kernels_load_one_at_a_time(stub, monkeypatch):
+    """Another thread is handed a kernel whose function is not there yet."""
+    compiled, at_once, most = triton.JITFunction.run(None), [], []
+
+    def load() -> None:
+        at_once.append(0)
+        most.append(len(at_once))
+        time.sleep(0.02)
+        at_once.pop()
+
+    monkeypatch.setattr(compiled, "_init_handles", load)
+    addresses, failed = tuple(4096 * (i + 1) for i in range(10)), []
+
+    def call(tokens: int) -> None:
+        one, _ = prepared(tokens)
+        if not one.run(addresses):
+            failed.append(tokens)
+
+    threads = [threading.Thread(target=call, args=(tokens,)) for tokens in (9, 10, 11)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failed and max(most) == 1 and len(most) >= 6

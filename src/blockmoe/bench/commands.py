@@ -309,16 +309,18 @@ def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> bool:
     from blockmoe import report
 
     shown, reported = console(), True
+    traced, written = any(plan.output.glob("traces/**/*.jsonl")), []
+    if traced and save_results:  # first: a terminal that has hung up takes nothing any more
+        try:
+            written = report.write([plan.output], formats=["md", "html"])
+        except (report.ReportError, OSError) as error:
+            print(f"blockmoe: no report: {error}", file=sys.stderr)
+            reported = False
     if plan.resume:
         evaluations = sum(trace.solution != REFERENCE for trace in outcome.traces)
         print(f"blockmoe: {outcome.resumed} of {evaluations} evaluations were in {plan.output} already", file=sys.stderr)
-    if any(plan.output.glob("traces/**/*.jsonl")):
-        try:
-            written = report.write([plan.output], formats=["md", "html"]) if save_results else []
-        except (report.ReportError, OSError) as error:
-            print(f"blockmoe: no report: {error}", file=sys.stderr)
-            written, reported = [], False
-        with contextlib.suppress(report.ReportError, OSError):  # a terminal that has hung up, say
+    if traced:
+        with contextlib.suppress(report.ReportError, OSError):
             shown.print(report.terminal_table([plan.output]))
         for path in written:
             shown.print(Text(str(path)), soft_wrap=True)

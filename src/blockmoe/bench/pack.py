@@ -20,7 +20,7 @@ the manifest says `bundle`: the modules go with it under the package name `block
 installed package. A folder that is run, not written, imports the installed one.
 
 An entry file imports its neighbours by name (`from steps import ...`), as it may where this bench runs it. Other tools import it as a
-module of a package, so that the written form first puts its own folder on the path.
+module of a package, so that the written form first puts the sources' root on the path.
 """
 
 from __future__ import annotations

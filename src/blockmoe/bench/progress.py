@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from types import TracebackType
 
 from rich.console import Console
@@ -30,7 +31,8 @@ class TerminalObserver:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._progress:
-            self._progress.stop()
+            with suppress(OSError):  # a terminal that is gone
+                self._progress.stop()
 
     def begin(self, evaluations: int) -> None:
         if self.console.is_terminal and self._level <= 1:

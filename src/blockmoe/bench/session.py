@@ -26,7 +26,7 @@ from blockmoe.bench.timing import DeviceTimer, make_timer
 from blockmoe.bench.verdicts import Verdict
 from blockmoe.bench.watch import Watch
 
-MESSAGE_CHARACTERS = 4000  # sent of an error; the parent keeps fewer
+SENT_CHARACTERS = 4000  # sent of an error; the parent keeps fewer
 SETTLE_SECONDS = 0.2  # how long a CPU output is watched for late writes while it is checked
 
 
@@ -249,7 +249,7 @@ class Session:
         except Tripped:
             raise
         except Exception as error:
-            return {"graph_error": first_line(error)[:MESSAGE_CHARACTERS]}
+            return {"graph_error": first_line(error)[:SENT_CHARACTERS]}
         sealed.write(self._named(outputs), Path(path), self.key)
         return {"graph_ms": ms}
 

@@ -119,11 +119,11 @@ class Handler:
 
 def _describe(error: BaseException) -> dict[str, Any]:
     """Kind and message, which is cut: a compiler's output can be longer than a reply may be. The log has its end."""
-    from blockmoe.bench.session import MESSAGE_CHARACTERS
+    from blockmoe.bench.session import SENT_CHARACTERS
 
     traceback.print_exc()
     kind, message = _kind_and_message(error)
-    return {"kind": kind, "message": message[:MESSAGE_CHARACTERS]}
+    return {"kind": kind, "message": message[:SENT_CHARACTERS]}
 
 
 def _kind_and_message(error: BaseException) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -106,6 +107,7 @@ class Prepared:
         self.device = device
         self._tma = any(launch.descriptors for launch in launches)
         self._ready: list[Ready] = []
+        self._loaded: set[bool] = set()  # whether its kernels are, for aligned addresses and for others
         self._binders: list[Binder] = []
         self._number = next(_numbers)
         import triton
@@ -127,9 +129,10 @@ class Prepared:
         a, b, c, d, e, f, g, h, i, j = addresses
         if not all(addresses):
             raise TypeError("expected tensors with memory of their own, got one at address 0: of a DTensor its to_local(), say")
-        if not self._ready or (a | b | c | d | e | f | g | h | i | j) & 15:  # compiled for 16-byte aligned pointers
-            with _compiling:
-                return self._run_by_triton(addresses)
+        aligned = not (a | b | c | d | e | f | g | h | i | j) & 15
+        if not self._ready or not aligned:  # compiled for 16-byte aligned pointers
+            with nullcontext() if aligned in self._loaded else _compiling:
+                return self._run_by_triton(addresses, aligned)
         for ready in self._ready:
             ready.launch(addresses, stream)
         self._bind(addresses, stream)
@@ -145,14 +148,16 @@ class Prepared:
             _bound.clear()
         _bound[key] = tuple(one.bind(addresses, stream) for one in self._binders) if again else None
 
-    def _run_by_triton(self, addresses: Sequence[int]) -> bool:
-        aligned = not any(address % 16 for address in addresses)
+    def _run_by_triton(self, addresses: Sequence[int], aligned: bool) -> bool:
         if self._tma and not aligned:
             return False
         arguments = [_arguments(launch, addresses) for launch in self.launches]
         ready: list[Ready | None] = []
         for launch, given in zip(self.launches, arguments, strict=True):  # before anything is launched: it may raise
             ready.append(_ready_clusters(launch, given, self.device) if launch.cluster > 1 else None)
+            if launch.cluster == 1 and aligned not in self._loaded:
+                _compile(launch, given)._init_handles()  # Triton does not try again what it failed to load
+        self._loaded.add(aligned)
         for n, (launch, given) in enumerate(zip(self.launches, arguments, strict=True)):
             if one := ready[n]:
                 one.launch(addresses, self._stream(self.device))
