@@ -15,14 +15,14 @@ from blockmoe.operator.plan import choose_plan, plans  # noqa: E402
 )
 def test_what_is_used(monkeypatch, version, known, gluon):
     monkeypatch.setattr(triton, "__version__", version)
-    versions.check()
+    versions.require_triton()
     assert (versions.known(), versions.gluon()) == (known, gluon)
 
 
 def test_too_old(monkeypatch):
     monkeypatch.setattr(triton, "__version__", "3.5.1")
     with pytest.raises(RuntimeError, match=r"triton: expected 3\.6 or newer, got 3\.5"):
-        versions.check()
+        versions.require_triton()
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 60, 901, 14107])

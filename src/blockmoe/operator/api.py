@@ -17,7 +17,7 @@ import torch
 from blockmoe.geometry import BLOCK, MoEGeometry, Routing
 from blockmoe.operator.machine import Machine, of_gpu
 from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least
-from blockmoe.operator.versions import check, gluon, known
+from blockmoe.operator.versions import gluon, known, require_triton
 from blockmoe.operator.workspace import layout, rounds
 
 E4M3 = torch.float8_e4m3fn
@@ -234,7 +234,7 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
         return call
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"hidden_states: expected a tensor of a CPU or a CUDA device, got one on {device}")
-    check()
+    require_triton()
     machine = of_gpu(device.index) if device.type == "cuda" else Machine(capability=89)  # the interpreter knows neither PDL nor Gluon
     counts = rounds(tokens)
     plans = [plan or choose_plan(geometry, t, machine, clusters=known(), tma=gluon()) for t in counts]

@@ -28,7 +28,7 @@ from blockmoe.operator.launch import (
 from blockmoe.operator.machine import of_gpu
 from blockmoe.operator.plan import Plan, plans
 from blockmoe.operator.route import route
-from blockmoe.operator.versions import check, gluon, known
+from blockmoe.operator.versions import gluon, known, require_triton
 from blockmoe.operator.workspace import Round, sizes, slots
 
 PROGRAMS_PER_SM = 8  # bound on a grid: more tiles than that a multiprocessor are walked in a loop
@@ -87,7 +87,7 @@ def compile_all(geometry: MoEGeometry, device: int | None, logits_dtype: torch.d
     """See `blockmoe.operator.warmup`."""
     if not torch.cuda.is_available():
         raise RuntimeError("warmup: expected a CUDA device, found none")
-    check()
+    require_triton()
     with torch.cuda.device(torch.cuda.current_device() if device is None else device):
         machine = of_gpu(torch.cuda.current_device(), "device")
         found, options = {}, {"sm_count": machine.sm_count, "logits_dtype": logits_dtype or torch.float32}

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from blockmoe.operator.versions import release
+
 MOST_ADDRESSES = 256  # kept of one kind: a model's layers, and the workspaces and outputs that its allocator hands out in turn
 
 
@@ -68,13 +70,11 @@ class Kept(dict):
 
 def c_launcher(compiled: Any) -> Callable | None:
     """Triton's C function beneath what encodes descriptors and allocates scratch memory; None where it is not as known."""
-    import triton
-
     run = compiled.run
     launch = getattr(run, "launch", None)
     if inspect.isfunction(launch):
         launch = inspect.getclosurevars(launch).nonlocals.get("launcher")
-    known = triton.__version__.startswith("3.6.") and isinstance(launch, BuiltinFunctionType)
+    known = release() == (3, 6) and isinstance(launch, BuiltinFunctionType)
     return launch if known and not run.global_scratch_size and not run.profile_scratch_size else None
 
 

@@ -25,7 +25,7 @@ def gluon() -> bool:
     return release() <= LAST_GLUON
 
 
-def check() -> None:
+def require_triton() -> None:
     """Raises RuntimeError where no kernel compiles."""
     if release() < OLDEST:
         raise RuntimeError(f"triton: expected {OLDEST[0]}.{OLDEST[1]} or newer, got {release()[0]}.{release()[1]}")
