@@ -15,9 +15,11 @@ from pathlib import Path
 import pytest
 import toy_tree as toy
 
-from blockmoe.bench import commands, scratch
+from blockmoe.bench import runner, scratch
 from blockmoe.bench.contender import Contender, reference_solution
 from blockmoe.bench.dataset import Dataset, read_traces
+from blockmoe.bench.interrupts import SIGNALS, interruptible
+from blockmoe.bench.progress import TerminalObserver
 from blockmoe.bench.record import resume_key
 from blockmoe.bench.schema import Definition, Solution
 from blockmoe.bench.settings import Settings
@@ -120,19 +122,37 @@ def test_hang_up(tree, tmp_path):
     assert about["interrupted"] and about["finished"] and (tmp_path / "out" / "report.md").exists()
 
 
-def test_hang_up_that_is_ignored(monkeypatch, tmp_path):
-    seen = []
-    monkeypatch.setattr(commands.Run, "execute", lambda run: seen.append(signal.getsignal(signal.SIGHUP)))
-    plan = commands.Plan(Dataset(), {}, {}, Settings(), tmp_path)
+def test_hang_up_that_is_ignored():
     before = signal.getsignal(signal.SIGHUP)
     try:
         for handler in (signal.SIG_IGN, signal.SIG_DFL):
             signal.signal(signal.SIGHUP, handler)
-            commands._execute(plan, "ERROR")
+            with interruptible():
+                assert (signal.getsignal(signal.SIGHUP) is handler) == (handler is signal.SIG_IGN)
             assert signal.getsignal(signal.SIGHUP) is handler
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert seen[0] is signal.SIG_IGN and callable(seen[1]) and seen[1] is not signal.SIG_DFL
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_group_has_found_is_saved_whole(tree, tmp_path, monkeypatch, number):
+    """An interrupt while its first trace is on its way to the disk waits for the last."""
+    dataset = Dataset.load([tree])
+    settings = Settings(device="cpu", iterations=2, num_trials=1)
+    plan = runner.Plan(dataset, dataset.workloads, {toy.NAME: dataset.solutions_of(toy.NAME)}, settings, tmp_path / "out")
+    append = runner.append_trace
+
+    def struck(*arguments):
+        os.kill(os.getpid(), number)
+        append(*arguments)
+
+    monkeypatch.setattr(runner, "append_trace", struck)
+    handlers = [signal.getsignal(one) for one in SIGNALS]
+    with interruptible(), TerminalObserver("ERROR") as observer:
+        outcome = runner.Run(plan, observer).execute()
+    assert outcome.interrupted and [trace.solution for trace in outcome.traces] == ["reference", "slow"]
+    assert [entry[:2] for entry in traces(tmp_path)[0]] == [("aaaa", "reference"), ("aaaa", "slow")]
+    assert handlers == [signal.getsignal(one) for one in SIGNALS]
 
 
 @pytest.mark.slow

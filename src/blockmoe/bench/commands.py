@@ -6,7 +6,6 @@ import contextlib
 import itertools
 import json
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +20,7 @@ from rich.text import Text
 from blockmoe.bench import dataset as trees
 from blockmoe.bench.dataset import REFERENCE, Dataset, DatasetError
 from blockmoe.bench.doctor import checks, timers_lack
+from blockmoe.bench.interrupts import interruptible
 from blockmoe.bench.listing import checks_table, console, definitions_table, solutions_table, workloads_table
 from blockmoe.bench.pack import add_folders, write_packed
 from blockmoe.bench.progress import TerminalObserver
@@ -156,7 +156,8 @@ def run(
     plan.resume, plan.retry_failed, plan.command = resume, retry_failed, shlex.join(["blockmoe", *sys.argv[1:]])
     with scratch_folder() as unsaved:
         plan.output = _output(output or (_earlier_run(plan.command) if resume else None)) if save_results else unsaved
-        outcome = _execute(plan, log_level)
+        with interruptible(), TerminalObserver(log_level) as observer:
+            outcome = Run(plan, observer).execute()
         reported = _summary(plan, outcome, save_results)
     if outcome.interrupted:
         raise typer.Exit(130)
@@ -281,27 +282,6 @@ def _new_folder() -> Path:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder
-
-
-def _execute(plan: Plan, log_level: str) -> Outcome:
-    """Run with SIGTERM and SIGHUP taken as Ctrl-C, so that a batch system's or a terminal's end also leaves a report.
-
-    Cleaning up is not interrupted, and a hang-up that is ignored (nohup) stays so.
-    """
-    numbers = [signal.SIGINT, signal.SIGTERM, *([] if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else [signal.SIGHUP])]
-
-    def interrupt(*_: object) -> None:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        with TerminalObserver(log_level) as observer:
-            return Run(plan, observer).execute()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> bool:

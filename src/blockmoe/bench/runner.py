@@ -17,6 +17,7 @@ from blockmoe.bench.contender import Contender, Failed, reference_solution
 from blockmoe.bench.dataset import REFERENCE, Dataset, append_trace, read_traces
 from blockmoe.bench.environment import Hardware, commit, host_memory
 from blockmoe.bench.group import Group, Residency
+from blockmoe.bench.interrupts import held
 from blockmoe.bench.record import resume_key, traces_of
 from blockmoe.bench.schema import Definition, Solution, Status, Trace, Workload
 from blockmoe.bench.scratch import scratch_folder
@@ -222,10 +223,13 @@ class Run:
         return True
 
     def _save(self, definition: Definition, group: Group) -> None:
-        for trace in traces_of(group, self.identifier, self._commit):
-            if self.plan.output:
-                append_trace(self.plan.output, definition.op_type, trace)
-            self.outcome.traces.append(trace)
+        traces = traces_of(group, self.identifier, self._commit)
+        with held():  # all of a group that is done, and what is said to be kept is
+            for trace in traces:
+                if self.plan.output:
+                    append_trace(self.plan.output, definition.op_type, trace)
+                self.outcome.traces.append(trace)
+        for trace in traces:
             if trace.solution != REFERENCE or trace.evaluation.status is not Status.PASSED:
                 self.observer.finished(trace)
 
