@@ -156,8 +156,7 @@ def run(
     plan.resume, plan.retry_failed, plan.command = resume, retry_failed, shlex.join(["blockmoe", *sys.argv[1:]])
     with scratch_folder() as unsaved:
         plan.output = _output(output or (_earlier_run(plan.command) if resume else None)) if save_results else unsaved
-        with interruptible(), TerminalObserver(log_level) as observer:
-            outcome = Run(plan, observer).execute()
+        outcome = _execute(plan, log_level)
         reported = _summary(plan, outcome, save_results)
     if outcome.interrupted:
         raise typer.Exit(130)
@@ -282,6 +281,11 @@ def _new_folder() -> Path:
         with contextlib.suppress(FileExistsError):
             folder.mkdir()
             return folder
+
+
+def _execute(plan: Plan, log_level: str) -> Outcome:
+    with interruptible(), TerminalObserver(log_level) as observer:
+        return Run(plan, observer).execute()
 
 
 def _summary(plan: Plan, outcome: Outcome, save_results: bool) -> bool:
