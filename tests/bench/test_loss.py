@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import toy_tree as toy
 from blockmoe.bench import runner, scratch
 from blockmoe.bench.contender import Contender, reference_solution
 from blockmoe.bench.dataset import Dataset, read_traces
-from blockmoe.bench.interrupts import SIGNALS, interruptible
+from blockmoe.bench.interrupts import SIGNALS, held, interruptible
 from blockmoe.bench.progress import TerminalObserver
 from blockmoe.bench.record import resume_key
 from blockmoe.bench.schema import Definition, Solution
@@ -132,6 +133,21 @@ def test_hang_up_that_is_ignored():
             assert signal.getsignal(signal.SIGHUP) is handler
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_interrupts_are_held_in_the_main_thread_alone():
+    def in_a_thread():
+        with held():
+            return [signal.getsignal(number) for number in SIGNALS]
+
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with ThreadPoolExecutor(1) as threads:
+        assert threads.submit(in_a_thread).result() == before
+    assert in_a_thread()[0] is not before[0]
+    with pytest.raises(KeyboardInterrupt), held():
+        os.kill(os.getpid(), signal.SIGINT)
+        before.clear()
+    assert not before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,7 +33,10 @@ def interruptible() -> Iterator[None]:
 
 @contextmanager
 def held() -> Iterator[None]:
-    """An interrupt that comes in the block is raised at its end. Of the main thread only, as signals' handlers are."""
+    """An interrupt that comes in the block is raised at its end. In other threads than the main one, which none interrupts, nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     came: list[tuple[int, object]] = []
     handled = [number for number in SIGNALS if callable(signal.getsignal(number))]
     before = {number: signal.signal(number, lambda *what: came.append(what)) for number in handled}
