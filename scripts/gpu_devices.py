@@ -28,7 +28,7 @@ import torch
 from stress_checks import FACTOR, Layer, sliced, verify
 from torch import Tensor
 
-from blockmoe.bench.environment import _gpu_state
+from blockmoe.bench.environment import nvidia_smi
 from blockmoe.geometry import HEADLINE
 
 ROOT = gpu_session.ROOT
@@ -121,7 +121,7 @@ class Devices:
         self._blockmoe("warmup", "--definitions", HEADLINE.definition_name, "--device", "cuda:1", "--logits-dtype", "bfloat16")
         self._blockmoe("doctor")
         uuids = [f"GPU-{torch.cuda.get_device_properties(device).uuid}" for device in (FIRST, SECOND)]
-        states = [_gpu_state(uuid) for uuid in uuids]
+        states = [nvidia_smi(uuid) for uuid in uuids]
         self.session.check("nvidia-smi by uuid", uuids[0] != uuids[1] and all(states), states=states)
         with tempfile.TemporaryDirectory() as folder:
             asked = ("--workloads", "1", "901", "--solutions", "blockmoe", "--device", "cuda:1", "--preset", "quick", "--timeout", "60")

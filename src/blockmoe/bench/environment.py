@@ -137,10 +137,11 @@ def _reclaimable() -> int:
 def gpu_state(index: int = 0, uuid: str = "") -> dict[str, Any]:
     """Clocks, temperature, power and throttle reasons by nvidia-smi, which makes no CUDA context; empty where it is missing. By `uuid`
     where that is known: CUDA numbers what CUDA_VISIBLE_DEVICES leaves, nvidia-smi all devices."""
-    return (uuid and _gpu_state(f"GPU-{uuid}")) or _gpu_state(str(index))
+    return (uuid and nvidia_smi(f"GPU-{uuid}")) or nvidia_smi(str(index))
 
 
-def _gpu_state(device: str) -> dict[str, Any]:
+def nvidia_smi(device: str) -> dict[str, Any]:
+    """What it says of a device, by number or GPU-UUID; empty where it is missing or knows none."""
     query = ",".join([*_GPU_QUERY.values(), "driver_version"])
     command = ["nvidia-smi", f"--id={device}", f"--query-gpu={query}", "--format=csv,noheader,nounits"]
     try:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from blockmoe.files import write_whole
 from blockmoe.report import api, markdown
 from blockmoe.report.importing import import_csv
 from blockmoe.report.load import load
@@ -205,8 +206,7 @@ def write(results: Path, published: Path, page: Path) -> Path:
     """Write the page, keeping what stands between its conclusion marks."""
     before = page.read_text(encoding="utf-8") if page.exists() else ""
     hand_written = before.partition(BEGIN)[2].partition(END)[0] or "None yet: nothing is measured."
-    page.write_text(document(results, published, hand_written), encoding="utf-8")
-    return page
+    return write_whole(page, document(results, published, hand_written))
 
 
 def _speedup_tables(four: Section, two: Section, folder: Path) -> list[Table]:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from blockmoe.files import write_whole
 from blockmoe.report import api, markdown
 from blockmoe.report.importing import import_csv
 from blockmoe.report.model import Contender, Section
@@ -221,9 +222,7 @@ def write(tables: Path, docs: Path, formats: tuple[str, ...] = ("md", "svg")) ->
             import_csv(tables / f"{name}.csv", Path(folder), hardware="NVIDIA B200")
             written += api.write([Path(folder)], docs / "published" / name, formats, regimes="published")
             sections[name] = api.read([Path(folder)], regimes="published").sections[0]
-    path = docs / "published-reports.md"
-    path.write_text(document(sections), encoding="utf-8")
-    return [*written, path]
+    return [*written, write_whole(docs / "published-reports.md", document(sections))]
 
 
 def _of(section: Section, name: str) -> Contender:
