@@ -219,6 +219,16 @@ def test_a_picture_of_one_size_shows_what_it_names(tmp_path):
     assert (area.x0, area.x1) == pytest.approx((left, right)) and area.y1 > area.y0
 
 
+def test_the_area_below_the_floors_is_below_the_higher_one(tmp_path):
+    """Between 100 tokens, where reading is the bound, and 10,000, where computing is, the floors cross at 1,000."""
+    tokens, height = plots._highest([[(100, 1.0), (10_000, 1.0)], [(100, 0.1), (10_000, 10.0)]])
+    assert list(tokens) == pytest.approx([100, 1000, 10_000]) and list(height) == pytest.approx([1.0, 1.0, 10.0])
+    tokens, height = plots._highest([[(10, 1.0), (100, 1.0)], [(100, 2.0), (1000, 20.0)]])  # each known for a part
+    assert list(tokens) == pytest.approx([10, 100, 1000]) and list(height) == pytest.approx([1.0, 2.0, 20.0])
+    tokens, height = plots._highest([[(10, 1.0), (100, 3.0)]])
+    assert list(tokens) == pytest.approx([10, 100]) and list(height) == pytest.approx([1.0, 3.0])
+
+
 def test_a_narrow_roofline_has_labels(tmp_path):
     section = api.read([folder(tmp_path, run({"alpha": 0.9, "beta": 1.1}, [80]))]).sections[0]
     drawn = plots.roofline(section)[0]

@@ -262,18 +262,31 @@ def _draw_floors(axes: Axes, section: Section, floors: Sequence[tuple[int, float
     """What reading alone and computing alone would take, and the area below the larger of them."""
     if not floors:
         return
-    tokens, floor = zip(*_line(floors), strict=True)
-    bottom = min(floor) / 2
-    axes.fill_between(tokens, bottom, floor, facecolor="none", hatch="////", edgecolor=SOFT, linewidth=0, alpha=0.6)
     stream, compute = _rates(section)
-    drawn = 0
-    for name, kind, rate, line in (("streaming", "bytes", stream, "-"), ("compute", "flops", compute, "--")):
-        if points := _floor_of(section, name, kind, rate):
-            axes.plot(*zip(*_line(points), strict=True), color=INK, linewidth=1.0, linestyle=line, label=f"{name} floor")
-            drawn += 1
-    if not drawn:
-        axes.plot(tokens, floor, color=INK, linewidth=1.0, label="floor")
+    kinds = (("streaming floor", "-", _floor_of(section, "streaming", "bytes", stream)),
+             ("compute floor", "--", _floor_of(section, "compute", "flops", compute)))  # fmt: skip
+    curves = [(name, style, _line(points)) for name, style, points in kinds if points] or [("floor", "-", _line(floors))]
+    bottom = min(floor for _, floor in floors) / 2
+    tokens, height = _highest([points for _, _, points in curves])
+    axes.fill_between(tokens, bottom, np.maximum(height, bottom), facecolor="none", hatch="////", edgecolor=SOFT, linewidth=0, alpha=0.6)
+    for name, style, points in curves:
+        axes.plot(*zip(*points, strict=True), color=INK, linewidth=1.0, linestyle=style, label=name)
     axes.set_ylim(bottom=bottom)
+
+
+def _highest(curves: Sequence[Sequence[tuple[float, float]]]) -> tuple[np.ndarray, np.ndarray]:
+    """The higher of one or two curves, straight between their points where both axes are logarithmic: they may cross between two sizes."""
+
+    def heights(sizes: np.ndarray) -> list[np.ndarray]:
+        return [np.interp(sizes, *np.log(points).T, left=-np.inf, right=-np.inf) for points in map(np.array, curves)]
+
+    sizes = np.log(np.unique([tokens for points in curves for tokens, _ in points]))
+    with np.errstate(invalid="ignore", divide="ignore"):  # where only one of them is known they don't cross
+        first, last = heights(sizes)[0], heights(sizes)[-1]
+        before, after = (first - last)[:-1], (first - last)[1:]
+        crossings = (sizes[:-1] + before / (before - after) * np.diff(sizes))[before * after < 0]
+    sizes = np.union1d(sizes, crossings[np.isfinite(crossings)])
+    return np.exp(sizes), np.exp(np.max(heights(sizes), axis=0))
 
 
 def _floor_of(section: Section, name: str, work: str, rate: float | None) -> list[tuple[int, float]]:
