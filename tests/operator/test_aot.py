@@ -101,8 +101,9 @@ def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
     usage = routing(g, tokens, logits, bias)
     (several, parts, lanes), thread, warp, program = aot.token_layout(usage)
     assert warp == [1, 1, 32] and program == [several, 1, 1] and thread[0] == 1
-    assert lanes % (32 * thread[2]) == 0 == parts % thread[1]
-    assert usage.ptx.count("vote.sync") == 1 and usage.stack == 0
+    assert lanes == 32 * thread[2] and parts % thread[1] == 0
+    assert usage.ptx.count("redux.sync.max.s32 t, h0,") == g.top_k and usage.stack == 0
+    assert usage.ptx.count("%laneid") == (g.topk_group < g.n_group)
 
 
 @pytest.mark.parametrize("g, more", [
@@ -111,11 +112,11 @@ def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
 ], ids=["unaligned", "no TMA", "rows that are no whole reads", "a group of more than a read", "many experts"])  # fmt: skip
 def test_where_it_may_not_be_it_is_not(g, more):
     logits = torch.float32 if g.n_group == 2 else torch.bfloat16
-    assert "vote.sync" not in routing(g, 60, logits, logits, **more).ttgir
+    assert "redux.sync" not in routing(g, 60, logits, logits, **more).ttgir
 
 
 @pytest.mark.parametrize("route", [RouteTile(16, 16, 4, True), RouteTile(4, 4, 16, True)], ids=str)
 def test_nor_where_warps_and_tokens_are_not_as_many(route):
     plan = replace(choose_plan(HEADLINE, 4), route=route)
     [launch] = pipeline.launches(HEADLINE, 4, plan, 0, 1.0)[:1]
-    assert "vote.sync" not in aot.compiled(launch, 90).ttgir
+    assert "redux.sync" not in aot.compiled(launch, 90).ttgir

@@ -17,6 +17,7 @@ THREADS = 32
 COMPARE = {"eq": np.equal, "ne": np.not_equal, "gt": np.greater, "lt": np.less, "le": np.less_equal, "ge": np.greater_equal}
 COMBINE = {"and": np.logical_and, "or": np.logical_or}
 ARITHMETIC = {"max": np.maximum, "min": np.minimum, "add": np.add, "sub": np.subtract}
+ARITHMETIC |= {"and": np.bitwise_and, "or": np.bitwise_or, "shl": np.left_shift}
 
 
 def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray]:
@@ -28,7 +29,9 @@ def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray
     def value(name: str) -> np.ndarray:
         if name == "0f00000000":
             return np.zeros(THREADS, np.float32)
-        return registers[name] if not re.fullmatch(r"-?\d+", name) else np.full(THREADS, int(name), np.int32)
+        if name == "%laneid":
+            return np.arange(THREADS, dtype=np.int32)
+        return registers[name] if not re.fullmatch(r"-?\d+", name) else np.full(THREADS, int(name) & 0xFFFFFFFF, np.uint32).view(np.int32)
 
     at = executed = 0
     while at < len(lines):
@@ -44,9 +47,12 @@ def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray
             assert kinds == ["uni"] and (here.all() or not here.any()), f"not all threads take the branch: {line}"
             at = labels[target] if here.all() else at
             continue
-        if name == "redux":
+        if name == "shfl":
+            assert here.all() and kinds == ["sync", "bfly", "b32"] and sources[2:] == ["31", "0xffffffff"], line
+            new = value(sources[0])[np.arange(THREADS) ^ int(sources[1])]
+        elif name == "redux":
             assert here.all() and sources[1] == "0xffffffff" and kinds[0] == "sync", line
-            new = np.full(THREADS, ARITHMETIC[kinds[1]].reduce(value(sources[0])))
+            new = np.full(THREADS, ARITHMETIC[kinds[1]].reduce(value(sources[0])), np.int32)
         elif name == "vote":
             assert here.all() and kinds[:2] == ["sync", "ballot"] and sources[1] == "0xffffffff", line
             new = np.full(THREADS, sum(1 << i for i in np.flatnonzero(registers[sources[0]])), np.uint32).view(np.int32)
@@ -59,6 +65,7 @@ def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray
             new = np.where(registers[sources[2]], value(sources[0]), value(sources[1]))
         elif name == "mov":
             new = value(sources[0])
+            new = new.view(np.int32) if kinds == ["b32"] else new
         else:
             new = ARITHMETIC[name](value(sources[0]), value(sources[1]))
         registers[target] = new if here.all() else np.where(here, new, registers[target])
@@ -66,13 +73,16 @@ def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray
 
 
 def by_token(text: str, tiles: list[np.ndarray], each: int, results: int) -> list[np.ndarray]:
-    """`execute` for every token of tiles [tokens, ...], whose thread t has `each` values from t * each on."""
-    assert all(tile[0].size == THREADS * each for tile in tiles)
-    shape, found = tiles[0].shape, []
+    """`execute` for every token of tiles [tokens, parts, lanes], of which a thread has `each` values: as many side by side in every part,
+    one part after the other (`test_aot.py` looks at what Triton does)."""
+    tokens, parts, lanes = tiles[0].shape
+    assert parts * lanes == THREADS * each
+    found = []
     for values in zip(*tiles, strict=True):
-        given = [column for tile in values for column in tile.reshape(THREADS, each).T]
-        columns = execute(text, given, results * each)
-        found.append([np.stack(columns[i * each : (i + 1) * each], 1).reshape(shape[1:]) for i in range(results)])
+        by_thread = (tile.reshape(parts, THREADS, -1).swapaxes(0, 1).reshape(THREADS, each) for tile in values)
+        columns = execute(text, [column for tile in by_thread for column in tile.T], results * each)
+        by_thread = (np.stack(columns[i * each : (i + 1) * each], 1) for i in range(results))
+        found.append([tile.reshape(THREADS, parts, -1).swapaxes(0, 1).reshape(parts, lanes) for tile in by_thread])
     return [np.stack(column) for column in zip(*found, strict=True)]
 
 

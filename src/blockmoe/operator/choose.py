@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from blockmoe.operator.largest import NONE, choose_largest
+from blockmoe.operator.largest import NONE, bit_of, choose_largest, may_rank
 
 LOWEST = tl.constexpr(NONE)  # below the key of every float
 TAKEN = tl.constexpr(NONE + 1)  # also below
@@ -40,25 +40,37 @@ def two_largest(first, second, other_first, other_second):
 
 
 @triton.jit
-def keep_best_groups(
-    score, key, own, inside, BLOCK_T: tl.constexpr, PARTS: tl.constexpr, LANES: tl.constexpr, SIZE: tl.constexpr, TOPK_GROUP: tl.constexpr
-):
-    """`key` [BLOCK_T, PARTS, LANES] with LOWEST for the experts of dropped groups; which of experts `own` are `inside` and in others."""
-    GROUPS: tl.constexpr = PARTS * LANES // SIZE
-    grouped = tl.reshape(score, (BLOCK_T, GROUPS, SIZE))
-    best, second = tl.reduce((grouped, tl.full(grouped.shape, float("-inf"), tl.float32)), 2, two_largest)
+def keys_of_groups(score, BLOCK_T: tl.constexpr, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+    """The key of its group for every expert of `score` [BLOCK_T, PARTS, LANES]."""
     if SIZE > 1:
+        one, other = tl.split(tl.reshape(score, (BLOCK_T, GROUPS, SIZE // 2, 2)))
+        best, second = tl.reduce((tl.maximum(one, other), tl.minimum(one, other)), 2, two_largest)
         best += second
-    # as large as the experts' tile again, so that a round is two reductions over a warp, of one value a thread
-    shape: tl.constexpr = (BLOCK_T, GROUPS, SIZE)
-    left = tl.reshape(tl.broadcast_to(order_key(best)[:, :, None], shape), key.shape)
-    group = tl.reshape(tl.broadcast_to(tl.arange(0, GROUPS)[None, :, None], shape), key.shape)
+    else:
+        best = tl.reshape(score, (BLOCK_T, GROUPS))
+    return tl.reshape(tl.broadcast_to(order_key(best)[:, :, None], (BLOCK_T, GROUPS, SIZE)), score.shape)
+
+
+@triton.jit
+def keep_best_groups(key, group_key, own, inside, GROUPS: tl.constexpr, SIZE: tl.constexpr, TOPK_GROUP: tl.constexpr):
+    """`key` [BLOCK_T, PARTS, LANES] with LOWEST for the experts of dropped groups; which of experts `own` are `inside` and in others."""
+    BLOCK_T: tl.constexpr = key.shape[0]
+    group = tl.reshape(tl.broadcast_to(tl.arange(0, GROUPS)[None, :, None], (BLOCK_T, GROUPS, SIZE)), key.shape)
     kept = inside & (own < 0)
-    for _ in range(TOPK_GROUP):
-        first = over_experts_min(tl.where(left == over_experts_max(left), group, GROUPS))
-        left = tl.where(group == first, TAKEN, left)
+    for _ in range(TOPK_GROUP):  # a round is two reductions over a warp, of one value a thread
+        first = over_experts_min(tl.where(group_key == over_experts_max(group_key), group, GROUPS))
+        group_key = tl.where(group == first, TAKEN, group_key)
         kept = kept | (inside & (own // SIZE == first))
-    return tl.where(left == TAKEN, key, LOWEST), kept
+    return tl.where(group_key == TAKEN, key, LOWEST), kept
+
+
+@triton.jit
+def bits_of_groups(first, last, GROUPS: tl.constexpr, THREADS_EACH: tl.constexpr):
+    """The bits (`bit_of`) of groups `first` to `last`."""
+    bits = 0
+    for group in tl.static_range(GROUPS):
+        bits |= tl.where((group >= first) & (group <= last), 1 << bit_of(group, THREADS_EACH), 0)
+    return bits
 
 
 # 0 for a NaN: max gives the other operand
@@ -85,7 +97,8 @@ def clean(x, DEEPSEEK: tl.constexpr):
 def choose_experts(
     logits, bias, token, tokens, offset, factor, rounds,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
-    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
+    BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Weight [BLOCK_T, CELLS] of each of `token` [BLOCK_T, 1, 1] for each local expert, 0 where not chosen.
 
@@ -114,17 +127,30 @@ def choose_experts(
         score = tl.where(real, score, float("-inf"))
     key = order_key(score)
     left = key
+    SIZE: tl.constexpr = NUM_EXPERTS // N_GROUP
+    GROUPS: tl.constexpr = EXPERTS // SIZE
+    RANKED: tl.constexpr = TOPK_GROUP < N_GROUP and BY_WARP and may_rank(PARTS, LANES, SIZE)  # with the experts
+    group_key = key
     if TOPK_GROUP < N_GROUP:
-        left, inside = keep_best_groups(
-            score, key, offset + cell, inside, BLOCK_T, PARTS, LANES, NUM_EXPERTS // N_GROUP, TOPK_GROUP
-        )  # fmt: skip
+        group_key = keys_of_groups(score, BLOCK_T, GROUPS, SIZE)
+        if not RANKED:
+            left, inside = keep_best_groups(key, group_key, offset + cell, inside, GROUPS, SIZE, TOPK_GROUP)
     if not DEEPSEEK:
         most = order_key(over_experts_max(key)).to(tl.float32, bitcast=True)
         x = tl.exp(x - most)
     if BY_WARP:
-        asked = over_experts_max(inside.to(tl.int32))
-        shares, least, last = choose_largest(left, expert, x, rounds, asked, EXPERTS // 32)
+        THREADS_EACH: tl.constexpr = SIZE * 32 // LANES if RANKED else 32
+        if RANKED:
+            needed = tl.where(there, bits_of_groups(offset // SIZE, (offset + LOCAL - 1) // SIZE, GROUPS, THREADS_EACH), 0)
+        else:
+            needed = over_experts_max(inside.to(tl.int32))
+        total, least, last, kept = choose_largest(
+            left, expert, x, group_key, needed, TOP_K, EXPERTS // 32, PARTS if RANKED else 0, THREADS_EACH, TOPK_GROUP
+        )  # fmt: skip
+        total = over_experts_max(total).to(tl.float32, bitcast=True)  # the same bits everywhere
         least, last = over_experts_max(least), over_experts_max(last)
+        if RANKED:
+            inside = inside & (((over_experts_max(kept) >> bit_of((offset + cell) // SIZE, THREADS_EACH)) & 1) > 0)
         own_key = order_key(own_score)  # by the same operations as `key`, so with the same bits
         mine = inside & ((own_key > least) | ((own_key == least) & (offset + cell <= last)))
     else:
@@ -133,10 +159,9 @@ def choose_experts(
             first = over_experts_min(tl.where(left == over_experts_max(left), expert, EXPERTS))
             left = tl.where(expert == first, TAKEN, left)
             mine = mine | (inside & (cell == first - offset))
-        shares = tl.where(left == TAKEN, x, 0.0)
+        total = over_experts_sum(tl.where(left == TAKEN, x, 0.0))
     if not DEEPSEEK:
         own = tl.exp(own - most)
-    total = over_experts_sum(shares)
     if DEEPSEEK:
         total += 1e-20
     weight = tl.where(mine, own / total * factor, 0.0)

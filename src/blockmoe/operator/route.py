@@ -33,7 +33,7 @@ from blockmoe.operator.plan import MOST_TILES, TILES, Plan, power_of_two_at_leas
 from blockmoe.operator.versions import known
 from blockmoe.operator.workspace import Round
 
-MOST = tl.constexpr(MOST_TILES)
+MOST_OF_FOUR = tl.constexpr(int(4 * MOST_TILES))  # as an integer, by whose sums ptxas sees that a warp goes one way
 # What it makes, but for what is prefill's alone.
 LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight")
 LISTS += ("token_pair", "token_pairs", "slot_token", "slot_count")
@@ -65,6 +65,18 @@ def list_tiles(
 
 
 @triton.jit
+def other_of(one, other):
+    return other
+
+
+@triton.jit
+def a_lane_each(x):
+    """`x` as it is: a scan in which nothing is added, since Triton lays out what is scanned so that each lane has one. What is made of `x` is
+    then laid out so too, and need not be moved time and again."""
+    return tl.associative_scan(x, 0, other_of)
+
+
+@triton.jit
 def sums_before(x):
     """Sums of `x` [..., WARPS, EACH] over the tokens before each, where warp by warp comes next, and of all tokens."""
     AXIS: tl.constexpr = len(x.shape) - 1
@@ -76,19 +88,21 @@ def sums_before(x):
 
 @triton.jit
 def list_rows(
-    weight, token, slot, there, base, pair_token, pair_weight, token_pair, token_pairs, slot_token, before, prefill, TOP_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    weight, kinds, kinds_before, every, token, there, base, pair_token, pair_weight, token_pair, token_pairs, slot_token, before, prefill,
+    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Stores the pairs of `weight` [experts, WARPS, EACH], each expert's from row `base` on, and each token's rows in its `slot`. Returns
-    how many pairs each expert has.
+    """Stores the pairs of `weight` [experts, WARPS, EACH], each expert's from row `base` on, and each token's rows in its slot
+    (`slots_of`, of its kind, those of the tokens before these, and of every one). Returns how many pairs each expert has, and the sum of
+    these tokens' kinds, [experts] too.
 
     For `prefill` instead of a token's rows the tile, of BLOCK_N pairs, of its pair of the expert before, or -1, and how many pairs it has:
     rows increase with experts, so it is that of the second largest row up to here.
     """
     last = (tl.arange(0, weight.shape[0]) == weight.shape[0] - 1)[:, None, None]
     mine = (weight != 0.0).to(tl.int32)
-    rows_before, total = sums_before(mine)
-    row = base[:, None, None] + rows_before
+    # one scan for both: no more than 1,023 tokens
+    sums, total = sums_before(mine + (((kinds & 65535) << 10) + ((kinds >> 16) << 20))[None, :, :])
+    row = base[:, None, None] + (sums & 1023)
     tl.store(pair_token + row, token[None, :, :] + tl.zeros_like(row), mask=mine > 0)
     tl.store(pair_weight + row, weight, mask=mine > 0)
     if prefill:
@@ -96,11 +110,18 @@ def list_rows(
         tl.store(before + row, tl.where(earlier < 0, -1, earlier // BLOCK_N), mask=mine > 0)
         tl.store(token_pairs + token, tl.sum(mine, 0), mask=there)
     else:
+        slot = slots_of(kinds[None, :, :], token[None, :, :], kinds_before + packed_kinds(sums), every)
         past = tl.cumsum(mine, 0)
-        tl.store(slot_token + slot, token, mask=there)
-        tl.store(token_pair + (slot[None, :, :] * TOP_K + past - 1), row, mask=mine > 0)
-        tl.store(token_pairs + (slot[None, :, :] + 0 * row), past, mask=there[None, :, :] & last)
-    return total
+        tl.store(slot_token + slot, token[None, :, :] + tl.zeros_like(slot), mask=there[None, :, :] & last)
+        tl.store(token_pair + (slot * TOP_K + past - 1), row, mask=mine > 0)
+        tl.store(token_pairs + slot, past, mask=there[None, :, :] & last)
+    return total & 1023, packed_kinds(total)
+
+
+@triton.jit
+def packed_kinds(sums):
+    """A sum of kinds, of `list_rows`' sums."""
+    return ((sums >> 10) & 1023) + ((sums >> 20) << 16)
 
 
 @triton.jit
@@ -121,10 +142,10 @@ def slots_of(kinds, token, past, every):
 
 
 @triton.jit
-def count_slots(slot_count, every):
+def count_slots(slot_count, every, mask):
     """How many tokens have pairs, and how many of those few."""
-    tl.store(slot_count, (every & 65535) + (every >> 16))
-    tl.store(slot_count + 1, every & 65535)
+    tl.store(slot_count, (every & 65535) + (every >> 16), mask=mask)
+    tl.store(slot_count + 1, every & 65535, mask=mask)
 
 
 @triton.jit
@@ -140,15 +161,15 @@ def route_kernel(
     logits, bias, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair, token_pairs, slot_token,
     slot_count, counters, tokens, offset, factor, rounds, counter_count,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
-    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
-    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, DENSE: tl.constexpr, PDL: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, DENSE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     before_next_kernel(PDL)
     zero_counters(counters, 0, 1, counter_count)
     token = tl.arange(0, BLOCK_T)
     weight = choose_experts(
         logits, bias, token[:, None, None], tokens, offset, factor, rounds,
-        NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, DEEPSEEK, BY_WARP, BLOCK_T,
+        NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T,
     )  # fmt: skip
     if DENSE:
         active = tl.max((weight != 0.0).to(tl.int32), 0)
@@ -162,11 +183,11 @@ def route_kernel(
         start = list_tiles(total, 0, 1, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, BLOCK_N, False, False)
         weight, token = tl.trans(weight)[:, :, None], token[:, None]  # a warp each
         kinds = kinds_of(weight, TOP_K, 0)
-        past, every = sums_before(kinds)
-        count_slots(slot_count, every)
+        every = tl.sum(tl.sum(kinds, 1), 0)
+        count_slots(slot_count, every, True)
         list_rows(
-            weight, token, slots_of(kinds, token, past, every), token < tokens, start, pair_token, pair_weight, token_pair, token_pairs,
-            slot_token, None, False, TOP_K, BLOCK_N,
+            weight, kinds, 0, every, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, slot_token, None, False,
+            TOP_K, BLOCK_N,
         )  # fmt: skip
 
 
@@ -174,8 +195,8 @@ def route_kernel(
 def choose_kernel(
     logits, bias, token_weight, chunk_count, chunk_kinds, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
-    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr, BLOCK_T: tl.constexpr,
-    PDL: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
+    BLOCK_T: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """token_weight [T, LOCAL] (0: not chosen), and of this program's chunk each local expert's pairs, chunk_count [chunks, LOCAL], and the
     sum of its tokens' kinds, chunk_kinds [chunks]."""
@@ -184,14 +205,15 @@ def choose_kernel(
     cell = tl.arange(0, CELLS)
     count = tl.zeros((BLOCK_T, CELLS), tl.int32)
     kinds = tl.zeros((BLOCK_T,), tl.int32)
-    for t in range(chunk * chunk_tokens, (chunk + 1) * chunk_tokens, BLOCK_T):
+    past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
+    for t in range(chunk * chunk_tokens, past, BLOCK_T):
         token = t + tl.arange(0, BLOCK_T)
         weight = choose_experts(
-            logits, bias, token[:, None, None], tokens, offset, factor, rounds,
-            NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, DEEPSEEK, BY_WARP, BLOCK_T,
+            logits, bias, token[:, None, None], past, offset, factor, rounds,
+            NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T,
         )  # fmt: skip
         at = token_weight + token[:, None] * LOCAL + cell[None, :]
-        tl.store(at, weight, mask=(token < tokens)[:, None] & (cell < LOCAL)[None, :])
+        tl.store(at, weight, mask=(token < past)[:, None] & (cell < LOCAL)[None, :])
         count += (weight != 0.0).to(tl.int32)
         kinds += kinds_of(weight, rounds, 1)
     tl.store(chunk_kinds + chunk, tl.sum(kinds, 0))
@@ -222,21 +244,23 @@ def place_kernel(
     at = token_weight + token[None, :, :] * pitch + expert[:, None, None]
     weight = tl.load(at, mask=(token < past)[None, :, :] & real[:, None, None], other=0.0)
     sums = tl.zeros((CELLS,), tl.int32)
-    every = tl.zeros((COUNTS,), tl.int32)
-    earlier = tl.zeros((COUNTS,), tl.int32)
+    every = tl.zeros((BLOCK_T // EACH, COUNTS), tl.int32)  # in each warp, so that none waits for others
+    earlier = tl.zeros((BLOCK_T // EACH, COUNTS), tl.int32)
     for c in range(0, chunks, COUNTS):
         other = c + tl.arange(0, COUNTS)
+        again = other[None, :] + tl.zeros_like(every)
+        kinds = tl.load(chunk_kinds + again, mask=again < chunks, other=0)
         factor = tl.where(other < chunk, 65537, 1)  # of the chunks before in the upper half too
         count = tl.load(chunk_count + other[:, None] * LOCAL + expert[None, :], mask=(other < chunks)[:, None] & real[None, :], other=0)
         sums += tl.sum(count * factor[:, None], 0)
-        kinds = tl.load(chunk_kinds + other, mask=other < chunks, other=0)
         every += kinds
-        earlier += tl.where(other < chunk, kinds, 0)
+        earlier += tl.where(again < chunk, kinds, 0)
+    sums = a_lane_each(sums)
     base = sums >> 16
     total = sums & 65535
-    before_these = tl.sum(earlier, 0)
-    in_all = tl.sum(every, 0)
-    count_slots(slot_count, in_all)
+    in_all = tl.sum(every, 1)[None, :, None] + tl.zeros((CELLS, 1, 1), tl.int32)
+    kinds_before = tl.sum(earlier, 1)[None, :, None] + tl.zeros((CELLS, 1, 1), tl.int32)
+    count_slots(slot_count + tl.zeros_like(in_all), in_all, (expert == 0)[:, None, None] & (chunk == 0))
     prefill = BLOCK_N == 0
     block_n = PREFILL_N if BLOCK_N == 0 else BLOCK_N
     if SMALL_N > 0:
@@ -244,22 +268,20 @@ def place_kernel(
         block_n = tl.where(large, BLOCK_N, SMALL_N)
         taken = large.to(tl.int32)
         if PREFILL_N > 0:
-            most = MOST * tl.sum((total > 0).to(tl.float32), 0)
-            prefill = large & (tl.sum((total + BLOCK_N - 1) // BLOCK_N, 0) > most)
+            most = MOST_OF_FOUR * tl.sum((total > 0).to(tl.int32), 0)
+            prefill = large & (4 * tl.sum((total + BLOCK_N - 1) // BLOCK_N, 0) > most)
             block_n = tl.where(prefill, PREFILL_N, block_n)
             taken += prefill.to(tl.int32)
         tl.store(way, taken)
     base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
     for _ in range(0, 1 if ONCE else chunk_tokens, BLOCK_T):
-        kinds = kinds_of(weight, TOP_K, 0)
-        kinds_before, kinds_here = sums_before(kinds)
-        found = list_rows(
-            weight, token, slots_of(kinds, token, before_these + kinds_before, in_all), token < past, base, pair_token, pair_weight,
+        found, kinds_here = list_rows(
+            weight, kinds_of(weight, TOP_K, 0), kinds_before, in_all, token, token < past, base, pair_token, pair_weight,
             token_pair, token_pairs, slot_token, before, prefill, TOP_K, PREFILL_N,
         )  # fmt: skip
         if not ONCE:
             base += found
-            before_these += kinds_here
+            kinds_before += kinds_here[:, None, None]
             token += BLOCK_T
             at += BLOCK_T * pitch
             weight = tl.load(at, mask=(token < past)[None, :, :] & real[:, None, None], other=0.0)
@@ -299,13 +321,13 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     small, height, filling = _heights(plan)
     deepseek, cells = g.routing == "deepseek_v3", max(32, power_of_two_at_least(local))
     experts, lanes, by_warp = _tile(g, plan, logits, bias if deepseek else logits)
-    choosing = (g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, deepseek, by_warp, tile.block_t)
+    choosing = (g.num_experts, local, experts, lanes, cells, g.n_group, g.topk_group, g.top_k, deepseek, by_warp, tile.block_t)
     lists = tuple(b[name] for name in LISTS)
     counter_count = b["counters"].count
     if tile.one_launch:
         assert sizes.tokens <= tile.block_t, f"one launch routes {tile.block_t} tokens, not {sizes.tokens}"
         arguments = (logits, bias, *lists, b["counters"], sizes.tokens, offset, factor, g.top_k, counter_count)
-        constants = (*choosing, g.top_k, height, plan.dense, plan.pdl)
+        constants = (*choosing, height, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"], b["chunk_kinds"])
@@ -316,7 +338,7 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
         *weights, *lists, b["counters"], b["before"], round.way_taken, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
         local,
     )  # fmt: skip
-    counts = max(1, min(128, 4096 // cells))
+    counts = max(1, min(tile.chunks, 8192 // cells))
     warps = 4 if tile.place_t * cells <= 2048 else 8
     constants = (local, cells, g.top_k, tile.place_t, *small, height, filling, counts, tile.once, warps, plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, warps)

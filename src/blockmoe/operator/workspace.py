@@ -49,7 +49,7 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
     )
     rows = tiles * BLOCK if plan.path == "prefill" else pairs  # there every tile begins at a multiple of 128
     block_t = plan.route.block_t
-    chunk_tokens = tokens if plan.route.one_launch else block_t * -(-tokens // (block_t * plan.route.chunks))
+    chunk_tokens = tokens if plan.route.one_launch else max(block_t, -(-tokens // plan.route.chunks))
     every = geometry.hidden_blocks
     fitting = [b for b in range(1, every + 1) if every % b == 0 and 2 * pairs * b * BLOCK <= plan.row_buffer]
     blocks = every if plan.down is None else max(fitting, default=1)
