@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from blockmoe.operator.choose import SHARE
+from blockmoe.operator.choose import RECIPROCAL, SHARE
 
 THREADS = 32
 COMPARE = {"eq": np.equal, "ne": np.not_equal, "gt": np.greater, "lt": np.less, "le": np.less_equal, "ge": np.greater_equal}
@@ -87,7 +87,7 @@ def by_token(text: str, tiles: list[np.ndarray], each: int, results: int) -> lis
 
 
 def shares(x: np.ndarray) -> np.ndarray:
-    """`SHARE`, of at least 1."""
+    """`SHARE`, of what is no NaN and positive."""
     found = np.float32(1) / x
     return np.where(found >= np.finfo(np.float32).tiny, found, np.float32(0))
 
@@ -97,7 +97,10 @@ def install() -> None:
 
     def create_inline_asm(builder, text, constraints, arguments, types, pure, pack):
         tiles = [argument.data for argument in arguments]
-        found = [shares(*tiles)] if text == SHARE.value else by_token(text, tiles, pack, len(types))
+        if text in (SHARE.value, RECIPROCAL.value):  # whose results are normal numbers
+            found = [shares(*tiles)]
+        else:
+            found = by_token(text, tiles, pack, len(types))
         handles = [TensorHandle(tile, kind.scalar) for tile, kind in zip(found, types, strict=True)]
         return SimpleNamespace(get_result=handles.__getitem__)
 

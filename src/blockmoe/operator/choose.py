@@ -73,8 +73,8 @@ def bits_of_groups(first, last, GROUPS: tl.constexpr, THREADS_EACH: tl.constexpr
     return bits
 
 
-# 0 for a NaN: max gives the other operand
-SHARE = tl.constexpr("rcp.approx.ftz.f32 $0, $1; max.ftz.f32 $0, $0, 0f00000000;")
+RECIPROCAL = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
+SHARE = tl.constexpr("rcp.approx.ftz.f32 $0, $1; max.ftz.f32 $0, $0, 0f00000000;")  # 0 for a NaN: max gives the other operand
 
 
 @triton.jit
@@ -82,6 +82,12 @@ def sigmoids(x):
     """0 below 2 ** -126, and of NaN. Six instructions a value; by tl.exp, a division and tl.where, which mind subnormals, 14."""
     past = 1.0 + tl.exp2(x * -1.4426950408889634)
     return tl.inline_asm_elementwise(SHARE, "=f,f", [past], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def reciprocals(x):
+    """1 / x within an ulp, of normal numbers with normal results."""
+    return tl.inline_asm_elementwise(RECIPROCAL, "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit
@@ -94,23 +100,45 @@ def clean(x, DEEPSEEK: tl.constexpr):
 
 
 @triton.jit
+def places(LANES: tl.constexpr, EXPERTS: tl.constexpr, CELLS: tl.constexpr):
+    """Of the tiles of a token's experts and of those here: numbers [1, parts, lanes] of the former, and places in the list of the latter."""
+    CELL_LANES: tl.constexpr = min(128, CELLS)
+    expert = (tl.arange(0, EXPERTS // LANES) * LANES)[None, :, None] + tl.arange(0, LANES)[None, None, :]
+    cell = (tl.arange(0, CELLS // CELL_LANES) * CELL_LANES)[None, :, None] + tl.arange(0, CELL_LANES)[None, None, :]
+    return expert, cell
+
+
+@triton.jit
+def load_bias(
+    bias, offset, BLOCK_T: tl.constexpr, NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr,
+    CELLS: tl.constexpr, DEEPSEEK: tl.constexpr,
+):  # fmt: skip
+    """The bias of every expert and of those here, for BLOCK_T tokens: tiles as large as the logits', so that Triton lays both out alike."""
+    expert, cell = places(LANES, EXPERTS, CELLS)
+    expert += tl.zeros((BLOCK_T, 1, 1), tl.int32)
+    cell += tl.zeros((BLOCK_T, 1, 1), tl.int32)
+    if DEEPSEEK:
+        every = tl.load(bias + expert, mask=expert < NUM_EXPERTS, other=0.0)
+        return every.to(tl.float32), tl.load(bias + (offset + cell), mask=cell < LOCAL, other=0.0).to(tl.float32)
+    else:
+        return 0.0, 0.0
+
+
+@triton.jit
 def choose_experts(
-    logits, bias, token, tokens, offset, factor, rounds,
+    logits, biases, token, tokens, offset, factor, rounds,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Weight [BLOCK_T, CELLS] of each of `token` [BLOCK_T, 1, 1] for each local expert, 0 where not chosen.
+    """Weight [BLOCK_T, CELLS] of each of `token` [BLOCK_T, 1, 1] for each local expert, 0 where not chosen; `biases` are `load_bias`'s.
 
     Tiles are [BLOCK_T, PARTS, LANES], LANES being what a warp reads at once (`_tile`): Triton then gives a token's
     experts to one warp, and no reduction over experts leaves it. `rounds` is TOP_K as an argument: the loop must not be
     unrolled, since instructions come from a cold cache. BY_WARP: a warp may choose by itself, which takes fewer.
     """
     PARTS: tl.constexpr = EXPERTS // LANES
-    CELL_LANES: tl.constexpr = min(128, CELLS)
-    CELL_PARTS: tl.constexpr = CELLS // CELL_LANES
-    expert = (tl.arange(0, PARTS) * LANES)[None, :, None] + tl.arange(0, LANES)[None, None, :]
-    cell = (tl.arange(0, CELL_PARTS) * CELL_LANES)[None, :, None] + tl.arange(0, CELL_LANES)[None, None, :]
+    expert, cell = places(LANES, EXPERTS, CELLS)
     real = expert < NUM_EXPERTS
     there = token < tokens
     row = logits + token * NUM_EXPERTS
@@ -120,9 +148,8 @@ def choose_experts(
     own = clean(tl.load(row + (offset + cell), mask=inside, other=0.0).to(tl.float32), DEEPSEEK)
     x = clean(x, DEEPSEEK)
     score, own_score = x, own
-    if DEEPSEEK:  # a tile as large as the logits', so that Triton lays both out alike
-        score = x + tl.load(bias + (expert + token * 0), mask=listed, other=0.0).to(tl.float32)
-        own_score = own + tl.load(bias + (offset + cell + token * 0), mask=inside, other=0.0).to(tl.float32)
+    if DEEPSEEK:
+        score, own_score = x + biases[0], own + biases[1]
     if NUM_EXPERTS < EXPERTS:
         score = tl.where(real, score, float("-inf"))
     key = order_key(score)
@@ -164,5 +191,5 @@ def choose_experts(
         own = tl.exp(own - most)
     if DEEPSEEK:
         total += 1e-20
-    weight = tl.where(mine, own / total * factor, 0.0)
+    weight = tl.where(mine, own * (factor * reciprocals(total)), 0.0)
     return tl.reshape(weight, (BLOCK_T, CELLS))

@@ -317,7 +317,7 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     for block_t in (8, ONE_LAUNCH_TOKENS):
         if tokens <= block_t:
             return RouteTile(block_t, block_t, block_t, True)
-    for block_t in (4, 16):  # few warps a multiprocessor: its four schedulers take a token each
+    for block_t in (4, 8, 16):  # few warps a multiprocessor: its four schedulers take a token each
         if tokens <= block_t * FEW_CHUNKS:
             return RouteTile(block_t, block_t, block_t, False, True)
     # two programs a multiprocessor. T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from blockmoe.geometry import MoEGeometry
-from blockmoe.operator.choose import choose_experts, two_largest
+from blockmoe.operator.choose import choose_experts, load_bias, two_largest
 from blockmoe.operator.kernel_parts import before_next_kernel
 from blockmoe.operator.largest import LARGEST_EACH
 from blockmoe.operator.launch import Launch, Slot
@@ -167,8 +167,9 @@ def route_kernel(
     before_next_kernel(PDL)
     zero_counters(counters, 0, 1, counter_count)
     token = tl.arange(0, BLOCK_T)
+    biases = load_bias(bias, offset, BLOCK_T, NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, DEEPSEEK)
     weight = choose_experts(
-        logits, bias, token[:, None, None], tokens, offset, factor, rounds,
+        logits, biases, token[:, None, None], tokens, offset, factor, rounds,
         NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T,
     )  # fmt: skip
     if DENSE:
@@ -196,27 +197,30 @@ def choose_kernel(
     logits, bias, token_weight, chunk_count, chunk_kinds, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
-    BLOCK_T: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, KINDS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """token_weight [T, LOCAL] (0: not chosen), and of this program's chunk each local expert's pairs, chunk_count [chunks, LOCAL], and the
-    sum of its tokens' kinds, chunk_kinds [chunks]."""
+    sum of its tokens' kinds, chunk_kinds [chunks], if KINDS."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     cell = tl.arange(0, CELLS)
     count = tl.zeros((BLOCK_T, CELLS), tl.int32)
     kinds = tl.zeros((BLOCK_T,), tl.int32)
     past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
+    biases = load_bias(bias, offset, BLOCK_T, NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, DEEPSEEK)
     for t in range(chunk * chunk_tokens, past, BLOCK_T):
         token = t + tl.arange(0, BLOCK_T)
         weight = choose_experts(
-            logits, bias, token[:, None, None], past, offset, factor, rounds,
+            logits, biases, token[:, None, None], past, offset, factor, rounds,
             NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T,
         )  # fmt: skip
         at = token_weight + token[:, None] * LOCAL + cell[None, :]
         tl.store(at, weight, mask=(token < past)[:, None] & (cell < LOCAL)[None, :])
         count += (weight != 0.0).to(tl.int32)
-        kinds += kinds_of(weight, rounds, 1)
-    tl.store(chunk_kinds + chunk, tl.sum(kinds, 0))
+        if KINDS:
+            kinds += kinds_of(weight, rounds, 1)
+    if KINDS:
+        tl.store(chunk_kinds + chunk, tl.sum(kinds, 0))
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
@@ -249,7 +253,9 @@ def place_kernel(
     for c in range(0, chunks, COUNTS):
         other = c + tl.arange(0, COUNTS)
         again = other[None, :] + tl.zeros_like(every)
-        kinds = tl.load(chunk_kinds + again, mask=again < chunks, other=0)
+        kinds = tl.zeros_like(every)
+        if BLOCK_N > 0:
+            kinds = tl.load(chunk_kinds + again, mask=again < chunks, other=0)
         factor = tl.where(other < chunk, 65537, 1)  # of the chunks before in the upper half too
         count = tl.load(chunk_count + other[:, None] * LOCAL + expert[None, :], mask=(other < chunks)[:, None] & real[None, :], other=0)
         sums += tl.sum(count * factor[:, None], 0)
@@ -260,7 +266,8 @@ def place_kernel(
     total = sums & 65535
     in_all = tl.sum(every, 1)[None, :, None] + tl.zeros((CELLS, 1, 1), tl.int32)
     kinds_before = tl.sum(earlier, 1)[None, :, None] + tl.zeros((CELLS, 1, 1), tl.int32)
-    count_slots(slot_count + tl.zeros_like(in_all), in_all, (expert == 0)[:, None, None] & (chunk == 0))
+    if BLOCK_N > 0:
+        count_slots(slot_count + tl.zeros_like(in_all), in_all, (expert == 0)[:, None, None] & (chunk == 0))
     prefill = BLOCK_N == 0
     block_n = PREFILL_N if BLOCK_N == 0 else BLOCK_N
     if SMALL_N > 0:
@@ -332,7 +339,7 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"], b["chunk_kinds"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
-    constants = (*choosing, plan.pdl)
+    constants = (*choosing, height > 0, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
     arguments = (
         *weights, *lists, b["counters"], b["before"], round.way_taken, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
