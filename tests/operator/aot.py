@@ -71,7 +71,7 @@ def compiled(launch: Launch, capability: int) -> Usage:
         cubin = Path(folder) / "kernel.cubin"
         text, code = built.asm["ptx"], built.asm["cubin"]
         if launch.cluster > 1:
-            text = ptx.heard(text)
+            text = ptx.mended(text)
             code = ptx.assembled(text, capability)
         cubin.write_bytes(code)
         usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)

@@ -63,6 +63,19 @@ def test_hopper(key):
     assert usage.types and parameter_sizes(usage.ptx) == [SIZES_OF.get(kind, 8) for kind in (*usage.types, "*", "*") if kind != "constexpr"]
     if HOPPER[key].cluster > 1:
         assert "UTMALDG.2D.MULTICAST" in usage.sass and "SYNCS.ARRIVE.TRANS64.RED" in usage.sass
+        found = behind_turns(usage.sass)  # of both loops of both consumers; else 12 and 19
+        assert len(found) == 4 and max(found) <= 1
+
+
+def behind_turns(sass: str) -> list[int]:
+    """How many operations that addresses are made by stand between a loop's label and its first product: `ahead` moves those."""
+    found = []
+    for block in re.split(r"^\.L_x_\d+:", sass, flags=re.MULTILINE):
+        operations = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z]\w*)", block, re.MULTILINE)
+        before = operations[: operations.index("QGMMA")] if "QGMMA" in operations else []
+        if "BAR" in before and len(before) < 40:
+            found.append(sum(name in ("ULEA", "USHF", "USGXT", "R2UR", "UIADD3") for name in before))
+    return found
 
 
 @pytest.mark.parametrize("key", keys(BLACKWELL))

@@ -5,6 +5,7 @@ import pytest
 pytest.importorskip("triton")
 
 from blockmoe.operator import ptx  # noqa: E402
+from blockmoe.operator.ahead import ahead  # noqa: E402
 
 SAY = "\tmov.b32 %r1, %r2; /* blockmoe: {} */\n\t// end inline asm\n"
 LOAD = (
@@ -59,3 +60,64 @@ def test_refused(text, message):
     with pytest.raises(ptx.Unexpected) as caught:
         ptx.heard(text)
     assert str(caught.value).startswith(message)
+
+
+LOOP = """\
+	mov.b32 	%r9, 0;
+$L__BB0_2:
+	shl.b32 	%r1, %r9, 14;
+	add.s32 	%r2, %r8, %r1;
+	bar.sync 	15, 256;
+	bfe.u32 	%r3, %r2, 4, 14;
+	cvt.u64.u32 	%rd1, %r3;
+	or.b64 	%rd2, %rd1, 4611686293305294848;
+	wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%r10,%r11}, %rd2, %rd2, 0, 1, 1;
+	add.s64 	%rd3, %rd1, 4611686293305294850;
+	wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%r10,%r11}, %rd3, %rd3, %p1, 1, 1;
+	wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%r10,%r11}, %rd3, %rd3, %p1, 1, 1;
+	wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {%r10,%r11}, %rd3, %rd3, %p1, 1, 1;
+	ld.shared.b32 	%r4, [%r2+16];
+	setp.eq.b32 	%p2, %r9, 3;
+	selp.b32 	%r9, 0, %r5, %p2;
+	fma.rn.f32 	%r12, %r4, %r10, %r12;
+	@%p3 bra 	$L__BB0_2;
+	ret;
+"""
+MADE = ["shl.b32 \t%r1", "add.s32 \t%r2", "bfe.u32 \t%r3", "cvt.u64.u32 \t%rd1", "or.b64 \t%rd2", "add.s64 \t%rd3"]
+
+
+def test_descriptors_are_made_before_the_loop_and_behind_the_stage():
+    got = ahead(LOOP)
+    before, _, rest = got.partition("$L__BB0_2:\n")
+    first, _, then = rest.partition("\tselp.b32 \t%r9, 0, %r5, %p2;\n")
+    for made in MADE:
+        assert before.count(made) == then.count(made) == 1 and made not in first
+    assert first.splitlines()[0] == "\tbar.sync \t15, 256;" and sorted(set(got.splitlines())) == sorted(set(LOOP.splitlines()))
+    assert [made for line in then.splitlines() for made in MADE if made in line] == MADE
+
+
+def test_other_loops_stay():
+    text = LOOP.replace("wgmma.mma_async", "mma.sync")
+    assert ahead(text) == text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("ret;\n", "ret;\n\t@%p4 bra \t$L__BB0_2;\n", "come by in another way"),
+        ("	mov.b32 	%r9, 0;\n", "	bra.uni 	$L__BB0_9;\n", "come by in another way"),
+        ("	fma.rn.f32 	%r12, %r4", "	fma.rn.f32 	%r12, %r2", "is read when the next stage is known"),
+        ("	fma.rn.f32 	%r12,", "	mov.b32 	%r8, 1;\n	fma.rn.f32 	%r12,", "one stage expected"),
+        ("	selp.b32 	%r9, 0, %r5, %p2;\n", "", "one stage expected"),
+        ("	fma.rn.f32 	%r12,", "	mov.b32 	%r3, 1;\n	fma.rn.f32 	%r12,", "is made more than once"),
+        ("%rd3, %rd3, %p1, 1, 1;\n	ld", "%rd3, %rd3, %p1, 1, 1;\n$L__BB0_3:\n	ld", None),
+    ],
+)  # fmt: skip
+def test_unknown_loops_are_refused(old, new, message):
+    assert old in LOOP
+    text = LOOP.replace(old, new)
+    if message is None:  # of several blocks: none that is looked at
+        assert ahead(text) == text
+    else:
+        with pytest.raises(ptx.Unexpected, match=message):
+            ahead(text)

@@ -97,10 +97,8 @@ def install() -> None:
 
     def create_inline_asm(builder, text, constraints, arguments, types, pure, pack):
         tiles = [argument.data for argument in arguments]
-        if text in (SHARE.value, RECIPROCAL.value):  # whose results are normal numbers
-            found = [shares(*tiles)]
-        else:
-            found = by_token(text, tiles, pack, len(types))
+        alone = text in (SHARE.value, RECIPROCAL.value)  # a value each; the latter's results are normal numbers
+        found = [shares(*tiles)] if alone else by_token(text, tiles, pack, len(types))
         handles = [TensorHandle(tile, kind.scalar) for tile, kind in zip(found, types, strict=True)]
         return SimpleNamespace(get_result=handles.__getitem__)
 

@@ -101,7 +101,7 @@ def clean(x, DEEPSEEK: tl.constexpr):
 
 @triton.jit
 def places(LANES: tl.constexpr, EXPERTS: tl.constexpr, CELLS: tl.constexpr):
-    """Of the tiles of a token's experts and of those here: numbers [1, parts, lanes] of the former, and places in the list of the latter."""
+    """Tiles [1, parts, lanes] of the numbers of all experts, and of the places of those here among them."""
     CELL_LANES: tl.constexpr = min(128, CELLS)
     expert = (tl.arange(0, EXPERTS // LANES) * LANES)[None, :, None] + tl.arange(0, LANES)[None, None, :]
     cell = (tl.arange(0, CELLS // CELL_LANES) * CELL_LANES)[None, :, None] + tl.arange(0, CELL_LANES)[None, None, :]

@@ -1,5 +1,5 @@
 """What Gluon cannot say, put into the PTX that it compiles to: TMA loads for both programs of a cluster of two, arrivals in both, and
-warps that do not wait for each other.
+warps that do not wait for each other; and a loop's descriptors made ahead (`ahead.py`).
 
 A kernel says a word before the operation (`persistent.say`): a comment in its PTX. The next TMA load, or arrival at a barrier, is then
 rewritten here, or the `bar.sync` left out that Triton sets before the next wait or product; and the result is assembled anew. Everything
@@ -15,16 +15,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from blockmoe.operator.ahead import Unexpected, ahead
+
 _WORD = re.compile(r"/\* blockmoe: (multicast|both|apart) \*/")
 _LOAD = re.compile(r"(@%p\d+ cp\.async\.bulk\.tensor\.2d\.shared::cluster\.global)(?:\.tile)?(\.mbarrier::complete_tx::bytes) ([^;]+);")
 _ARRIVE = re.compile(r"@(%p\d+) mbarrier\.arrive\.(?:release\.cta\.)?shared::cta\.b64 _, \[([^\]]+)\](?:, 1)?;")
 _SYNC = re.compile(r"\s*bar\.sync\s+\d+, \d+;")
 _APART = re.compile(r"mbarrier\.try_wait|wgmma\.mma_async")
 _ELSEWHERE = re.compile(r"\s*(\$L__BB|ret\b|(@!?%p\d+\s+)?bra\b)")  # a branch, or where one leads
-
-
-class Unexpected(RuntimeError):
-    """The PTX is not as known: another Triton, say. The kernel must not be launched as it is."""
 
 
 def heard(ptx: str) -> str:
@@ -48,6 +46,11 @@ def heard(ptx: str) -> str:
     if word:
         raise Unexpected(f"{word} stands before nothing")
     return "\n".join(lines) + "\n"
+
+
+def mended(ptx: str) -> str:
+    """`ptx` as it is assembled. Raises Unexpected."""
+    return ahead(heard(ptx))
 
 
 def _rewritten(line: str, word: str) -> str:
@@ -89,6 +92,6 @@ def assembled(ptx: str, capability: int) -> bytes:
 
 
 def let_hear(compiled: Any) -> Any:
-    """Triton's compiled kernel, not loaded yet, with what it says carried out."""
-    compiled.kernel = assembled(heard(compiled.asm["ptx"]), compiled.metadata.target.arch)
+    """Triton's compiled kernel, not loaded yet, with what it says carried out, and what it needs early made ahead."""
+    compiled.kernel = assembled(mended(compiled.asm["ptx"]), compiled.metadata.target.arch)
     return compiled

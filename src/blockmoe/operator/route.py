@@ -71,8 +71,8 @@ def other_of(one, other):
 
 @triton.jit
 def a_lane_each(x):
-    """`x` as it is: a scan in which nothing is added, since Triton lays out what is scanned so that each lane has one. What is made of `x` is
-    then laid out so too, and need not be moved time and again."""
+    """`x` as it is, by a scan in which nothing is added: Triton lays out what is scanned so that each lane has one. What is made of it is then
+    laid out so too, and need not be moved time and again."""
     return tl.associative_scan(x, 0, other_of)
 
 
@@ -187,8 +187,8 @@ def route_kernel(
         every = tl.sum(tl.sum(kinds, 1), 0)
         count_slots(slot_count, every, True)
         list_rows(
-            weight, kinds, 0, every, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, slot_token, None, False,
-            TOP_K, BLOCK_N,
+            weight, kinds, 0, every, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, slot_token, None,
+            False, TOP_K, BLOCK_N,
         )  # fmt: skip
 
 
