@@ -317,7 +317,9 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     for block_t in (8, ONE_LAUNCH_TOKENS):
         if tokens <= block_t:
             return RouteTile(block_t, block_t, block_t, True)
-    for block_t in (4, 8, 16):  # few warps a multiprocessor: its four schedulers take a token each
+    # few warps a multiprocessor: its four schedulers take a token each, or two (T = 901 on an H200: 344.3 us, by 8 tokens 342.5, by 4 in 256
+    # chunks 345.0; 600, 1,024: 323.6, 323.1, 325.4; 332.6, 332.4, 334.4: results/h200/operator/ranks.txt, call 2)
+    for block_t in (4, 8, 16):
         if tokens <= block_t * FEW_CHUNKS:
             return RouteTile(block_t, block_t, block_t, False, True)
     # two programs a multiprocessor. T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1

@@ -33,7 +33,9 @@ from blockmoe.operator.plan import MOST_TILES, TILES, Plan, power_of_two_at_leas
 from blockmoe.operator.versions import known
 from blockmoe.operator.workspace import Round
 
-MOST_OF_FOUR = tl.constexpr(int(4 * MOST_TILES))  # as an integer, by whose sums ptxas sees that a warp goes one way
+MOST_OF_FOUR = tl.constexpr(int(4 * MOST_TILES))  # an integer, of whose sums ptxas sees that they are a warp's: redux
+assert MOST_OF_FOUR.value == 4 * MOST_TILES
+MOST_COUNTED = 1023  # of a chunk's tokens, in ten bits (`list_rows`)
 # What it makes, but for what is prefill's alone.
 LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight")
 LISTS += ("token_pair", "token_pairs", "slot_token", "slot_count")
@@ -71,8 +73,8 @@ def other_of(one, other):
 
 @triton.jit
 def a_lane_each(x):
-    """`x` as it is, by a scan in which nothing is added: Triton lays out what is scanned so that each lane has one. What is made of it is then
-    laid out so too, and need not be moved time and again."""
+    """`x` as it is, by a scan that adds nothing: Triton lays out what is scanned so that each lane has one. What is made of it is then laid
+    out so too, and need not be moved time and again."""
     return tl.associative_scan(x, 0, other_of)
 
 
@@ -336,6 +338,7 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
         arguments = (logits, bias, *lists, b["counters"], sizes.tokens, offset, factor, g.top_k, counter_count)
         constants = (*choosing, height, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
+    assert sizes.chunk_tokens <= MOST_COUNTED, f"{sizes.chunk_tokens} tokens a chunk"
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"], b["chunk_kinds"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
