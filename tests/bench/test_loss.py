@@ -135,7 +135,15 @@ def test_hang_up_that_is_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_interrupts_are_held_in_the_main_thread_alone():
+@pytest.fixture
+def taken():
+    """Ctrl-C, which a shell has what it runs in the background ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupts_are_held_in_the_main_thread_alone(taken):
     def in_a_thread():
         with held():
             return [signal.getsignal(number) for number in SIGNALS]

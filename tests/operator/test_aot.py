@@ -119,6 +119,19 @@ def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
     assert usage.ptx.count("%laneid") == (g.topk_group < g.n_group)
 
 
+@pytest.mark.parametrize("tokens", [80, 600, 901, 14107])
+def test_a_lane_has_an_expert_where_a_warp_votes(tokens):
+    """Else `ballots` would count others: Triton chooses the layout."""
+    plan = choose_plan(HEADLINE, tokens, H200)
+    usage = aot.compiled(pipeline.launches(HEADLINE, tokens, plan, 0, 1.0, bias_dtype=torch.bfloat16)[1], 90)
+    layouts = re.findall(r"elementwise_inline_asm .* : tensor<32x\d+x\d+xi32, (#\w+)>", usage.ttgir)
+    assert len(layouts) == (2 if plan.path == "either" else 1)
+    assert usage.ptx.count("%lanemask_l") == plan.route.place_t // 4 * len(layouts)
+    for name in layouts:
+        layout = re.search(rf"^{name} = #ttg.blocked<{{(.*?)}}>", usage.ttgir, re.MULTILINE)[1]
+        assert "sizePerThread = [1, 1, 1], threadsPerWarp = [32, 1, 1], warpsPerCTA = [1, 4, 1]" in layout
+
+
 @pytest.mark.parametrize("g, more", [
     (HEADLINE, {"tma": False}), (HEADLINE, {"machine": Machine(capability=80)}), (MoEGeometry(300, 300, 8, 7168, 2048), {}),
     (MoEGeometry(512, 32, 8, 7168, 2048, "deepseek_v3", 2, 1), {}), (MoEGeometry(1024, 32, 8, 7168, 2048), {}),

@@ -1,4 +1,4 @@
-"""The PTX that finds the largest keys of a warp, executed thread by thread: `tests/operator/warp.py`."""
+"""The PTX that routing is written in, executed thread by thread: `tests/operator/warp.py`."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 import warp  # noqa: E402
 
+from blockmoe.operator.ballots import EARLIER, UP_TO_HERE  # noqa: E402
 from blockmoe.operator.largest import EVERY, NONE, _assembly, bit_of, may_rank  # noqa: E402
 
 
@@ -84,6 +85,18 @@ def test_of_the_groups_that_are_kept(parts, lanes, size, seed, levels, share, ne
 def test_groups_that_a_warp_does_not_rank(parts, lanes, size):
     """A thread has several of a part, or some of one; a group goes over parts; too few threads for a bit a part; no thread has all."""
     assert not may_rank(parts, lanes, size)
+
+
+@given(seed=st.integers(0, 2**32 - 1), share=st.floats(0, 1))
+@settings(max_examples=60, deadline=None)
+def test_ballots(seed, share):
+    random = np.random.default_rng(seed)
+    row = np.where(random.random((warp.THREADS, 2, 3)) < share, random.integers(0, 10**6, (warp.THREADS, 2, 3)), -1).astype(np.int32)
+    assert (warp.by_lane(UP_TO_HERE.value, row) == (row >= 0).cumsum(0)).all()
+    want = np.full_like(row, -1)
+    for lane in range(1, warp.THREADS):
+        want[lane] = np.where(row[lane - 1] >= 0, row[lane - 1], want[lane - 1])
+    assert (warp.by_lane(EARLIER.value, row) == want).all()
 
 
 def test_the_machine_says_what_a_warp_cannot_do():

@@ -1,4 +1,4 @@
-"""A warp's PTX, executed on the CPU: what `blockmoe.operator.largest` is written in, and no more.
+"""A warp's PTX, executed on the CPU: what `blockmoe.operator.largest` and `ballots` are written in, and no more.
 
 `install()` has Triton's interpreter execute inline assembly of that kind, a warp a token. Registers hold 32 threads' values; a branch or a
 reduction that not all of them take part in is an error.
@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from blockmoe.operator.ballots import EARLIER, UP_TO_HERE
 from blockmoe.operator.choose import RECIPROCAL, SHARE
 
 THREADS = 32
@@ -18,6 +19,9 @@ COMPARE = {"eq": np.equal, "ne": np.not_equal, "gt": np.greater, "lt": np.less, 
 COMBINE = {"and": np.logical_and, "or": np.logical_or}
 ARITHMETIC = {"max": np.maximum, "min": np.minimum, "add": np.add, "sub": np.subtract}
 ARITHMETIC |= {"and": np.bitwise_and, "or": np.bitwise_or, "shl": np.left_shift}
+LANES = {"%laneid": np.arange(THREADS, dtype=np.int32)}
+LANES |= {"%lanemask_lt": (1 << np.arange(THREADS, dtype=np.uint32)) - 1, "%lanemask_le": (2 << np.arange(THREADS, dtype=np.uint64)) - 1}
+LANES = {name: value.astype(np.uint32).view(np.int32) for name, value in LANES.items()}
 
 
 def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray]:
@@ -29,8 +33,8 @@ def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray
     def value(name: str) -> np.ndarray:
         if name == "0f00000000":
             return np.zeros(THREADS, np.float32)
-        if name == "%laneid":
-            return np.arange(THREADS, dtype=np.int32)
+        if name in LANES:
+            return LANES[name]
         return registers[name] if not re.fullmatch(r"-?\d+", name) else np.full(THREADS, int(name) & 0xFFFFFFFF, np.uint32).view(np.int32)
 
     at = executed = 0
@@ -48,14 +52,17 @@ def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray
             at = labels[target] if here.all() else at
             continue
         if name == "shfl":
-            assert here.all() and kinds == ["sync", "bfly", "b32"] and sources[2:] == ["31", "0xffffffff"], line
-            new = value(sources[0])[np.arange(THREADS) ^ int(sources[1])]
+            assert here.all() and kinds in (["sync", "bfly", "b32"], ["sync", "idx", "b32"]) and sources[2:] == ["31", "0xffffffff"], line
+            lane = value(sources[1])
+            new = value(sources[0])[np.arange(THREADS) ^ lane if kinds[1] == "bfly" else lane & 31]
         elif name == "redux":
             assert here.all() and sources[1] == "0xffffffff" and kinds[0] == "sync", line
             new = np.full(THREADS, ARITHMETIC[kinds[1]].reduce(value(sources[0])), np.int32)
         elif name == "vote":
             assert here.all() and kinds[:2] == ["sync", "ballot"] and sources[1] == "0xffffffff", line
             new = np.full(THREADS, sum(1 << i for i in np.flatnonzero(registers[sources[0]])), np.uint32).view(np.int32)
+        elif name == "bfind":
+            new = np.array([v.bit_length() - 1 for v in value(sources[0]).view(np.uint32).tolist()], np.int32)
         elif name == "popc":
             new = np.array([bin(v).count("1") for v in value(sources[0]).view(np.uint32).tolist()], np.int32)
         elif name == "setp":
@@ -86,6 +93,12 @@ def by_token(text: str, tiles: list[np.ndarray], each: int, results: int) -> lis
     return [np.stack(column) for column in zip(*found, strict=True)]
 
 
+def by_lane(text: str, rows: np.ndarray) -> np.ndarray:
+    """`execute` for a tile [32 lanes, ...] of a value each."""
+    columns = rows.reshape(THREADS, -1).T
+    return np.stack([execute(text, [column], 1)[0] for column in columns], 1).reshape(rows.shape)
+
+
 def shares(x: np.ndarray) -> np.ndarray:
     """`SHARE`, of what is no NaN and positive."""
     found = np.float32(1) / x
@@ -97,8 +110,12 @@ def install() -> None:
 
     def create_inline_asm(builder, text, constraints, arguments, types, pure, pack):
         tiles = [argument.data for argument in arguments]
-        alone = text in (SHARE.value, RECIPROCAL.value)  # a value each; the latter's results are normal numbers
-        found = [shares(*tiles)] if alone else by_token(text, tiles, pack, len(types))
+        if text in (SHARE.value, RECIPROCAL.value):  # the latter's results are normal numbers
+            found = [shares(*tiles)]
+        elif text in (UP_TO_HERE.value, EARLIER.value):
+            found = [by_lane(text, *tiles)]
+        else:
+            found = by_token(text, tiles, pack, len(types))
         handles = [TensorHandle(tile, kind.scalar) for tile, kind in zip(found, types, strict=True)]
         return SimpleNamespace(get_result=handles.__getitem__)
 

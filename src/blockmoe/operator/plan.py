@@ -317,8 +317,8 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
     for block_t in (8, ONE_LAUNCH_TOKENS):
         if tokens <= block_t:
             return RouteTile(block_t, block_t, block_t, True)
-    # few warps a multiprocessor: its four schedulers take a token each, or two. T = 901 on an H200: 344.3 us by 16 tokens, 342.5 by 8, 345.0 by
-    # 4 in 256 chunks; 600: 323.6, 323.1, 325.4; 1,024: 332.6, 332.4, 334.4 (results/h200/operator/ranks.txt, call 2)
+    # few warps a multiprocessor: its four schedulers take a token each, or two. T = 901, H200: 344.3 us by 16 tokens, 342.5 by 8, 345.0
+    # by 4 in 256 chunks; 600: 323.6, 323.1, 325.4; 1,024: 332.6, 332.4, 334.4 (results/h200/operator/ranks.txt, call 2)
     for block_t in (4, 8, 16):
         if tokens <= block_t * FEW_CHUNKS:
             return RouteTile(block_t, block_t, block_t, False, True)

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from blockmoe.geometry import MoEGeometry
+from blockmoe.operator.ballots import earlier_row, pairs_up_to_here
 from blockmoe.operator.choose import choose_experts, load_bias, two_largest
 from blockmoe.operator.kernel_parts import before_next_kernel
 from blockmoe.operator.largest import LARGEST_EACH
@@ -91,7 +92,7 @@ def sums_before(x):
 @triton.jit
 def list_rows(
     weight, kinds, kinds_before, every, token, there, base, pair_token, pair_weight, token_pair, token_pairs, slot_token, before, prefill,
-    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BALLOTS: tl.constexpr,
 ):  # fmt: skip
     """Stores the pairs of `weight` [experts, WARPS, EACH], each expert's from row `base` on, and each token's rows in its slot
     (`slots_of`, of its kind, those of the tokens before these, and of every one). Returns how many pairs each expert has, and the sum of
@@ -107,13 +108,17 @@ def list_rows(
     row = base[:, None, None] + (sums & 1023)
     tl.store(pair_token + row, token[None, :, :] + tl.zeros_like(row), mask=mine > 0)
     tl.store(pair_weight + row, weight, mask=mine > 0)
+    own_row = tl.where(mine > 0, row, -1)
     if prefill:
-        _, earlier = tl.associative_scan((tl.where(mine > 0, row, -1), tl.full(row.shape, -1, tl.int32)), 0, two_largest)
+        if BALLOTS:
+            earlier = earlier_row(own_row)
+        else:
+            _, earlier = tl.associative_scan((own_row, tl.full(row.shape, -1, tl.int32)), 0, two_largest)
         tl.store(before + row, tl.where(earlier < 0, -1, earlier // BLOCK_N), mask=mine > 0)
         tl.store(token_pairs + token, tl.sum(mine, 0), mask=there)
     else:
         slot = slots_of(kinds[None, :, :], token[None, :, :], kinds_before + packed_kinds(sums), every)
-        past = tl.cumsum(mine, 0)
+        past = pairs_up_to_here(own_row) if BALLOTS else tl.cumsum(mine, 0)
         tl.store(slot_token + slot, token[None, :, :] + tl.zeros_like(slot), mask=there[None, :, :] & last)
         tl.store(token_pair + (slot * TOP_K + past - 1), row, mask=mine > 0)
         tl.store(token_pairs + slot, past, mask=there[None, :, :] & last)
@@ -190,7 +195,7 @@ def route_kernel(
         count_slots(slot_count, every, True)
         list_rows(
             weight, kinds, 0, every, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, slot_token, None,
-            False, TOP_K, BLOCK_N,
+            False, TOP_K, BLOCK_N, False,
         )  # fmt: skip
 
 
@@ -231,11 +236,13 @@ def place_kernel(
     token_weight, chunk_count, chunk_kinds, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
     token_pairs, slot_token, slot_count, counters, before, way, chunks, tokens, chunk_tokens, counter_count, pitch,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, SMALL_N: tl.constexpr, FEW: tl.constexpr,
-    BLOCK_N: tl.constexpr, PREFILL_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, WARPS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_N: tl.constexpr, PREFILL_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, WARPS: tl.constexpr,
+    BALLOTS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, or, where that
     is 0, PREFILL_N for prefill. Where SMALL_N, they have SMALL_N, BLOCK_N or PREFILL_N if that is not 0, as the counts decide
-    (`StreamTile.way`, `EitherTile.way`); which is noted, as 0, 1 or 2 (`way`)."""
+    (`StreamTile.way`, `EitherTile.way`); which is noted, as 0, 1 or 2 (`way`). BALLOTS: each lane is known to have an
+    expert."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
     zero_counters(counters, chunk, chunks, counter_count)
@@ -284,9 +291,12 @@ def place_kernel(
         tl.store(way, taken)
     base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
     for _ in range(0, 1 if ONCE else chunk_tokens, BLOCK_T):
+        kinds = tl.zeros_like(token)
+        if BLOCK_N > 0:
+            kinds = kinds_of(weight, TOP_K, 0)
         found, kinds_here = list_rows(
-            weight, kinds_of(weight, TOP_K, 0), kinds_before, in_all, token, token < past, base, pair_token, pair_weight,
-            token_pair, token_pairs, slot_token, before, prefill, TOP_K, PREFILL_N,
+            weight, kinds, kinds_before, in_all, token, token < past, base, pair_token, pair_weight,
+            token_pair, token_pairs, slot_token, before, prefill, TOP_K, PREFILL_N, BALLOTS,
         )  # fmt: skip
         if not ONCE:
             base += found
@@ -350,6 +360,6 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     )  # fmt: skip
     counts = max(1, min(tile.chunks, 8192 // cells))
     warps = 4 if tile.place_t * cells <= 2048 else 8
-    constants = (local, cells, g.top_k, tile.place_t, *small, height, filling, counts, tile.once, warps, plan.pdl)
+    constants = (local, cells, g.top_k, tile.place_t, *small, height, filling, counts, tile.once, warps, known() and cells == 32, plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, warps)
     return [choose, place]
