@@ -199,35 +199,61 @@ def route_kernel(
         )  # fmt: skip
 
 
+@triton.jit
+def choose_some(
+    t, past, logits, biases, token_weight, offset, factor, rounds,
+    NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
+    N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
+    BLOCK_T: tl.constexpr, KINDS: tl.constexpr,
+):  # fmt: skip
+    """token_weight of BLOCK_T tokens from `t` on, before `past`. Returns where it is not 0 [BLOCK_T, CELLS], and their kinds if KINDS."""
+    token = t + tl.arange(0, BLOCK_T)
+    cell = tl.arange(0, CELLS)
+    weight = choose_experts(
+        logits, biases, token[:, None, None], past, offset, factor, rounds,
+        NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T,
+    )  # fmt: skip
+    at = token_weight + token[:, None] * LOCAL + cell[None, :]
+    tl.store(at, weight, mask=(token < past)[:, None] & (cell < LOCAL)[None, :])
+    kinds = tl.zeros((BLOCK_T,), tl.int32)
+    if KINDS:
+        kinds = kinds_of(weight, rounds, 1)
+    return (weight != 0.0).to(tl.int32), kinds
+
+
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
 def choose_kernel(
     logits, bias, token_weight, chunk_count, chunk_kinds, tokens, offset, factor, rounds, chunk_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
-    BLOCK_T: tl.constexpr, KINDS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, KINDS: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """token_weight [T, LOCAL] (0: not chosen), and of this program's chunk each local expert's pairs, chunk_count [chunks, LOCAL], and the
-    sum of its tokens' kinds, chunk_kinds [chunks], if KINDS."""
+    sum of its tokens' kinds, chunk_kinds [chunks], if KINDS. ONCE: no chunk has more than BLOCK_T tokens; without a loop bias and logits
+    are on their way at once."""
     before_next_kernel(PDL)
     chunk = tl.program_id(0)
-    cell = tl.arange(0, CELLS)
-    count = tl.zeros((BLOCK_T, CELLS), tl.int32)
-    kinds = tl.zeros((BLOCK_T,), tl.int32)
-    past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
+    first = chunk * chunk_tokens
+    past = tl.minimum(first + chunk_tokens, tokens)
     biases = load_bias(bias, offset, BLOCK_T, NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, DEEPSEEK)
-    for t in range(chunk * chunk_tokens, past, BLOCK_T):
-        token = t + tl.arange(0, BLOCK_T)
-        weight = choose_experts(
-            logits, biases, token[:, None, None], past, offset, factor, rounds,
-            NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T,
+    if ONCE:
+        count, kinds = choose_some(
+            first, past, logits, biases, token_weight, offset, factor, rounds,
+            NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T, KINDS,
         )  # fmt: skip
-        at = token_weight + token[:, None] * LOCAL + cell[None, :]
-        tl.store(at, weight, mask=(token < past)[:, None] & (cell < LOCAL)[None, :])
-        count += (weight != 0.0).to(tl.int32)
-        if KINDS:
-            kinds += kinds_of(weight, rounds, 1)
+    else:
+        count = tl.zeros((BLOCK_T, CELLS), tl.int32)
+        kinds = tl.zeros((BLOCK_T,), tl.int32)
+        for t in range(first, past, BLOCK_T):
+            some, some_kinds = choose_some(
+                t, past, logits, biases, token_weight, offset, factor, rounds,
+                NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T, KINDS,
+            )  # fmt: skip
+            count += some
+            kinds += some_kinds
     if KINDS:
         tl.store(chunk_kinds + chunk, tl.sum(kinds, 0))
+    cell = tl.arange(0, CELLS)
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
@@ -352,7 +378,7 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"], b["chunk_kinds"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
-    constants = (*choosing, height > 0, plan.pdl)
+    constants = (*choosing, height > 0, tile.once and tile.place_t == tile.block_t, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
     arguments = (
         *weights, *lists, b["counters"], b["before"], round.way_taken, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
