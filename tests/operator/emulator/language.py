@@ -274,8 +274,8 @@ def arrive(bar: Any, count: int = 1) -> None:
 
 def expect(bar: Any, size: int) -> None:
     role = Machine.current
-    nothing = role.program.machine.view()  # one thread's arrival, and no word about others
-    shared.barrier_of(bar).expect(int(size), nothing, f"{role.name}, at byte {bar.begin}")
+    said = role.behind_barrier.copy()  # one thread's arrival, and no word about what others did since
+    shared.barrier_of(bar).expect(int(size), said, f"{role.name}, at byte {bar.begin}")
 
 
 def load_by_tma(tensor: Any, at: list, bar: Any, to: Any) -> None:

@@ -17,6 +17,7 @@ from blockmoe.operator.prefill.gate_up import gate_up_consumer, gather, store_co
 from blockmoe.operator.prefill.parts import (
     CODES,
     ROWS,
+    barriers_made,
     drain,
     load_down,
     load_gate_up,
@@ -90,10 +91,11 @@ def carry(
 
 @gluon.jit
 def load(
-    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, wanted, there,
+    w1, middle, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, wanted, there, ready,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr,
 ):  # fmt: skip
     """One warp: what TMA loads."""
+    meet(ready, CLUSTER)
     step, n, unit = load_gate_up(
         w1, w_buffers, full_1, empty_1, queue, told, heard, wanted, HIDDEN, INTER, STAGES, CLUSTER
     )
@@ -161,7 +163,7 @@ def prefill(
     codes = gl.allocate_shared_memory(gl.float8e4nv, [2, ROWS, K], CODES)
     rows_0, rows_1, rows_2, rows_3 = finished_rows(x_buffers, w_buffers, codes, STAGES)
     page = gl.allocate_shared_memory(gl.bfloat16, runs.block_type.shape, PAGE)
-    meet(ready, CLUSTER)
+    barriers_made(CLUSTER)
     gl.warp_specialize(
         [
             (consume, (
@@ -177,7 +179,7 @@ def prefill(
                 queue, told, heard, tile_count, pair_token, before, added, tokens, HIDDEN, INTER, STAGES, FLIGHT, MANY,
             )),
             (load, (
-                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, wanted, there,
+                w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, wanted, there, ready,
                 HIDDEN, INTER, STAGES, CLUSTER,
             )),
             (serve, (

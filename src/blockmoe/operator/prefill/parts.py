@@ -58,13 +58,20 @@ def stage_barriers(STAGES: gl.constexpr, CLUSTER: gl.constexpr):
 
 
 @gluon.jit
-def meet(ready, CLUSTER: gl.constexpr):
-    """The programs of a cluster wait for each other: then both run, and the barriers of both are initialised."""
+def barriers_made(CLUSTER: gl.constexpr):
+    """Before roles begin: the barriers may be made known to the other program of the cluster."""
     if CLUSTER > 1:
         FENCE: gl.constexpr = "fence.mbarrier_init.release.cluster; mov.b32 $0, $1;"
-        program = gl.program_id(0)
-        gl.inline_asm_elementwise(FENCE, "=r,r", [program], dtype=gl.int32, is_pure=False, pack=1)
+        gl.inline_asm_elementwise(FENCE, "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1)
         barrier()
+
+
+@gluon.jit
+def meet(ready, CLUSTER: gl.constexpr):
+    """One warp, before it loads for the other program of its cluster too: then both run, and the barriers of both are initialised. So are
+    they for who frees a stage in both: none is full before this warp has loaded. Meanwhile others draw and look up the first unit."""
+    if CLUSTER > 1:
+        program = gl.program_id(0)
         gl.atomic_xchg(ready + program, 1, sem="release")
         wait_until(ready + (program ^ 1), 1, 50)
         barrier()

@@ -110,7 +110,8 @@ def draw(
     unit = gl.to_tensor(-1)
     n = 0
     downs = gl.to_tensor(0)
-    while unit < units:
+    kind = gl.to_tensor(0)
+    while kind < END:  # the first is drawn before it is known how many there are
         mbarrier.wait(wanted.index(0), (n & 1) ^ 1)
         if gl.program_id(0) % CLUSTER == 0:
             unit = gl.atomic_add(ticket, 1, sem="relaxed")
