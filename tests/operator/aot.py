@@ -84,8 +84,8 @@ def compiled(launch: Launch, capability: int) -> Usage:
 
 
 def token_layout(usage: Usage) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Of the tile of keys [tokens, parts, lanes] that `choose_largest` and `rank_groups` have: its shape, and what a thread, a warp and a
-    program hold side by side."""
+    """Of the tile of keys [tokens, parts, lanes] that `choose_largest` has: its shape, and what a thread, a warp and a program hold
+    side by side."""
     [(shape, name)] = set(re.findall(r"elementwise_inline_asm .* : tensor<([\dx]+)xi32, (#\w+)>", usage.ttgir))
     layout = re.search(rf"^{name} = #ttg.blocked<{{(.*?)}}>", usage.ttgir, re.MULTILINE)[1]
     per = [re.search(rf"{what} = \[([\d, ]+)\]", layout)[1].split(", ") for what in ("sizePerThread", "threadsPerWarp", "warpsPerCTA")]

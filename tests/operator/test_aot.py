@@ -95,7 +95,7 @@ def test_blackwell_of_little_shared_memory(key):
     assert aot.compiled(LITTLE[120][key], 120).shared <= 99 << 10
 
 
-SIZES = [*((HEADLINE, t) for t in (1, 7, 60, 14107)), (MoEGeometry(384, 48, 8, 7168, 2048), 500), (RENORMALIZE, 901), (TINY, 16)]
+SIZES = [*((HEADLINE, t) for t in (1, 7, 60, 901, 14107)), (MoEGeometry(384, 48, 8, 7168, 2048), 500), (RENORMALIZE, 901), (TINY, 16)]
 TYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 ROUTING = [
     pytest.param(g, tokens, *types, id=f"{g.num_experts}-{tokens}-{types[0].itemsize}-{types[1].itemsize}", marks=marks)
@@ -119,11 +119,15 @@ def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
     assert usage.ptx.count("%laneid") == (g.topk_group < g.n_group)
 
 
-@pytest.mark.parametrize("tokens", [80, 600, 901, 14107])
-def test_a_lane_has_an_expert_where_a_warp_votes(tokens):
+@pytest.mark.parametrize("g, tokens, machine, tma", [
+    *((HEADLINE, tokens, H200, True) for tokens in (80, 600, 901, 14107)), (HEADLINE, 901, H100, False),
+    (HEADLINE, 14107, Machine(capability=80), False), (TINY, 40, H100, True), (MoEGeometry(64, 3, 8, 7168, 2048), 901, H200, True),
+], ids=str)  # fmt: skip
+def test_a_lane_has_an_expert_where_a_warp_votes(g, tokens, machine, tma):
     """Else `ballots` would count others: Triton chooses the layout."""
-    plan = choose_plan(HEADLINE, tokens, H200)
-    usage = aot.compiled(pipeline.launches(HEADLINE, tokens, plan, 0, 1.0, bias_dtype=torch.bfloat16)[1], 90)
+    plan = choose_plan(g, tokens, machine, tma=tma)
+    bias = torch.bfloat16 if g.routing == "deepseek_v3" else None
+    usage = aot.compiled(pipeline.launches(g, tokens, plan, 0, 1.0, bias_dtype=bias)[1], machine.capability)
     layouts = re.findall(r"elementwise_inline_asm .* : tensor<32x\d+x\d+xi32, (#\w+)>", usage.ttgir)
     assert len(layouts) == (2 if plan.path == "either" else 1)
     assert usage.ptx.count("%lanemask_l") == plan.route.place_t // 4 * len(layouts)

@@ -39,6 +39,15 @@ def test_routing_tiles_hold_their_tokens(g):
         assert chunk_tokens <= tile.block_t if tile.one_launch else chunk_tokens <= tile.place_t or not tile.once
 
 
+@pytest.mark.parametrize("machine", [H100, H200], ids=str)
+def test_few_experts_of_many_choices(machine):
+    """Of 17 to 64 tokens, whose experts may have as many rows as prefill wants, though none more than a small tile."""
+    for g in (MoEGeometry(8, 8, 2, 4096, 14336), MoEGeometry(64, 64, 8, 2048, 1024), MoEGeometry(16, 16, 16, 1024, 512)):
+        found = [choose_plan(g, tokens, machine) for tokens in range(17, 65)]
+        assert {plan.path for plan in found} <= {"stream", "either", "prefill"}
+        assert all(plan.path == "stream" for plan in found[:16]) or machine == H100
+
+
 def test_paths():
     tokens = (1, 7, 8, 901, 3071, 3072)
     found = {t: choose_plan(HEADLINE, t).path for t in (1, 8, 127, 128, 14107)}

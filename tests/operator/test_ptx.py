@@ -111,6 +111,14 @@ def test_other_loops_stay():
         ("	selp.b32 	%r9, 0, %r5, %p2;\n", "", "one stage expected"),
         ("	fma.rn.f32 	%r12,", "	mov.b32 	%r3, 1;\n	fma.rn.f32 	%r12,", "is made more than once"),
         ("%rd3, %rd3, %p1, 1, 1;\n	ld", "%rd3, %rd3, %p1, 1, 1;\n$L__BB0_3:\n	ld", None),
+        ("	ret;\n", "	st.shared.b32 [%r2], %r12;\n	ret;\n", "read elsewhere"),
+        ("	shl.b32 	%r1,", "	ld.shared.b32 	%r13, [%r2];\n	shl.b32 	%r1,", "before it is made"),
+        ("	add.s64 	%rd3, %rd1, 46", "	add.s32 	%r9, %r9, 1;\n	add.s64 	%rd3, %rd1, 46", "one stage expected"),
+        ("	bar.sync 	15, 256;\n", "	{ .reg .pred p; setp.ne.s32 p, %r7, 0; mov.b32 %r8, 0; }\n", "one stage expected"),
+        ("	bar.sync 	15, 256;\n", "	shfl.sync.bfly.b32 	%r7|%p8, %r6, 1, 31, -1;\n	bar.sync 	15, 256;\n", ""),
+        ("	mov.b32 	%r9, 0;\n", "	brx.idx 	%r7, $L_table;\n", "come by in another way"),
+        ("	mov.b32 	%r9, 0;\n", "$L_table: .branchtargets $L__BB0_1, $L__BB0_2, $L__BB0_4;\n", "come by in another way"),
+        ("	add.s32 	%r2, %r8, %r1;\n", "	add.cc.s32 	%r2, %r8, %r1;\n", "one stage expected"),
     ],
 )  # fmt: skip
 def test_unknown_loops_are_refused(old, new, message):
@@ -118,6 +126,8 @@ def test_unknown_loops_are_refused(old, new, message):
     text = LOOP.replace(old, new)
     if message is None:  # of several blocks: none that is looked at
         assert ahead(text) == text
+    elif not message:  # two results, neither of which descriptors follow from
+        assert ahead(text) != text
     else:
         with pytest.raises(ptx.Unexpected, match=message):
             ahead(text)

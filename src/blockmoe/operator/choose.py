@@ -134,8 +134,8 @@ def choose_experts(
     """Weight [BLOCK_T, CELLS] of each of `token` [BLOCK_T, 1, 1] for each local expert, 0 where not chosen; `biases` are `load_bias`'s.
 
     Tiles are [BLOCK_T, PARTS, LANES], LANES being what a warp reads at once (`_tile`): Triton then gives a token's
-    experts to one warp, and no reduction over experts leaves it. `rounds` is TOP_K as an argument: the loop must not be
-    unrolled, since instructions come from a cold cache. BY_WARP: a warp may choose by itself, which takes fewer.
+    experts to one warp, and no reduction over experts leaves it. BY_WARP: a warp may choose by itself, in TOP_K rounds; else `rounds` is
+    TOP_K as an argument, since the loop must not be unrolled: instructions come from a cold cache.
     """
     PARTS: tl.constexpr = EXPERTS // LANES
     expert, cell = places(LANES, EXPERTS, CELLS)

@@ -56,6 +56,7 @@ MEMORY_BOUND, FLIGHT = 2.25, 3
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
+MOST_COUNTED = 1023  # of tokens that are sorted at a time, in ten bits (`route.list_rows`)
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
 
 
@@ -72,7 +73,7 @@ def tiles_of(pairs: Sequence[int], block_n: int) -> int:
 class RouteTile:
     """`block_t` tokens at a time are chosen for, a warp each where num_warps allows; `place_t` at a time are sorted.
 
-    One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`. At most `chunks` chunks.
+    One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`. At most `chunks` chunks, a power of two.
     """
 
     block_t: int
@@ -81,6 +82,10 @@ class RouteTile:
     one_launch: bool
     once: bool = False
     chunks: int = FEW_CHUNKS
+
+    def __post_init__(self) -> None:
+        assert self.chunks == power_of_two_at_least(self.chunks), "their counts are a tile"
+        assert max(self.block_t if self.one_launch else 0, self.place_t) <= MOST_COUNTED, "kinds are counted beside pairs"
 
 
 @dataclass(frozen=True)
@@ -289,6 +294,8 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     if rows >= PREFILL_ROWS and geometry.intermediate_size >= PREFILL_STAGES * BLOCK and persistent and not route.one_launch:
         if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
             stream = _stream(geometry, tokens, machine)
+            if not stream.small:  # so few tokens that no expert has more than a tile of it
+                return Plan("stream", route, stream, pdl=pdl)
             # with code of their own small tiles took 10 us more at T = 901, and 1.3 at 130 to 500: registers were spilled
             # (results/h200/operator/tiles.txt, call 2)
             stream = replace(stream, small=replace(stream.small, stages=stream.stages))

@@ -14,7 +14,7 @@ registers. `choose_kernel` and `place_kernel` take a program a run ("chunk") of 
 local expert and each chunk's pairs an expert in memory between them.
 
 What it costs is latency: of the launches, of a few dependent reads, and of instructions out of a cold cache. So loops stay
-loops, and reads are asked for before they are needed.
+loops, but where a warp chooses by itself, and reads are asked for before they are needed.
 
 Where DENSE, an active expert's tile instead lists every token, with weight 0 for those that did not choose it.
 """
@@ -36,7 +36,6 @@ from blockmoe.operator.workspace import Round
 
 MOST_OF_FOUR = tl.constexpr(int(4 * MOST_TILES))  # an integer, of whose sums ptxas sees that they are a warp's: redux
 assert MOST_OF_FOUR.value == 4 * MOST_TILES
-MOST_COUNTED = 1023  # of a chunk's tokens, in ten bits (`list_rows`)
 # What it makes, but for what is prefill's alone.
 LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight")
 LISTS += ("token_pair", "token_pairs", "slot_token", "slot_count")
@@ -103,7 +102,7 @@ def list_rows(
     """
     last = (tl.arange(0, weight.shape[0]) == weight.shape[0] - 1)[:, None, None]
     mine = (weight != 0.0).to(tl.int32)
-    # one scan for both: no more than 1,023 tokens
+    # one scan for both: MOST_COUNTED tokens at most
     sums, total = sums_before(mine + (((kinds & 65535) << 10) + ((kinds >> 16) << 20))[None, :, :])
     row = base[:, None, None] + (sums & 1023)
     tl.store(pair_token + row, token[None, :, :] + tl.zeros_like(row), mask=mine > 0)
@@ -374,7 +373,6 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
         arguments = (logits, bias, *lists, b["counters"], sizes.tokens, offset, factor, g.top_k, counter_count)
         constants = (*choosing, height, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
-    assert sizes.chunk_tokens <= MOST_COUNTED, f"{sizes.chunk_tokens} tokens a chunk"
     assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
     weights = (b["token_weight"], b["chunk_count"], b["chunk_kinds"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)

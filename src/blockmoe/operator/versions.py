@@ -13,8 +13,9 @@ def release() -> tuple[int, int]:
 
 
 def known() -> bool:
-    """Whether it is one whose kernels ran on a GPU with what Triton itself does not promise: PTX rewritten for clusters (`ptx.py`), and a
-    warp that has all of a token's experts (`largest.py`), which later ones spread over several."""
+    """Whether it is one whose kernels ran on a GPU with what Triton itself does not promise: PTX rewritten for clusters (`ptx.py`,
+    `ahead.py`), a warp that has all of a token's experts (`largest.py`), which later ones spread over several, and a lane an expert
+    (`ballots.py`)."""
     import triton
 
     return triton.__version__.startswith("3.6.0")

@@ -98,6 +98,18 @@ def test_prefill(tokens, once):
     agree(layer.make(g, tokens, seed=tokens), g, 8, plan)
 
 
+@pytest.mark.parametrize("tile", [
+    RouteTile(4, 8, 4, False, False, 8), RouteTile(16, 8, 16, False, False, 4), RouteTile(16, 64, 16, False, True, 2),
+    RouteTile(4, 2, 4, False, False, 8),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("name", ["prefill", "stream, small", "either, small", "sorted 64"])
+def test_chunks_of_any_size(name, tile):
+    """Chosen and sorted in several steps, or one of the two, none of which is full."""
+    g = replace(TINY, hidden_size=256, intermediate_size=512)
+    plan = replace({**layer.PLANS, **layer.PERSISTENT}[name], route=tile)
+    agree(layer.make(g, 75, seed=75), g, 3, plan)
+
+
 @pytest.mark.parametrize("name", ["stream, small", "either, small"])
 @pytest.mark.parametrize(("few", "tokens", "favour", "height"), [
     (0, 60, 0, 32), (0, 60, 9, 32), (0, 128, 9, 128), (8, 60, 9, 32), (8, 128, 9, 32), (8, 129, 9, 128),

@@ -13,7 +13,7 @@ rows). A multiprocessor runs one program; programs, or clusters of two, draw uni
 
 What programs wait for from each other, by counters in global memory:
 
-  begin   a cluster's programs: both have initialised their barriers (`ready`)
+  begin   what loads for both programs of a cluster: both have initialised their barriers (`ready`)
   always  a cluster's second program: the first has drawn a unit (`mail`)
   GEMM2   a unit's loads, and the drawing of the next: all rows of its tile of the intermediate stored (`finished`)
           a unit's addition: that of the same columns of the tiles that hold the same tokens' pairs before (`added`)
