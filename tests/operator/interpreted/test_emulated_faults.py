@@ -19,7 +19,6 @@ FAULTS = [
     ("cluster", "meet", "wait_until(", "(", "may not be initialised yet"),
     ("cluster", "meet", 'sem="release"', 'sem="relaxed"', "may not be initialised yet"),
     ("cluster", "barriers_made", "gl.inline_asm_elementwise(FENCE", "(lambda *_, **__: 0)(FENCE", "may not be initialised yet"),
-    ("cluster", "meet", "barrier()", "pass", "may not be initialised yet"),
     ("cluster", "free", "CLUSTER > 1", "CLUSTER > 2", "deadlock"),
     ("cluster", "load_weights", "say(MULTICAST)", "pass", "deadlock"),
     ("cluster", "drain", "mbarrier.wait(empty", "(empty", "not known to be done"),
