@@ -325,8 +325,8 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
         if tokens <= block_t:
             return RouteTile(block_t, block_t, block_t, True)
     # few warps a multiprocessor: its four schedulers take a token each, or two. T = 901, H200: 344.3 us by 16 tokens, 342.5 by 8, 345.0
-    # by 4 in 256 chunks; 600: 323.6, 323.1, 325.4; 1,024: 332.6, 332.4, 334.4 (results/h200/operator/ranks.txt, call 2), where one expert took
-    # 94 to 107 by 8, 93 in an earlier form by 16 (curve/fourteenth.jsonl, thirteenth.jsonl)
+    # by 4 in 256 chunks; 600: 323.6, 323.1, 325.4; 1,024: 332.6, 332.4, 334.4 (results/h200/operator/ranks.txt, call 2), where one expert
+    # took 94 to 107 by 8, 93 in an earlier form by 16 (results/h200/curve/fourteenth.jsonl, thirteenth.jsonl)
     for block_t, chunks in ((4, FEW_CHUNKS), (8, 120), (16, FEW_CHUNKS)):
         if tokens <= block_t * chunks:
             return RouteTile(block_t, block_t, block_t, False, True)
