@@ -82,7 +82,7 @@ def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray
 def by_token(text: str, tiles: list[np.ndarray], each: int, results: int) -> list[np.ndarray]:
     """`execute` for every token of tiles [tokens, parts, lanes], of which a thread has `each` values: as many side by side in every part,
     one part after the other (`test_aot.py` looks at what Triton does)."""
-    tokens, parts, lanes = tiles[0].shape
+    _, parts, lanes = tiles[0].shape
     assert parts * lanes == THREADS * each
     found = []
     for values in zip(*tiles, strict=True):

@@ -1,7 +1,6 @@
 """Of the experts that a token has pairs with, a lane each, which come before: PTX, by one vote of the warp instead of a scan of five steps.
 
-Triton's scans would do, and do where a lane is not known to have an expert (`place_kernel`'s BALLOTS): of 14,107 tokens two rows scanned
-are 35 instructions a token and warp, these 8.
+Triton's scans would do, and do where a lane is not known to have an expert (`place_kernel`'s BALLOTS).
 """
 
 from __future__ import annotations

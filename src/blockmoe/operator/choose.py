@@ -86,7 +86,7 @@ def sigmoids(x):
 
 @triton.jit
 def reciprocals(x):
-    """1 / x within an ulp, of normal numbers with normal results."""
+    """1 / x within an ulp, of normal numbers with normal results; what `persistent.reciprocals` is to Gluon."""
     return tl.inline_asm_elementwise(RECIPROCAL, "=f,f", [x], tl.float32, is_pure=True, pack=1)
 
 
