@@ -73,7 +73,8 @@ def tiles_of(pairs: Sequence[int], block_n: int) -> int:
 class RouteTile:
     """`block_t` tokens at a time are chosen for, a warp each where num_warps allows; `place_t` at a time are sorted.
 
-    One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`. At most `chunks` chunks, a power of two.
+    One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`. At most `chunks` chunks, a power of two;
+    if `first`, so many of them take more tokens than the others, for whom they leave less of their multiprocessors.
     """
 
     block_t: int
@@ -82,10 +83,30 @@ class RouteTile:
     one_launch: bool
     once: bool = False
     chunks: int = FEW_CHUNKS
+    first: int = 0
 
     def __post_init__(self) -> None:
         assert self.chunks == power_of_two_at_least(self.chunks), "their counts are a tile"
         assert max(self.block_t if self.one_launch else 0, self.place_t) <= MOST_COUNTED, "kinds are counted beside pairs"
+        assert self.first <= self.chunks and (not self.once or self.place_t % self.block_t == 0), "a chunk's tokens"
+
+    def shares(self, tokens: int) -> tuple[int, int, int]:
+        """Of two launches: how many chunks are first ones, how many tokens each of those has, and each of the others.
+
+        A multiprocessor runs two programs, of which the first one's warps go first: in 7.3 us it has 56 tokens behind it, the other 32, and
+        another 24 after 11.1 (H200, T = 14107; results/h200/operator/shares.txt). So the first ones take five eighths.
+        """
+        if not self.first:
+            return self.chunks, max(self.block_t, -(-tokens // self.chunks)), 0
+        most = self.place_t // self.block_t if self.once else tokens
+        others = self.chunks - self.first
+        for rounds in range(1, 2 * tokens + 1):
+            own = min(most, -(-5 * rounds // 8)) if others else rounds
+            if self.block_t * (self.first * own + others * (rounds - own)) >= tokens:
+                break
+        if own == rounds:
+            return self.first, -(-tokens // self.first), 0
+        return self.first, self.block_t * own, -(-(tokens - self.first * self.block_t * own) // others)
 
 
 @dataclass(frozen=True)
@@ -286,7 +307,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     the tensors, which it can where they begin at a multiple of 16 bytes, and Triton compiles kernels that use it.
     """
     pdl = machine.capability >= 90
-    route = route_tile(geometry, tokens)
+    route = route_tile(geometry, tokens, machine)
     persistent = machine.capability == 90 and tma and geometry.hidden_size % (2 * BLOCK) == 0  # units of GEMM2 are 256 columns wide
     if tokens <= DENSE_TOKENS and not persistent:
         return _dense(geometry, tokens, route, machine, pdl)
@@ -317,7 +338,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
     return Plan("sorted", route, _tall(block_n, machine), DownTile(128, block_n, 4, 4), pdl)
 
 
-def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
+def route_tile(geometry: MoEGeometry, tokens: int, machine: Machine = H100) -> RouteTile:
     local = power_of_two_at_least(geometry.num_local_experts)
     if tokens == 1:
         return RouteTile(1, 1, 1, True)
@@ -332,7 +353,8 @@ def route_tile(geometry: MoEGeometry, tokens: int) -> RouteTile:
             return RouteTile(block_t, block_t, block_t, False, True)
     # two programs a multiprocessor. T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1
     place_t = min(64, 4096 // local)
-    return RouteTile(16, place_t, 16, False, place_t * MOST_CHUNKS >= TOKEN_CHUNK, MOST_CHUNKS)
+    once = place_t * MOST_CHUNKS >= TOKEN_CHUNK
+    return RouteTile(16, place_t, 16, False, once, MOST_CHUNKS, min(machine.sm_count, MOST_CHUNKS))
 
 
 def _even(geometry: MoEGeometry) -> bool:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.ballots import earlier_row, pairs_up_to_here
@@ -220,20 +221,30 @@ def choose_some(
     return (weight != 0.0).to(tl.int32), kinds
 
 
-@triton.jit(do_not_specialize=["tokens", "offset", "rounds", "chunk_tokens"])
+@triton.jit
+def first_token(chunk, first_chunks, first_tokens, other_tokens):
+    """Of a chunk: the first ones have so many tokens each, the others so many."""
+    return tl.minimum(chunk, first_chunks) * first_tokens + tl.maximum(chunk - first_chunks, 0) * other_tokens
+
+
+@triton.jit(do_not_specialize=["tokens", "offset", "rounds", "first_chunks", "first_tokens", "other_tokens"])
 def choose_kernel(
-    logits, bias, token_weight, chunk_count, chunk_kinds, tokens, offset, factor, rounds, chunk_tokens,
+    logits, bias, token_weight, chunk_count, chunk_kinds, tokens, offset, factor, rounds, first_chunks, first_tokens, other_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
     BLOCK_T: tl.constexpr, KINDS: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """token_weight [T, LOCAL] (0: not chosen), and of this program's chunk each local expert's pairs, chunk_count [chunks, LOCAL], and the
     sum of its tokens' kinds, chunk_kinds [chunks], if KINDS. ONCE: no chunk has more than BLOCK_T tokens; without a loop bias and logits
-    are on their way at once."""
-    before_next_kernel(PDL)
+    are on their way at once. Else the next kernel's programs may begin at the end only, all of them at about the same time: they would take
+    multiprocessors in the order in which programs here end, four to one."""
+    if ONCE:
+        before_next_kernel(PDL)
+    elif PDL:
+        gdc_wait()
     chunk = tl.program_id(0)
-    first = chunk * chunk_tokens
-    past = tl.minimum(first + chunk_tokens, tokens)
+    first = first_token(chunk, first_chunks, first_tokens, other_tokens)
+    past = tl.minimum(first_token(chunk + 1, first_chunks, first_tokens, other_tokens), tokens)
     biases = load_bias(bias, offset, BLOCK_T, NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, DEEPSEEK)
     if ONCE:
         count, kinds = choose_some(
@@ -250,16 +261,19 @@ def choose_kernel(
             )  # fmt: skip
             count += some
             kinds += some_kinds
+        if PDL:
+            gdc_launch_dependents()
     if KINDS:
         tl.store(chunk_kinds + chunk, tl.sum(kinds, 0))
     cell = tl.arange(0, CELLS)
     tl.store(chunk_count + chunk * LOCAL + cell, tl.sum(count, 0), mask=cell < LOCAL)
 
 
-@triton.jit(do_not_specialize=["chunks", "tokens", "chunk_tokens", "counter_count", "pitch"])
+@triton.jit(do_not_specialize=["chunks", "tokens", "first_chunks", "first_tokens", "other_tokens", "counter_count", "pitch"])
 def place_kernel(
     token_weight, chunk_count, chunk_kinds, tile_count, tile_expert, tile_group, tile_begin, tile_end, pair_token, pair_weight, token_pair,
-    token_pairs, slot_token, slot_count, counters, before, way, chunks, tokens, chunk_tokens, counter_count, pitch,
+    token_pairs, slot_token, slot_count, counters, before, way, chunks, tokens, first_chunks, first_tokens, other_tokens,
+    counter_count, pitch,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, SMALL_N: tl.constexpr, FEW: tl.constexpr,
     BLOCK_N: tl.constexpr, PREFILL_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, WARPS: tl.constexpr,
     BALLOTS: tl.constexpr, PDL: tl.constexpr,
@@ -273,12 +287,13 @@ def place_kernel(
     zero_counters(counters, chunk, chunks, counter_count)
     expert = tl.arange(0, CELLS)
     real = expert < LOCAL
-    past = tl.minimum((chunk + 1) * chunk_tokens, tokens)
+    first = first_token(chunk, first_chunks, first_tokens, other_tokens)
+    past = tl.minimum(first_token(chunk + 1, first_chunks, first_tokens, other_tokens), tokens)
     # A lane an expert, a warp EACH tokens one after the other: sums over tokens stay in a thread, those over experts in a warp. Triton lays
     # tiles out so because experts come first, in the order of what it stores by unordered pointers, and `pitch`, which is LOCAL, is not
     # known to it: else it reads four experts at once, and all is moved to be scanned and moved to be stored.
     EACH: tl.constexpr = max(1, BLOCK_T // WARPS)
-    token = chunk * chunk_tokens + tl.arange(0, BLOCK_T // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
+    token = first + tl.arange(0, BLOCK_T // EACH)[:, None] * EACH + tl.arange(0, EACH)[None, :]
     at = token_weight + token[None, :, :] * pitch + expert[:, None, None]
     weight = tl.load(at, mask=(token < past)[None, :, :] & real[:, None, None], other=0.0)
     sums = tl.zeros((CELLS,), tl.int32)
@@ -315,7 +330,7 @@ def place_kernel(
             taken += prefill.to(tl.int32)
         tl.store(way, taken)
     base += list_tiles(total, chunk, chunks, tokens, tile_count, tile_expert, tile_group, tile_begin, tile_end, block_n, prefill, False)
-    for _ in range(0, 1 if ONCE else chunk_tokens, BLOCK_T):
+    for _ in range(0, 1 if ONCE else past - first, BLOCK_T):
         kinds = tl.zeros_like(token)
         if BLOCK_N > 0:
             kinds = kinds_of(weight, TOP_K, 0)
@@ -373,14 +388,14 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
         arguments = (logits, bias, *lists, b["counters"], sizes.tokens, offset, factor, g.top_k, counter_count)
         constants = (*choosing, height, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
-    assert not tile.once or sizes.chunk_tokens <= tile.place_t, f"{sizes.chunk_tokens} tokens a chunk, {tile.place_t} placed"
+    assert not tile.once or max(sizes.first_tokens, sizes.other_tokens) <= tile.place_t, f"of {sizes} {tile.place_t} tokens are placed"
+    runs = (sizes.first_chunks, sizes.first_tokens, sizes.other_tokens)
     weights = (b["token_weight"], b["chunk_count"], b["chunk_kinds"])
-    arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, sizes.chunk_tokens)
+    arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, *runs)
     constants = (*choosing, height > 0, tile.once and tile.place_t == tile.block_t, plan.pdl)
     choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
     arguments = (
-        *weights, *lists, b["counters"], b["before"], round.way_taken, sizes.chunks, sizes.tokens, sizes.chunk_tokens, counter_count,
-        local,
+        *weights, *lists, b["counters"], b["before"], round.way_taken, sizes.chunks, sizes.tokens, *runs, counter_count, local,
     )  # fmt: skip
     counts = max(1, min(tile.chunks, 8192 // cells))
     warps = 4 if tile.place_t * cells <= 2048 else 8

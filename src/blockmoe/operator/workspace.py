@@ -27,7 +27,9 @@ class Sizes:
     rows: int  # of the intermediate
     tiles: int
     chunks: int  # programs that sort
-    chunk_tokens: int
+    first_chunks: int  # of which so many have first_tokens tokens each, the others other_tokens
+    first_tokens: int
+    other_tokens: int
     blocks: int  # 128-column blocks of the output computed at a time
 
 
@@ -41,19 +43,19 @@ def sizes(geometry: MoEGeometry, tokens: int, plan: Plan) -> Sizes:
     block_n = plan.gate_up.block_n
     if plan.dense:
         tiles = min(geometry.num_local_experts, pairs)
-        return Sizes(tokens, tiles * block_n, tiles, 1, tokens, geometry.hidden_blocks)
+        return Sizes(tokens, tiles * block_n, tiles, 1, 1, tokens, 0, geometry.hidden_blocks)
     # Every expert wastes less than a tile, and holds each token at most once.
     tiles = min(
         min(geometry.num_local_experts, pairs) + pairs // block_n,
         geometry.num_local_experts * -(-tokens // block_n),
     )
     rows = tiles * BLOCK if plan.path == "prefill" else pairs  # there every tile begins at a multiple of 128
-    block_t = plan.route.block_t
-    chunk_tokens = tokens if plan.route.one_launch else max(block_t, -(-tokens // plan.route.chunks))
+    first, first_tokens, other_tokens = (1, tokens, 0) if plan.route.one_launch else plan.route.shares(tokens)
+    chunks = min(first, -(-tokens // first_tokens)) + (-(-(tokens - first * first_tokens) // other_tokens) if other_tokens else 0)
     every = geometry.hidden_blocks
     fitting = [b for b in range(1, every + 1) if every % b == 0 and 2 * pairs * b * BLOCK <= plan.row_buffer]
     blocks = every if plan.down is None else max(fitting, default=1)
-    return Sizes(tokens, rows, tiles, -(-tokens // chunk_tokens), chunk_tokens, blocks)
+    return Sizes(tokens, rows, tiles, chunks, first, first_tokens, other_tokens, blocks)
 
 
 MOST_PROGRAMS = 256  # of a persistent kernel: one a multiprocessor
