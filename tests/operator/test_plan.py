@@ -35,8 +35,19 @@ def test_every_token_count_has_one_of_few_plans(g, machine):
 def test_routing_tiles_hold_their_tokens(g):
     for tokens in [1, 2, 7, 8, 9, 512, 513, 901, 2048, 2049, 4096, 14107, 16384]:
         plan = choose_plan(g, tokens)
-        tile, chunk_tokens = plan.route, sizes(g, tokens, plan).chunk_tokens
-        assert chunk_tokens <= tile.block_t if tile.one_launch else chunk_tokens <= tile.place_t or not tile.once
+        tile, found = plan.route, sizes(g, tokens, plan)
+        most = max(found.first_tokens, found.other_tokens)
+        assert most <= tile.block_t if tile.one_launch else most <= tile.place_t or not tile.once
+
+
+@pytest.mark.parametrize("sm_count", [20, 66, 108, 132, 148, 300])
+def test_chunks_share_all_tokens(sm_count):
+    for g, tokens in product(GEOMETRIES.values(), (17, 200, 901, 2048, 2049, 2112, 2113, 4096, 8192, 11948, 14107, 16383, 16384)):
+        plan = choose_plan(g, tokens, Machine(sm_count))
+        found = sizes(g, tokens, plan)
+        counts = [found.first_tokens if chunk < found.first_chunks else found.other_tokens for chunk in range(found.chunks)]
+        assert sum(counts[:-1]) < tokens <= sum(counts) and found.chunks <= plan.route.chunks
+        assert found.other_tokens <= found.first_tokens
 
 
 @pytest.mark.parametrize("machine", [H100, H200], ids=str)
@@ -152,7 +163,7 @@ def test_row_bounds_hold_for_the_worst_routing():
     for tokens in (65, 500, 901, 14107):
         plan = choose_plan(HEADLINE, tokens)
         bound = sizes(HEADLINE, tokens, plan)
-        assert bound.rows >= tokens * HEADLINE.top_k and bound.chunks * bound.chunk_tokens >= tokens
+        assert bound.rows >= tokens * HEADLINE.top_k and bound.chunks >= tokens / 64
         even = -(-tokens * HEADLINE.top_k // HEADLINE.num_local_experts // plan.gate_up.block_n)
         assert bound.tiles >= even * HEADLINE.num_local_experts
 

@@ -136,13 +136,23 @@ def load_bias(
 
 
 @triton.jit
+def ask(logits, token, tokens, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr):
+    """The logits of `token` [BLOCK_T, 1, 1] for every expert."""
+    expert, _ = places(LANES, EXPERTS, CELLS)
+    there = token < tokens
+    listed = there & (expert < NUM_EXPERTS) if NUM_EXPERTS < EXPERTS else there
+    return tl.load(logits + token * NUM_EXPERTS + expert, mask=listed, other=0.0)
+
+
+@triton.jit
 def choose_experts(
-    logits, biases, token, tokens, offset, factor, rounds,
+    asked, logits, biases, token, tokens, offset, factor, rounds,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Weight [BLOCK_T, CELLS] of each of `token` [BLOCK_T, 1, 1] for each local expert, 0 where not chosen; `biases` are `load_bias`'s.
+    """Weight [BLOCK_T, CELLS] of each of `token` [BLOCK_T, 1, 1] for each local expert, 0 where not chosen; `asked` are `ask`'s, `biases`
+    `load_bias`'s.
 
     Tiles are [BLOCK_T, PARTS, LANES], LANES being what a warp reads at once (`_tile`): Triton then gives a token's
     experts to one warp, and no reduction over experts leaves it. BY_WARP: a warp may choose by itself, in TOP_K rounds; else `rounds` is
@@ -152,12 +162,9 @@ def choose_experts(
     expert, cell = places(LANES, EXPERTS, CELLS)
     real = expert < NUM_EXPERTS
     there = token < tokens
-    row = logits + token * NUM_EXPERTS
-    listed = there & real if NUM_EXPERTS < EXPERTS else there
-    x = tl.load(row + expert, mask=listed, other=0.0).to(tl.float32)
     inside = there & (cell < LOCAL)
-    own = clean(tl.load(row + (offset + cell), mask=inside, other=0.0).to(tl.float32), DEEPSEEK)
-    x = clean(x, DEEPSEEK)
+    own = clean(tl.load(logits + token * NUM_EXPERTS + (offset + cell), mask=inside, other=0.0).to(tl.float32), DEEPSEEK)
+    x = clean(asked.to(tl.float32), DEEPSEEK)
     score, own_score = x, own
     if DEEPSEEK:
         score, own_score = x + biases[0], own + biases[1]

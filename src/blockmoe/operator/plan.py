@@ -320,6 +320,8 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
             # with code of their own small tiles took 10 us more at T = 901, and 1.3 at 130 to 500: registers were spilled
             # (results/h200/operator/tiles.txt, call 2)
             stream = replace(stream, small=replace(stream.small, stages=stream.stages))
+            # in clusters of 2: T = 500, 901: 330.8, 346.9 us, without 328.9, 348.1; one expert at 512: 79.0, 75.5; all local at 512, 1,024:
+            # 465, 696; 473, 714 (results/h200/operator/shares.txt, call 9)
             return Plan("either", route, EitherTile(stream, PrefillTile(PREFILL_STAGES, 1, FLIGHT)), pdl=pdl)
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
@@ -354,7 +356,8 @@ def route_tile(geometry: MoEGeometry, tokens: int, machine: Machine = H100) -> R
     # two programs a multiprocessor. T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1
     place_t = min(64, 4096 // local)
     once = place_t * MOST_CHUNKS >= TOKEN_CHUNK
-    return RouteTile(16, place_t, 16, False, once, MOST_CHUNKS, min(machine.sm_count, MOST_CHUNKS))
+    two_fit = geometry.num_experts <= 256  # of more a thread has 16, which take more registers
+    return RouteTile(16, place_t, 16, False, once, MOST_CHUNKS, min(machine.sm_count, MOST_CHUNKS) if two_fit else 0)
 
 
 def _even(geometry: MoEGeometry) -> bool:

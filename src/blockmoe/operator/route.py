@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.ballots import earlier_row, pairs_up_to_here
-from blockmoe.operator.choose import choose_experts, load_bias, two_largest
+from blockmoe.operator.choose import ask, choose_experts, load_bias, two_largest
 from blockmoe.operator.kernel_parts import before_next_kernel
 from blockmoe.operator.largest import LARGEST_EACH
 from blockmoe.operator.launch import Launch, Slot
@@ -37,6 +37,7 @@ from blockmoe.operator.workspace import Round
 
 MOST_OF_FOUR = tl.constexpr(int(4 * MOST_TILES))  # an integer, of whose sums ptxas sees that they are a warp's: redux
 assert MOST_OF_FOUR.value == 4 * MOST_TILES
+REGISTERS = 65536  # of a multiprocessor
 # What it makes, but for what is prefill's alone.
 LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight")
 LISTS += ("token_pair", "token_pairs", "slot_token", "slot_count")
@@ -175,8 +176,9 @@ def route_kernel(
     zero_counters(counters, 0, 1, counter_count)
     token = tl.arange(0, BLOCK_T)
     biases = load_bias(bias, offset, BLOCK_T, NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, DEEPSEEK)
+    asked = ask(logits, token[:, None, None], tokens, NUM_EXPERTS, EXPERTS, LANES, CELLS)
     weight = choose_experts(
-        logits, biases, token[:, None, None], tokens, offset, factor, rounds,
+        asked, logits, biases, token[:, None, None], tokens, offset, factor, rounds,
         NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T,
     )  # fmt: skip
     if DENSE:
@@ -201,7 +203,7 @@ def route_kernel(
 
 @triton.jit
 def choose_some(
-    t, past, logits, biases, token_weight, offset, factor, rounds,
+    t, past, asked, logits, biases, token_weight, offset, factor, rounds,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
     BLOCK_T: tl.constexpr, KINDS: tl.constexpr,
@@ -210,7 +212,7 @@ def choose_some(
     token = t + tl.arange(0, BLOCK_T)
     cell = tl.arange(0, CELLS)
     weight = choose_experts(
-        logits, biases, token[:, None, None], past, offset, factor, rounds,
+        asked, logits, biases, token[:, None, None], past, offset, factor, rounds,
         NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T,
     )  # fmt: skip
     at = token_weight + token[:, None] * LOCAL + cell[None, :]
@@ -246,21 +248,26 @@ def choose_kernel(
     first = first_token(chunk, first_chunks, first_tokens, other_tokens)
     past = tl.minimum(first_token(chunk + 1, first_chunks, first_tokens, other_tokens), tokens)
     biases = load_bias(bias, offset, BLOCK_T, NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, DEEPSEEK)
+    token = first + tl.arange(0, BLOCK_T)[:, None, None]
+    asked = ask(logits, token, past, NUM_EXPERTS, EXPERTS, LANES, CELLS)
     if ONCE:
         count, kinds = choose_some(
-            first, past, logits, biases, token_weight, offset, factor, rounds,
+            first, past, asked, logits, biases, token_weight, offset, factor, rounds,
             NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T, KINDS,
         )  # fmt: skip
     else:
         count = tl.zeros((BLOCK_T, CELLS), tl.int32)
         kinds = tl.zeros((BLOCK_T,), tl.int32)
         for t in range(first, past, BLOCK_T):
+            token += BLOCK_T
+            following = ask(logits, token, past, NUM_EXPERTS, EXPERTS, LANES, CELLS)
             some, some_kinds = choose_some(
-                t, past, logits, biases, token_weight, offset, factor, rounds,
+                t, past, asked, logits, biases, token_weight, offset, factor, rounds,
                 NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T, KINDS,
             )  # fmt: skip
             count += some
             kinds += some_kinds
+            asked = following
         if PDL:
             gdc_launch_dependents()
     if KINDS:
@@ -393,7 +400,8 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
     weights = (b["token_weight"], b["chunk_count"], b["chunk_kinds"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, *runs)
     constants = (*choosing, height > 0, tile.once and tile.place_t == tile.block_t, plan.pdl)
-    choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
+    two_fit = REGISTERS // (2 * 32 * tile.num_warps) if tile.first and by_warp else None
+    choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps, registers=two_fit)
     arguments = (
         *weights, *lists, b["counters"], b["before"], round.way_taken, sizes.chunks, sizes.tokens, *runs, counter_count, local,
     )  # fmt: skip
