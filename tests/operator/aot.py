@@ -70,7 +70,7 @@ def compiled(launch: Launch, capability: int) -> Usage:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         text, code = built.asm["ptx"], built.asm["cubin"]
-        if launch.heard:
+        if launch.cluster > 1:
             text = ptx.mended(text)
             code = ptx.assembled(text, capability)
         cubin.write_bytes(code)

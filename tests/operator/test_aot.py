@@ -63,7 +63,6 @@ def test_hopper(key):
     assert usage.types and parameter_sizes(usage.ptx) == [SIZES_OF.get(kind, 8) for kind in (*usage.types, "*", "*") if kind != "constexpr"]
     if HOPPER[key].cluster > 1:
         assert "UTMALDG.2D.MULTICAST" in usage.sass and "SYNCS.ARRIVE.TRANS64.RED" in usage.sass
-    if HOPPER[key].heard:
         found = behind_turns(usage.sass)  # of both loops of both consumers; else 12 and 19
         assert len(found) == 4 and max(found) <= 1
 
@@ -118,7 +117,7 @@ def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
     assert warp == [1, 1, 32] and program == [several, 1, 1] and thread[0] == 1
     assert lanes == 32 * thread[2] and parts % thread[1] == 0
     assert usage.ptx.count("redux.sync.max.s32 t, h0,") == g.top_k and usage.stack == 0
-    assert usage.ptx.count("%laneid") == 1
+    assert usage.ptx.count("%laneid") == (g.topk_group < g.n_group)
     assert tokens <= 2048 or g.num_experts > 256 or usage.registers <= 64  # two programs of 16 warps fit a multiprocessor
 
 

@@ -18,7 +18,7 @@ THREADS = 32
 COMPARE = {"eq": np.equal, "ne": np.not_equal, "gt": np.greater, "lt": np.less, "le": np.less_equal, "ge": np.greater_equal}
 COMBINE = {"and": np.logical_and, "or": np.logical_or}
 ARITHMETIC = {"max": np.maximum, "min": np.minimum, "add": np.add, "sub": np.subtract}
-ARITHMETIC |= {"and": np.bitwise_and, "or": np.bitwise_or, "shl": np.left_shift, "shr": np.right_shift, "mul": np.multiply}
+ARITHMETIC |= {"and": np.bitwise_and, "or": np.bitwise_or, "shl": np.left_shift}
 LANES = {"%laneid": np.arange(THREADS, dtype=np.int32)}
 LANES |= {"%lanemask_lt": (1 << np.arange(THREADS, dtype=np.uint32)) - 1, "%lanemask_le": (2 << np.arange(THREADS, dtype=np.uint64)) - 1}
 LANES = {name: value.astype(np.uint32).view(np.int32) for name, value in LANES.items()}
@@ -31,8 +31,8 @@ def execute(text: str, given: list[np.ndarray], results: int) -> list[np.ndarray
     registers: dict[str, np.ndarray] = {f"${results + i}": value.copy() for i, value in enumerate(given)}
 
     def value(name: str) -> np.ndarray:
-        if name.startswith("0f"):
-            return np.full(THREADS, int(name[2:], 16), np.uint32).view(np.float32)
+        if name == "0f00000000":
+            return np.zeros(THREADS, np.float32)
         if name in LANES:
             return LANES[name]
         return registers[name] if not re.fullmatch(r"-?\d+", name) else np.full(THREADS, int(name) & 0xFFFFFFFF, np.uint32).view(np.int32)

@@ -6,9 +6,8 @@ cores do. Here what they are made by is moved: before the loop, and to where the
 1.4 and 0.9 % fewer cycles, 0.7 and 0.3 to 0.8 % less time; results/h200/operator/ahead.txt. That Gluon's variables hold the next stage's
 buffers changes nothing: LLVM sees that they follow from the stage.)
 
-Only loops are looked at where a word says so; one that is not a single block, or whose products don't fit, is refused. What is moved are
-integer operations on registers that nobody reads elsewhere, nor before they are made; then whether an iteration is the last does not matter
-to them.
+Only blocks that branch to themselves are looked at; whose products don't fit is refused. What is moved are integer operations on registers
+that nobody reads elsewhere, nor before they are made; then whether an iteration is the last does not matter to them.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _LABEL = re.compile(r"(\$L__BB\w+):")
 _INTEGER = re.compile(r"\s*(?:shl|or|add|sub|bfe|cvt|mul\.lo|mad\.lo)(?:\.(?!cc)\w+)+\s+(%\w+), ([^;{}]*);\s*(?://.*)?$")
 _SETS = re.compile(r"\s*(?:@!?%p\d+\s+)?[\w.:]+\s+(\{[^}]*\}|[%\w|]+)")
 _REGISTER = re.compile(r"%[a-z]+\d+")
-_PRODUCT, _WORD = "wgmma.mma_async", "/* blockmoe: ahead */"
+_PRODUCT = "wgmma.mma_async"
 
 
 class Unexpected(RuntimeError):
@@ -29,22 +28,19 @@ class Unexpected(RuntimeError):
 def ahead(ptx: str) -> str:
     """`ptx` with the descriptors of every such loop's products made ahead. Raises Unexpected where a loop is not as known."""
     lines = ptx.splitlines()
-    loops = _loops(lines)
-    if any(_WORD in line and not any(top < at < end for top, end in loops.values()) for at, line in enumerate(lines)):
-        raise Unexpected("ahead is said where no block branches to itself")
-    for label, (top, end) in reversed(loops.items()):  # the last first: the others stay where they are
+    for label, (top, end) in reversed(_loops(lines).items()):  # the last first: the others stay where they are
         lines[top : end + 1] = _with_descriptors_ahead(label, lines[top : end + 1], lines[:top], lines[end + 1 :])
     return "\n".join(lines) + "\n"
 
 
 def _loops(lines: list[str]) -> dict[str, tuple[int, int]]:
-    """Blocks that branch to themselves where it is said (`persistent.say`), by label: their label's line and their branch's."""
+    """Blocks with products that branch to themselves, by label: their label's line and their branch's."""
     found, label, top = {}, None, 0
     for at, line in enumerate(lines):
         if begins := _LABEL.match(line):
             label, top = begins[1], at
         elif label and re.search(rf"\bbra(\.uni)?\s+{re.escape(label)};", line):
-            if any(_WORD in inside for inside in lines[top:at]):
+            if any(_PRODUCT in inside for inside in lines[top:at]):
                 found[label] = top, at
             label = None
     return found
@@ -57,8 +53,6 @@ def _with_descriptors_ahead(label: str, loop: list[str], before: list[str], behi
     if len(named) != 1 or re.search(r"\b(bra|brx|ret)\b", last):
         raise Unexpected(f"{label} is come by in another way")
     products = [at for at, line in enumerate(loop) if _PRODUCT in line]
-    if not products:
-        raise Unexpected(f"{label} has no products")
     wanted = {name for at in products for name in _REGISTER.findall(_operation(loop, at).rpartition("}")[2]) if name.startswith("%rd")}
     moved: list[int] = []
     for at in range(products[-1], 0, -1):

@@ -35,16 +35,6 @@ def over_experts_sum(x):
 
 
 @triton.jit
-def for_cells(x, CELLS: tl.constexpr):
-    """`x` [BLOCK_T, PARTS, LANES], the same for all of a token, as a tile of its cells (`places`): a thread reads what it has."""
-    T: tl.constexpr = x.shape[0]
-    PARTS: tl.constexpr = (CELLS + 127) // 128
-    one = tl.max(tl.max(tl.reshape(x, (T, x.shape[1], 32, x.shape[2] // 32)), 3), 1)
-    every = tl.broadcast_to(one[:, None, :, None], (T, PARTS, 32, CELLS // PARTS // 32))
-    return tl.reshape(every, (T, PARTS, CELLS // PARTS))
-
-
-@triton.jit
 def two_largest(first, second, other_first, other_second):
     return tl.maximum(first, other_first), tl.maximum(tl.minimum(first, other_first), tl.maximum(second, other_second))
 
@@ -84,8 +74,7 @@ def bits_of_groups(first, last, GROUPS: tl.constexpr, THREADS_EACH: tl.constexpr
 
 
 RECIPROCAL = tl.constexpr("rcp.approx.ftz.f32 $0, $1;")
-# to 0 ... 1, which it is but for a NaN: 0. By an addition, which is twice as fast as a maximum
-SHARE = tl.constexpr("rcp.approx.ftz.f32 $0, $1; add.sat.ftz.f32 $0, $0, 0f00000000;")
+SHARE = tl.constexpr("rcp.approx.ftz.f32 $0, $1; max.ftz.f32 $0, $0, 0f00000000;")  # 0 for a NaN: max gives the other operand
 
 
 @triton.jit
@@ -136,23 +125,13 @@ def load_bias(
 
 
 @triton.jit
-def ask(logits, token, tokens, NUM_EXPERTS: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr):
-    """The logits of `token` [BLOCK_T, 1, 1] for every expert."""
-    expert, _ = places(LANES, EXPERTS, CELLS)
-    there = token < tokens
-    listed = there & (expert < NUM_EXPERTS) if NUM_EXPERTS < EXPERTS else there
-    return tl.load(logits + token * NUM_EXPERTS + expert, mask=listed, other=0.0)
-
-
-@triton.jit
 def choose_experts(
-    asked, logits, biases, token, tokens, offset, factor, rounds,
+    logits, biases, token, tokens, offset, factor, rounds,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """Weight [BLOCK_T, CELLS] of each of `token` [BLOCK_T, 1, 1] for each local expert, 0 where not chosen; `asked` are `ask`'s, `biases`
-    `load_bias`'s.
+    """Weight [BLOCK_T, CELLS] of each of `token` [BLOCK_T, 1, 1] for each local expert, 0 where not chosen; `biases` are `load_bias`'s.
 
     Tiles are [BLOCK_T, PARTS, LANES], LANES being what a warp reads at once (`_tile`): Triton then gives a token's
     experts to one warp, and no reduction over experts leaves it. BY_WARP: a warp may choose by itself, in TOP_K rounds; else `rounds` is
@@ -162,9 +141,12 @@ def choose_experts(
     expert, cell = places(LANES, EXPERTS, CELLS)
     real = expert < NUM_EXPERTS
     there = token < tokens
+    row = logits + token * NUM_EXPERTS
+    listed = there & real if NUM_EXPERTS < EXPERTS else there
+    x = tl.load(row + expert, mask=listed, other=0.0).to(tl.float32)
     inside = there & (cell < LOCAL)
-    own = clean(tl.load(logits + token * NUM_EXPERTS + (offset + cell), mask=inside, other=0.0).to(tl.float32), DEEPSEEK)
-    x = clean(asked.to(tl.float32), DEEPSEEK)
+    own = clean(tl.load(row + (offset + cell), mask=inside, other=0.0).to(tl.float32), DEEPSEEK)
+    x = clean(x, DEEPSEEK)
     score, own_score = x, own
     if DEEPSEEK:
         score, own_score = x + biases[0], own + biases[1]
@@ -189,11 +171,13 @@ def choose_experts(
             needed = tl.where(there, bits_of_groups(offset // SIZE, (offset + LOCAL - 1) // SIZE, GROUPS, THREADS_EACH), 0)
         else:
             needed = over_experts_max(inside.to(tl.int32))
-        total, least, last, kept = choose_largest(left, x, group_key, needed, TOP_K, SIZE if RANKED else 0, TOPK_GROUP)
-        total = for_cells(total, CELLS).to(tl.float32, bitcast=True)  # the same bits everywhere
-        least, last = for_cells(least, CELLS), for_cells(last, CELLS)
+        total, least, last, kept = choose_largest(
+            left, expert, x, group_key, needed, TOP_K, EXPERTS // 32, PARTS if RANKED else 0, THREADS_EACH, TOPK_GROUP
+        )  # fmt: skip
+        total = over_experts_max(total).to(tl.float32, bitcast=True)  # the same bits everywhere
+        least, last = over_experts_max(least), over_experts_max(last)
         if RANKED:
-            inside = inside & (((for_cells(kept, CELLS) >> bit_of((offset + cell) // SIZE, THREADS_EACH)) & 1) > 0)
+            inside = inside & (((over_experts_max(kept) >> bit_of((offset + cell) // SIZE, THREADS_EACH)) & 1) > 0)
         own_key = order_key(own_score)  # by the same operations as `key`, so with the same bits
         mine = inside & ((own_key > least) | ((own_key == least) & (offset + cell <= last)))
     else:

@@ -19,7 +19,6 @@ from blockmoe.operator.route import LISTS
 from blockmoe.operator.stream import layer as by_stream
 from blockmoe.operator.stream.layer import give_up, streams
 from blockmoe.operator.stream.layer import meeting_places as stream_places
-from blockmoe.operator.versions import known
 from blockmoe.operator.workspace import MOST_PROGRAMS, Round
 
 GATHERERS = gl.constexpr(4)  # of stream: the kernel's first warps, which are four as prefill's first consumer
@@ -76,4 +75,4 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     constants = (*by_stream.constants_of(tile.stream, streaming), LOADERS, tile.stream.num_warps)
     _, _, *others = by_prefill.constants_of(tile.prefill, filling)  # the sizes again
     constants += (*others, round.plan.pdl)
-    return [round.launch(either_kernel, round.sm_count, arguments, constants, GATHERERS.value, heard=known())]
+    return [round.launch(either_kernel, round.sm_count, arguments, constants, GATHERERS.value)]

@@ -71,19 +71,17 @@ class Launch:
     pdl: bool
     descriptors: tuple[Descriptor, ...] = ()
     cluster: int = 1  # programs that run side by side and reach each other's shared memory
-    heard: bool = False  # what it says in its PTX is carried out (`ptx.py`), and it says something
-    registers: int | None = None  # a thread's at most, if asked for
 
     @property
     def options(self) -> dict[str, Any]:
         """Of Triton's launch."""
-        return dict(num_warps=self.num_warps, launch_pdl=self.pdl, maxnreg=self.registers)
+        return dict(num_warps=self.num_warps, launch_pdl=self.pdl)
 
     @property
     def key(self) -> tuple:
         """What a compiled kernel depends on, on one device."""
         types = tuple(s.dtype for s in self.slots), tuple((d.kind.dtype, d.kind.box, d.kind.layout) for d in self.descriptors)
-        return self.kernel.__name__, self.constants, self.kernel.__module__, self.num_warps, self.pdl, self.registers, *types
+        return self.kernel.__name__, self.constants, self.kernel.__module__, self.num_warps, self.pdl, *types
 
 
 def interpreted() -> bool:
@@ -156,8 +154,8 @@ class Prepared:
         arguments = [_arguments(launch, addresses) for launch in self.launches]
         ready: list[Ready | None] = []
         for launch, given in zip(self.launches, arguments, strict=True):  # before anything is launched: it may raise
-            ready.append(_ready_heard(launch, given, self.device) if launch.heard else None)
-            if not launch.heard and aligned not in self._loaded:
+            ready.append(_ready_clusters(launch, given, self.device) if launch.cluster > 1 else None)
+            if launch.cluster == 1 and aligned not in self._loaded:
                 _compile(launch, given)._init_handles()  # Triton does not try again what it failed to load
         self._loaded.add(aligned)
         for n, (launch, given) in enumerate(zip(self.launches, arguments, strict=True)):
@@ -180,8 +178,8 @@ def _arguments(launch: Launch, addresses: Sequence[int]) -> tuple:
     return (*described, *pointers, *launch.numbers, *launch.constants)
 
 
-def _ready_heard(launch: Launch, arguments: tuple, device: int) -> Ready:
-    """Triton itself would launch the kernel as it compiles it, and no clusters."""
+def _ready_clusters(launch: Launch, arguments: tuple, device: int) -> Ready:
+    """Triton itself would launch no clusters."""
     key = (*launch.key, device)
     if key not in _compiled:
         _compiled[key] = _compile(launch, arguments)
@@ -189,9 +187,9 @@ def _ready_heard(launch: Launch, arguments: tuple, device: int) -> Ready:
 
 
 def _compile(launch: Launch, arguments: tuple) -> Any:
-    """The kernel, not launched, with what it says carried out."""
+    """The kernel, not launched; for clusters with what it says carried out."""
     compiled = launch.kernel.warmup(*arguments, grid=(1,), **launch.options)
-    return let_hear(compiled) if launch.heard else compiled
+    return let_hear(compiled) if launch.cluster > 1 else compiled
 
 
 def _ready(launch: Launch, compiled: Any) -> Ready:
@@ -221,8 +219,8 @@ def compile_only(launch: Launch) -> None:
     while a CUDA graph is being captured."""
     arguments = _arguments(launch, (0,) * (WORKSPACE + 1))
     with _compiling:
-        if launch.heard:
-            _ready_heard(launch, arguments, torch.cuda.current_device())
+        if launch.cluster > 1:
+            _ready_clusters(launch, arguments, torch.cuda.current_device())
         else:
             _compile(launch, arguments)._init_handles()
 

@@ -10,15 +10,13 @@ QUEUE = gl.constexpr(2)  # units told and not yet heard by all
 barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier  # its name in Triton 3.8
 
 
-_WORD = "mov.b32 $0, $1; /* blockmoe: {} */"
-MULTICAST, BOTH, APART, AHEAD = (gl.constexpr(_WORD.format(word)) for word in ("multicast", "both", "apart", "ahead"))
+MULTICAST, BOTH, APART = (gl.constexpr(f"mov.b32 $0, $1; /* blockmoe: {word} */") for word in ("multicast", "both", "apart"))
 
 
 @gluon.jit
 def say(WORD: gl.constexpr):
-    """A word for `blockmoe.operator.ptx`, which kernels that are `heard` go through: the next TMA load (MULTICAST) or arrival (BOTH) is for
-    both programs of a cluster of two; before the next wait for a barrier or product the role's warps don't wait for each other (APART); of
-    the products of a loop what they need is made an iteration ahead (AHEAD)."""
+    """A word for `blockmoe.operator.ptx`, which clustered kernels go through: the next TMA load (MULTICAST) or arrival (BOTH) is for both
+    programs of a cluster of two; before the next wait for a barrier or product the role's warps don't wait for each other (APART)."""
     gl.inline_asm_elementwise(WORD, "=r,r", [gl.program_id(0)], dtype=gl.int32, is_pure=False, pack=1)
 
 

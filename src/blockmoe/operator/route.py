@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.ballots import earlier_row, pairs_up_to_here
-from blockmoe.operator.choose import ask, choose_experts, load_bias, two_largest
+from blockmoe.operator.choose import choose_experts, load_bias, two_largest
 from blockmoe.operator.kernel_parts import before_next_kernel
 from blockmoe.operator.largest import LARGEST_EACH
 from blockmoe.operator.launch import Launch, Slot
@@ -37,7 +37,6 @@ from blockmoe.operator.workspace import Round
 
 MOST_OF_FOUR = tl.constexpr(int(4 * MOST_TILES))  # an integer, of whose sums ptxas sees that they are a warp's: redux
 assert MOST_OF_FOUR.value == 4 * MOST_TILES
-REGISTERS = 65536  # of a multiprocessor
 # What it makes, but for what is prefill's alone.
 LISTS = ("tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end", "pair_token", "pair_weight")
 LISTS += ("token_pair", "token_pairs", "slot_token", "slot_count")
@@ -176,9 +175,8 @@ def route_kernel(
     zero_counters(counters, 0, 1, counter_count)
     token = tl.arange(0, BLOCK_T)
     biases = load_bias(bias, offset, BLOCK_T, NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, DEEPSEEK)
-    asked = ask(logits, token[:, None, None], tokens, NUM_EXPERTS, EXPERTS, LANES, CELLS)
     weight = choose_experts(
-        asked, logits, biases, token[:, None, None], tokens, offset, factor, rounds,
+        logits, biases, token[:, None, None], tokens, offset, factor, rounds,
         NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T,
     )  # fmt: skip
     if DENSE:
@@ -203,7 +201,7 @@ def route_kernel(
 
 @triton.jit
 def choose_some(
-    t, past, asked, logits, biases, token_weight, offset, factor, rounds,
+    t, past, logits, biases, token_weight, offset, factor, rounds,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
     BLOCK_T: tl.constexpr, KINDS: tl.constexpr,
@@ -212,7 +210,7 @@ def choose_some(
     token = t + tl.arange(0, BLOCK_T)
     cell = tl.arange(0, CELLS)
     weight = choose_experts(
-        asked, logits, biases, token[:, None, None], past, offset, factor, rounds,
+        logits, biases, token[:, None, None], past, offset, factor, rounds,
         NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T,
     )  # fmt: skip
     at = token_weight + token[:, None] * LOCAL + cell[None, :]
@@ -224,9 +222,12 @@ def choose_some(
 
 
 @triton.jit
-def first_token(chunk, first_chunks, first_tokens, other_tokens):
-    """Of a chunk: the first ones have so many tokens each, the others so many."""
-    return tl.minimum(chunk, first_chunks) * first_tokens + tl.maximum(chunk - first_chunks, 0) * other_tokens
+def first_token(chunk, first_chunks, first_tokens, other_tokens, EQUAL: tl.constexpr):
+    """Of a chunk: the first ones have so many tokens each, the others so many, unless all have as many."""
+    if EQUAL:
+        return chunk * first_tokens
+    else:
+        return tl.minimum(chunk, first_chunks) * first_tokens + tl.maximum(chunk - first_chunks, 0) * other_tokens
 
 
 @triton.jit(do_not_specialize=["tokens", "offset", "rounds", "first_chunks", "first_tokens", "other_tokens"])
@@ -234,7 +235,7 @@ def choose_kernel(
     logits, bias, token_weight, chunk_count, chunk_kinds, tokens, offset, factor, rounds, first_chunks, first_tokens, other_tokens,
     NUM_EXPERTS: tl.constexpr, LOCAL: tl.constexpr, EXPERTS: tl.constexpr, LANES: tl.constexpr, CELLS: tl.constexpr,
     N_GROUP: tl.constexpr, TOPK_GROUP: tl.constexpr, TOP_K: tl.constexpr, DEEPSEEK: tl.constexpr, BY_WARP: tl.constexpr,
-    BLOCK_T: tl.constexpr, KINDS: tl.constexpr, ONCE: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, KINDS: tl.constexpr, ONCE: tl.constexpr, EQUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """token_weight [T, LOCAL] (0: not chosen), and of this program's chunk each local expert's pairs, chunk_count [chunks, LOCAL], and the
     sum of its tokens' kinds, chunk_kinds [chunks], if KINDS. ONCE: no chunk has more than BLOCK_T tokens; without a loop bias and logits
@@ -245,29 +246,24 @@ def choose_kernel(
     elif PDL:
         gdc_wait()
     chunk = tl.program_id(0)
-    first = first_token(chunk, first_chunks, first_tokens, other_tokens)
-    past = tl.minimum(first_token(chunk + 1, first_chunks, first_tokens, other_tokens), tokens)
+    first = first_token(chunk, first_chunks, first_tokens, other_tokens, EQUAL)
+    past = tl.minimum(first_token(chunk + 1, first_chunks, first_tokens, other_tokens, EQUAL), tokens)
     biases = load_bias(bias, offset, BLOCK_T, NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, DEEPSEEK)
-    token = first + tl.arange(0, BLOCK_T)[:, None, None]
-    asked = ask(logits, token, past, NUM_EXPERTS, EXPERTS, LANES, CELLS)
     if ONCE:
         count, kinds = choose_some(
-            first, past, asked, logits, biases, token_weight, offset, factor, rounds,
+            first, past, logits, biases, token_weight, offset, factor, rounds,
             NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T, KINDS,
         )  # fmt: skip
     else:
         count = tl.zeros((BLOCK_T, CELLS), tl.int32)
         kinds = tl.zeros((BLOCK_T,), tl.int32)
         for t in range(first, past, BLOCK_T):
-            token += BLOCK_T
-            following = ask(logits, token, past, NUM_EXPERTS, EXPERTS, LANES, CELLS)
             some, some_kinds = choose_some(
-                t, past, asked, logits, biases, token_weight, offset, factor, rounds,
+                t, past, logits, biases, token_weight, offset, factor, rounds,
                 NUM_EXPERTS, LOCAL, EXPERTS, LANES, CELLS, N_GROUP, TOPK_GROUP, TOP_K, DEEPSEEK, BY_WARP, BLOCK_T, KINDS,
             )  # fmt: skip
             count += some
             kinds += some_kinds
-            asked = following
         if PDL:
             gdc_launch_dependents()
     if KINDS:
@@ -283,7 +279,7 @@ def place_kernel(
     counter_count, pitch,
     LOCAL: tl.constexpr, CELLS: tl.constexpr, TOP_K: tl.constexpr, BLOCK_T: tl.constexpr, SMALL_N: tl.constexpr, FEW: tl.constexpr,
     BLOCK_N: tl.constexpr, PREFILL_N: tl.constexpr, COUNTS: tl.constexpr, ONCE: tl.constexpr, WARPS: tl.constexpr,
-    BALLOTS: tl.constexpr, PDL: tl.constexpr,
+    BALLOTS: tl.constexpr, EQUAL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rows and tiles of a chunk; COUNTS is how many chunks' counts are read at once. Tiles have BLOCK_N pairs, or, where that
     is 0, PREFILL_N for prefill. Where SMALL_N, they have SMALL_N, BLOCK_N or PREFILL_N if that is not 0, as the counts decide
@@ -294,8 +290,8 @@ def place_kernel(
     zero_counters(counters, chunk, chunks, counter_count)
     expert = tl.arange(0, CELLS)
     real = expert < LOCAL
-    first = first_token(chunk, first_chunks, first_tokens, other_tokens)
-    past = tl.minimum(first_token(chunk + 1, first_chunks, first_tokens, other_tokens), tokens)
+    first = first_token(chunk, first_chunks, first_tokens, other_tokens, EQUAL)
+    past = tl.minimum(first_token(chunk + 1, first_chunks, first_tokens, other_tokens, EQUAL), tokens)
     # A lane an expert, a warp EACH tokens one after the other: sums over tokens stay in a thread, those over experts in a warp. Triton lays
     # tiles out so because experts come first, in the order of what it stores by unordered pointers, and `pitch`, which is LOCAL, is not
     # known to it: else it reads four experts at once, and all is moved to be scanned and moved to be stored.
@@ -396,17 +392,17 @@ def route(logits: Slot, bias: Slot, offset: int, factor: float, round: Round) ->
         constants = (*choosing, height, plan.dense, plan.pdl)
         return [round.launch(route_kernel, 1, arguments, constants, tile.num_warps)]
     assert not tile.once or max(sizes.first_tokens, sizes.other_tokens) <= tile.place_t, f"of {sizes} {tile.place_t} tokens are placed"
-    runs = (sizes.first_chunks, sizes.first_tokens, sizes.other_tokens)
+    runs, equal = (sizes.first_chunks, sizes.first_tokens, sizes.other_tokens), not tile.first
     weights = (b["token_weight"], b["chunk_count"], b["chunk_kinds"])
     arguments = (logits, bias, *weights, sizes.tokens, offset, factor, g.top_k, *runs)
-    constants = (*choosing, height > 0, tile.once and tile.place_t == tile.block_t, plan.pdl)
-    two_fit = REGISTERS // (2 * 32 * tile.num_warps) if tile.first and by_warp else None
-    choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps, registers=two_fit)
+    constants = (*choosing, height > 0, tile.once and tile.place_t == tile.block_t, equal, plan.pdl)
+    choose = round.launch(choose_kernel, sizes.chunks, arguments, constants, tile.num_warps)
     arguments = (
         *weights, *lists, b["counters"], b["before"], round.way_taken, sizes.chunks, sizes.tokens, *runs, counter_count, local,
     )  # fmt: skip
     counts = max(1, min(tile.chunks, 8192 // cells))
     warps = 4 if tile.place_t * cells <= 2048 else 8
-    constants = (local, cells, g.top_k, tile.place_t, *small, height, filling, counts, tile.once, warps, known() and cells == 32, plan.pdl)
+    sorting = (tile.place_t, *small, height, filling, counts, tile.once, warps, known() and cells == 32, equal)
+    constants = (local, cells, g.top_k, *sorting, plan.pdl)
     place = round.launch(place_kernel, sizes.chunks, arguments, constants, warps)
     return [choose, place]

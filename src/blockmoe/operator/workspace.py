@@ -185,9 +185,9 @@ class Round:
         """Where routing notes which it is; anything where it has no choice."""
         return self.memory.get("way", self.memory["tile_count"])
 
-    def launch(self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int, **more: int | None) -> Launch:
-        """`arguments` are TMA descriptors, then slots, then numbers; `more` are `Launch`'s last."""
+    def launch(self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int, *, cluster: int = 1) -> Launch:
+        """`arguments` are TMA descriptors, then slots, then numbers."""
         described = sum(isinstance(a, Descriptor) for a in arguments)
         count = described + sum(isinstance(a, Slot) for a in arguments)
         slots, numbers = arguments[described:count], arguments[count:]
-        return Launch(kernel, programs, slots, numbers, constants, num_warps, self.plan.pdl, arguments[:described], **more)
+        return Launch(kernel, programs, slots, numbers, constants, num_warps, self.plan.pdl, arguments[:described], cluster)

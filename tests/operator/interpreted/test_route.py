@@ -100,11 +100,12 @@ def test_prefill(tokens, once):
 
 @pytest.mark.parametrize("tile", [
     RouteTile(4, 8, 4, False, False, 8), RouteTile(16, 8, 16, False, False, 4), RouteTile(16, 64, 16, False, True, 2),
-    RouteTile(4, 2, 4, False, False, 8),
+    RouteTile(4, 2, 4, False, False, 8), RouteTile(4, 16, 4, False, True, 8, 3), RouteTile(4, 2, 4, False, False, 8, 3),
+    RouteTile(16, 32, 16, False, True, 8, 4),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("name", ["prefill", "stream, small", "either, small", "sorted 64"])
 def test_chunks_of_any_size(name, tile):
-    """Chosen and sorted in several steps, or one of the two, none of which is full."""
+    """Chosen and sorted in several steps, or one of the two, none of which is full; first chunks of more tokens, and no others."""
     g = replace(TINY, hidden_size=256, intermediate_size=512)
     plan = replace({**layer.PLANS, **layer.PERSISTENT}[name], route=tile)
     agree(layer.make(g, 75, seed=75), g, 3, plan)

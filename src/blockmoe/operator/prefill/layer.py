@@ -29,7 +29,6 @@ from blockmoe.operator.prefill.parts import (
 from blockmoe.operator.prefill.turns import begin_turns, end_turns
 from blockmoe.operator.prefill.units import WORDS, K, draw, rows_there
 from blockmoe.operator.prefill.zeros import COLUMNS, PAGE, page_runs, write_zeros
-from blockmoe.operator.versions import known
 from blockmoe.operator.workspace import MOST_PROGRAMS, Round
 
 REGISTERS = (208, 40, 56)  # a thread of consumers, of loaders, of the four warps beside; with (216, 24, 56) 1 % slower
@@ -261,4 +260,4 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     arguments = (*boxes_of(w1, w2, out, tile, round), *inputs, *lists, round.sizes.tokens, round.sizes.rows)
     programs = round.sm_count // tile.cluster * tile.cluster
     constants = (*constants_of(tile, round), round.plan.pdl)
-    return [round.launch(prefill_kernel, programs, arguments, constants, 4, cluster=tile.cluster, heard=tile.cluster > 1 or known())]
+    return [round.launch(prefill_kernel, programs, arguments, constants, 4, cluster=tile.cluster)]

@@ -23,7 +23,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
-from blockmoe.operator.persistent import AHEAD, APART, BOTH, MULTICAST, barrier, proxy_fence, say, wait_until
+from blockmoe.operator.persistent import APART, BOTH, MULTICAST, barrier, proxy_fence, say, wait_until
 from blockmoe.operator.prefill.turns import give_turn, take_turn
 from blockmoe.operator.prefill.units import DOWN, END, K, hear_unit, wait_for_rows
 
@@ -245,7 +245,6 @@ def multiply(
     mbarrier.wait(full.index(stage), phase)
     # Warps go apart: each has waited for a stage itself, and what they read is freed behind a barrier of all four.
     for k in range(BLOCKS):
-        say(AHEAD)
         rows = x_buffers.index(2 * stage + GROUP)
         take_turn(GROUP, both)
         say(APART)
