@@ -74,7 +74,7 @@ class RouteTile:
     """`block_t` tokens at a time are chosen for, a warp each where num_warps allows; `place_t` at a time are sorted.
 
     One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`. At most `chunks` chunks, a power of two;
-    if `first`, so many of them take more tokens than the others, for whom they leave less of their multiprocessors.
+    if `first`, so many of them have a multiprocessor's first turn.
     """
 
     block_t: int
@@ -93,15 +93,17 @@ class RouteTile:
     def shares(self, tokens: int) -> tuple[int, int, int]:
         """Of two launches: how many chunks are first ones, how many tokens each of those has, and each of the others.
 
-        A multiprocessor runs two programs, of which the first one's warps go first: in 7.3 us it has 56 tokens behind it, the other 32, and
-        another 24 after 11.1 (H200, T = 14107; results/h200/operator/shares.txt). So the first ones take five eighths.
+        A multiprocessor runs two programs, of which the first one's warps go first, and to choose for `block_t` tokens takes as long as for
+        fewer. So of an odd number of times the first programs have one more. (H200, T = 14107, where each had 56 tokens: the last was done
+        after 11.4 us; with 64 and 46 after 10.0. Where the first had four times of six, or both of two, 0.4 to 0.6 us were lost: T = 11948,
+        4096. results/h200/operator/shares.txt, calls 6 and 8.)
         """
         if not self.first:
             return self.chunks, max(self.block_t, -(-tokens // self.chunks)), 0
         most = self.place_t // self.block_t if self.once else tokens
         others = self.chunks - self.first
         for rounds in range(1, 2 * tokens + 1):
-            own = min(most, -(-5 * rounds // 8)) if others else rounds
+            own = min(most, -(-rounds // 2)) if others else rounds
             if self.block_t * (self.first * own + others * (rounds - own)) >= tokens:
                 break
         if own == rounds:

@@ -101,7 +101,7 @@ def test_prefill(tokens, once):
 @pytest.mark.parametrize("tile", [
     RouteTile(4, 8, 4, False, False, 8), RouteTile(16, 8, 16, False, False, 4), RouteTile(16, 64, 16, False, True, 2),
     RouteTile(4, 2, 4, False, False, 8), RouteTile(4, 16, 4, False, True, 8, 3), RouteTile(4, 2, 4, False, False, 8, 3),
-    RouteTile(16, 32, 16, False, True, 8, 4),
+    RouteTile(16, 32, 16, False, True, 8, 6),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("name", ["prefill", "stream, small", "either, small", "sorted 64"])
 def test_chunks_of_any_size(name, tile):
