@@ -249,8 +249,8 @@ def test_digest_follows_the_modules_that_would_be_carried(tmp_path, monkeypatch)
     before = digest()
     (package / "bench" / "timing.py").write_text("")
     assert digest() == before
-    plan = package / "operator" / "plan.py"
-    plan.write_text(plan.read_text().replace("TOKEN_CHUNK = 16384", "TOKEN_CHUNK = 8192"))
+    chunks = package / "operator" / "chunks.py"
+    chunks.write_text(chunks.read_text().replace("TOKEN_CHUNK = 16384", "TOKEN_CHUNK = 8192"))
     assert digest() != before
 
 

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from blockmoe.geometry import BLOCK, MoEGeometry, Routing
+from blockmoe.operator.chunks import power_of_two_at_least
 from blockmoe.operator.machine import Machine, of_gpu
-from blockmoe.operator.plan import Plan, choose_plan, power_of_two_at_least
+from blockmoe.operator.plan import Plan, choose_plan
 from blockmoe.operator.versions import gluon, known, require_triton
 from blockmoe.operator.workspace import layout, rounds
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from blockmoe.geometry import BLOCK, MoEGeometry
+from blockmoe.operator.chunks import TOKEN_CHUNK, RouteTile, route_tile
 from blockmoe.operator.machine import H100, Machine
 
 Path = Literal["dense", "sorted", "stream", "wide", "prefill", "either"]
@@ -30,7 +31,6 @@ Path = Literal["dense", "sorted", "stream", "wide", "prefill", "either"]
 # A tile. T = 16 on an H200: 133.6 us, sorted 139.5 (12 experts); 168.0, 167.0 (15). On an H100, one consumer: 187.1, 186.8; 237.9, 228.0
 STREAM_DENSE_TOKENS = 16
 DENSE_TOKENS = 7  # elsewhere. T = 7: dense 115 us, the best sorted 116; T = 16: 209 and 203; T = 32: 271 and 247; T = 55: 444 and 352
-ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 WIDE_ROWS = 96  # mean rows an expert from which 128-row tiles win; at 28: sorted 574 us, wide 1018; at 128: 1032 and 996
 # The same for prefill. On an H200, uniform routing, T = 130, 193, 256, 300, 448, 500: 344.7, 337.6, 348.0, 347.9, 348.9, 350.7 us; stream
 # by tiles of 32 pairs 337.4, 331.4, 340.8, 342.2, 346.1, 348.4, of 64, in an earlier form, -, 335.9, 347.9, 350.3, 357.2, 354.7. Where all
@@ -54,61 +54,12 @@ CLUSTER_ROWS = 8
 # (results/h200/operator/tiles.txt).
 MEMORY_BOUND, FLIGHT = 2.25, 3
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
-TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
-FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
-MOST_COUNTED = 1023  # of tokens that are sorted at a time, in ten bits (`route.list_rows`)
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
-
-
-def power_of_two_at_least(n: int) -> int:
-    return 1 << max(n - 1, 0).bit_length()
 
 
 def tiles_of(pairs: Sequence[int], block_n: int) -> int:
     """How many of `block_n` pairs there are where each expert has so many."""
     return sum(-(-n // block_n) for n in pairs)
-
-
-@dataclass(frozen=True)
-class RouteTile:
-    """`block_t` tokens at a time are chosen for, a warp each where num_warps allows; `place_t` at a time are sorted.
-
-    One launch takes at most `block_t` tokens. `once`: with two, no chunk has more than `place_t`. At most `chunks` chunks, a power of two;
-    if `first`, so many of them have a multiprocessor's first turn.
-    """
-
-    block_t: int
-    place_t: int
-    num_warps: int
-    one_launch: bool
-    once: bool = False
-    chunks: int = FEW_CHUNKS
-    first: int = 0
-
-    def __post_init__(self) -> None:
-        assert self.chunks == power_of_two_at_least(self.chunks), "their counts are a tile"
-        assert max(self.block_t if self.one_launch else 0, self.place_t) <= MOST_COUNTED, "kinds are counted beside pairs"
-        assert self.first <= self.chunks and (not self.once or self.place_t % self.block_t == 0), "a chunk's tokens"
-
-    def shares(self, tokens: int) -> tuple[int, int, int]:
-        """Of two launches: how many chunks are first ones, how many tokens each of those has, and each of the others.
-
-        A multiprocessor runs two programs, of which the first one's warps go first, and to choose for `block_t` tokens takes as long as for
-        fewer. So of an odd number of times the first programs have one more. (H200, T = 14107, where each had 56 tokens: the last was done
-        after 11.4 us; with 64 and 46 after 10.0. Where the first had four times of six, or both of two, 0.4 to 0.6 us were lost: T = 11948,
-        4096. results/h200/operator/shares.txt, calls 6 and 8.)
-        """
-        if not self.first:
-            return self.chunks, max(self.block_t, -(-tokens // self.chunks)), 0
-        most = self.place_t // self.block_t if self.once else tokens
-        others = self.chunks - self.first
-        for rounds in range(1, 2 * tokens + 1):
-            own = min(most, -(-rounds // 2)) if others else rounds
-            if self.block_t * (self.first * own + others * (rounds - own)) >= tokens:
-                break
-        if own == rounds:
-            return self.first, -(-tokens // self.first), 0
-        return self.first, self.block_t * own, -(-(tokens - self.first * self.block_t * own) // others)
 
 
 @dataclass(frozen=True)
@@ -340,26 +291,6 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
         return Plan("sorted", route, GateUpTile(64, 32, 4, 4), DownTile(64, 32, 5, 4), pdl)
     block_n = 32 if rows <= 48 else 64  # at 28 (T = 901): 586 us and 602; between it and 128 nothing is measured
     return Plan("sorted", route, _tall(block_n, machine), DownTile(128, block_n, 4, 4), pdl)
-
-
-def route_tile(geometry: MoEGeometry, tokens: int, machine: Machine = H100) -> RouteTile:
-    local = power_of_two_at_least(geometry.num_local_experts)
-    if tokens == 1:
-        return RouteTile(1, 1, 1, True)
-    for block_t in (8, ONE_LAUNCH_TOKENS):
-        if tokens <= block_t:
-            return RouteTile(block_t, block_t, block_t, True)
-    # few warps a multiprocessor: its four schedulers take a token each, or two. T = 901, H200: 344.3 us by 16 tokens, 342.5 by 8, 345.0
-    # by 4 in 256 chunks; 600: 323.6, 323.1, 325.4; 1,024: 332.6, 332.4, 334.4 (results/h200/operator/ranks.txt, call 2), where one expert
-    # took 94 to 107 by 8, 93 in an earlier form by 16 (results/h200/curve/fourteenth.jsonl, thirteenth.jsonl)
-    for block_t, chunks in ((4, FEW_CHUNKS), (8, 120), (16, FEW_CHUNKS)):
-        if tokens <= block_t * chunks:
-            return RouteTile(block_t, block_t, block_t, False, True)
-    # two programs a multiprocessor. T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1
-    place_t = min(64, 4096 // local)
-    once = place_t * MOST_CHUNKS >= TOKEN_CHUNK
-    two_fit = geometry.num_experts <= 256  # of more a thread has 16, which take more registers
-    return RouteTile(16, place_t, 16, False, once, MOST_CHUNKS, min(machine.sm_count, MOST_CHUNKS) if two_fit else 0)
 
 
 def _even(geometry: MoEGeometry) -> bool:

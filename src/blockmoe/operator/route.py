@@ -28,10 +28,11 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.ballots import earlier_row, pairs_up_to_here
 from blockmoe.operator.choose import choose_experts, load_bias, two_largest
+from blockmoe.operator.chunks import power_of_two_at_least
 from blockmoe.operator.kernel_parts import before_next_kernel
 from blockmoe.operator.largest import LARGEST_EACH
 from blockmoe.operator.launch import Launch, Slot
-from blockmoe.operator.plan import MOST_TILES, TILES, Plan, power_of_two_at_least
+from blockmoe.operator.plan import MOST_TILES, TILES, Plan
 from blockmoe.operator.versions import known
 from blockmoe.operator.workspace import Round
 
