@@ -54,11 +54,13 @@ class RouteTile:
             return self.chunks, max(self.block_t, -(-tokens // self.chunks)), 0
         most = self.place_t // self.block_t if self.once else tokens
         others = self.chunks - self.first
-        for rounds in range(1, 2 * tokens + 1):
-            own = min(most, -(-rounds // 2)) if others else rounds
-            if self.block_t * (self.first * own + others * (rounds - own)) >= tokens:
-                break
-        if own == rounds:
+        own = theirs = 0
+        while self.block_t * (self.first * own + others * theirs) < tokens:  # in turn, the first ones first
+            if not others or own == theirs < most:
+                own += 1
+            else:
+                theirs += 1
+        if not theirs:
             return self.first, -(-tokens // self.first), 0
         return self.first, self.block_t * own, -(-(tokens - self.first * self.block_t * own) // others)
 
@@ -71,8 +73,8 @@ def route_tile(geometry: MoEGeometry, tokens: int, machine: Machine) -> RouteTil
         if tokens <= block_t:
             return RouteTile(block_t, block_t, block_t, True)
     # few warps a multiprocessor: its four schedulers take a token each, or two. T = 901, H200: 344.3 us by 16 tokens, 342.5 by 8, 345.0
-    # by 4 in 256 chunks; 600: 323.6, 323.1, 325.4; 1,024: 332.6, 332.4, 334.4 (results/h200/operator/ranks.txt, call 2), where one expert
-    # took 94 to 107 by 8, 93 in an earlier form by 16 (results/h200/curve/fourteenth.jsonl, thirteenth.jsonl)
+    # by 4 in 256 chunks; 600: 323.6, 323.1, 325.4; 1,024: 332.6, 332.4, 334.4 (results/h200/operator/ranks.txt, call 2), one expert
+    # at 1,024: 93.5, 93.2 (shares.txt, call 1)
     for block_t, chunks in ((4, FEW_CHUNKS), (8, 120), (16, FEW_CHUNKS)):
         if tokens <= block_t * chunks:
             return RouteTile(block_t, block_t, block_t, False, True)

@@ -12,7 +12,8 @@ def after_previous_kernel(PDL: tl.constexpr):
     """Wait for the kernel before, then let the next one take free multiprocessors; nothing where PDL is off.
 
     Every program of every kernel does this, or `before_next_kernel`, before its first dependent read and its first
-    write. A kernel that waits first lets the next one know that everything up to the kernel before it is complete.
+    write; but for `choose_kernel`, which lets the next one begin later. A kernel that waits first lets the next one know that everything up
+    to the kernel before it is complete.
     """
     if PDL:
         gdc_wait()
