@@ -95,8 +95,8 @@ def test_blackwell_of_little_shared_memory(key):
     assert aot.compiled(LITTLE[120][key], 120).shared <= 99 << 10
 
 
-SIZES = [*((HEADLINE, t) for t in (1, 7, 60, 901, 14107)), (TINY, 16)]
-SIZES += [(MoEGeometry(384, 48, 8, 7168, 2048), t) for t in (500, 4096)] + [(RENORMALIZE, t) for t in (901, 4096)]
+SIZES = [*((HEADLINE, t) for t in (1, 7, 60, 901, 4096, 14107)), (TINY, 16)]
+SIZES += [(MoEGeometry(384, 48, 8, 7168, 2048), t) for t in (500, 4096, 8192)] + [(RENORMALIZE, t) for t in (901, 4096, 8192)]
 TYPES = [(torch.float32, torch.float32), (torch.float32, torch.bfloat16), (torch.bfloat16, torch.bfloat16)]
 ROUTING = [
     pytest.param(g, tokens, *types, id=f"{g.num_experts}-{tokens}-{types[0].itemsize}-{types[1].itemsize}", marks=marks)
@@ -122,7 +122,7 @@ def test_a_token_is_chosen_for_by_one_warp(g, tokens, logits, bias):
 
 
 @pytest.mark.parametrize("g, tokens, machine, tma", [
-    *((HEADLINE, tokens, H200, True) for tokens in (80, 600, 901, 14107)), (HEADLINE, 901, H100, False),
+    *((HEADLINE, tokens, H200, True) for tokens in (80, 600, 901, 4096, 8192, 14107)), (HEADLINE, 901, H100, False),
     (HEADLINE, 14107, Machine(capability=80), False), (TINY, 40, H100, True), (MoEGeometry(64, 3, 8, 7168, 2048), 901, H200, True),
 ], ids=str)  # fmt: skip
 def test_a_lane_has_an_expert_where_a_warp_votes(g, tokens, machine, tma):

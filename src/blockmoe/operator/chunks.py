@@ -62,7 +62,9 @@ class RouteTile:
                 theirs += 1
         if not theirs:
             return self.first, -(-tokens // self.first), 0
-        return self.first, self.block_t * own, -(-(tokens - self.first * self.block_t * own) // others)
+        if (rest := tokens - self.first * self.block_t * own) > 0:
+            return self.first, self.block_t * own, -(-rest // others)
+        return self.first, -(-(tokens - others * self.block_t * theirs) // self.first), self.block_t * theirs
 
 
 def route_tile(geometry: MoEGeometry, tokens: int, machine: Machine) -> RouteTile:
@@ -75,11 +77,14 @@ def route_tile(geometry: MoEGeometry, tokens: int, machine: Machine) -> RouteTil
     # few warps a multiprocessor: its four schedulers take a token each, or two. T = 901, H200: 344.3 us by 16 tokens, 342.5 by 8, 345.0
     # by 4 in 256 chunks; 600: 323.6, 323.1, 325.4; 1,024: 332.6, 332.4, 334.4 (results/h200/operator/ranks.txt, call 2), one expert
     # at 1,024: 93.5, 93.2 (shares.txt, call 1)
-    for block_t, chunks in ((4, FEW_CHUNKS), (8, 120), (16, FEW_CHUNKS)):
-        if tokens <= block_t * chunks:
-            return RouteTile(block_t, block_t, block_t, False, True)
-    # two programs a multiprocessor. T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1
-    place_t = min(64, 4096 // local)
-    once = place_t * MOST_CHUNKS >= TOKEN_CHUNK
+    # Two programs a multiprocessor, with 16 tokens each: 2,200, 3,000, 4,096: 385.5, 405.1, 449.9 us, each sorting 64 with most of them
+    # masked 388.1, 408.2, 452.6 (results/h200/operator/chunks.txt, call 5)
+    for block_t, most in ((4, FEW_CHUNKS), (8, 120), (16, FEW_CHUNKS), (16, MOST_CHUNKS)):
+        if tokens <= block_t * most:
+            return RouteTile(block_t, block_t, block_t, False, True, power_of_two_at_least(most))
+    # T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1. T = 6000, 8192, H200: 12.4, 13.5 us by 32 to sort, by 64
+    # 13.0, 14.3 (chunks.txt, call 5)
+    place_t = min(32 if tokens <= 32 * MOST_CHUNKS else 64, 4096 // local)
+    once = place_t * MOST_CHUNKS >= tokens
     two_fit = geometry.num_experts <= 256  # of more a thread has 16, which take more registers
     return RouteTile(16, place_t, 16, False, once, MOST_CHUNKS, min(machine.sm_count, MOST_CHUNKS) if two_fit else 0)
