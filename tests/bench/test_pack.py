@@ -12,6 +12,7 @@ from blockmoe.bench.bundled import definition_of
 from blockmoe.bench.dataset import Dataset, DatasetError, bundled_root, bundled_solutions, copy_task
 from blockmoe.bench.pack import PACKAGE_FOLDER, add_folders, pack, read_manifest, solution_folders, write_packed
 from blockmoe.bench.schema import Solution
+from blockmoe.bench.sources import renamed
 from blockmoe.geometry import GEOMETRIES, HEADLINE, TINY
 
 MANIFEST = """
@@ -226,6 +227,43 @@ def test_neighbours_are_found_before_anything_is_imported(folder, tmp_path, entr
     module = entry_file.removesuffix(".py").replace("/", ".")
     code = f"from package.{module} import __doc__, run; print(run(), 'than' in __doc__)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path).split() == ["neighbour", "True"]
+
+
+def test_neighbours_of_one_name_are_each_solution_s_own(folder, tmp_path):
+    """Other tools import several solutions in one process. Also where one imports when it is called, and where what it imports imports."""
+    (folder / "solution.toml").write_text(MANIFEST.replace("geometry_line = true\n", ""))
+    main = "import json, steps, parts.more as more\n\n\n"
+    main += "def run():\n    from steps import late\n    return [steps.now(), late(), more.deep()]\n"
+    (folder / "main.py").write_text(main)
+    for name in ("a", "b"):
+        (folder / "steps.py").write_text(f"def now(): return '{name}'\ndef late(): return '{name}'\n")
+        (folder / "parts" / "more.py").write_text("from steps import now\n\n\ndef deep(): return now()\n")
+        solution = written(pack(folder, HEADLINE.definition_name), tmp_path / name)
+        paths = [source.path for source in solution.sources]
+        assert "main.py" in paths and not {"steps.py", "parts/more.py"} & set(paths)
+        build(solution, tmp_path / f"package_{name}")
+    code = "import package_a.main as a, package_b.main as b; print(*a.run(), *b.run())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path).split() == [*"aaabbb"]
+
+
+@pytest.mark.parametrize("main", [
+    "import steps.more\n", "from .steps import run\n", "from importlib import import_module\n\nrun = import_module('steps').run\n",
+    "from pathlib import Path\n\nrun = Path(__file__).with_name('steps.py').read_text\n",
+])  # fmt: skip
+def test_names_that_may_be_needed_stay(folder, tmp_path, main):
+    (folder / "solution.toml").write_text(MANIFEST.replace("geometry_line = true\n", ""))
+    (folder / "main.py").write_text(main)
+    (folder / "steps.py").write_text("def run(): pass\n")
+    assert "steps.py" in [source.path for source in written(pack(folder, HEADLINE.definition_name), tmp_path).sources]
+
+
+def test_imports_are_renamed_where_they_stand():
+    other = "(\n    b,\n)\nfrom stepson import c\nfrom .steps import d\n"
+    content = "é = 1; import os, steps, steps as s; from  steps.a import " + other
+    new = "é = 1; import os, steps_1 as steps, steps_1 as s; from steps_1.a import " + other
+    assert renamed("main.py", content, {"steps": "steps_1"}) == new
+    with pytest.raises(DatasetError, match="main.py: line 1: expected the module on the line"):
+        renamed("main.py", "from \\\n steps import a\n", {"steps": "steps_1"})
 
 
 def test_one_file_is_written_as_it_is(folder, tmp_path):

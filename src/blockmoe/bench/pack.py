@@ -18,9 +18,6 @@ A folder `solutions/NAME/` has a manifest `solution.toml` and its sources:
 The packed form is the format's Solution: one JSON a definition. What `write_packed` writes needs no installed blockmoe where
 the manifest says `bundle`: the modules go with it under the package name `blockmoe_DIGEST`, so that they never meet an
 installed package. A folder that is run, not written, imports the installed one.
-
-An entry file imports its neighbours by name (`from steps import ...`), as it may where this bench runs it. Other tools import it as a
-module of a package, so that the written form first puts the sources' root on the path.
 """
 
 from __future__ import annotations
@@ -38,6 +35,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from blockmoe import __version__
 from blockmoe.bench.dataset import Dataset, DatasetError, first_fault, read_text, unknown
 from blockmoe.bench.schema import BuildSpec, Name, Solution, SourceFile, digest
+from blockmoe.bench.sources import finding_neighbours, named_apart, parsed, renamed
 from blockmoe.files import write_whole
 from blockmoe.geometry import HEADLINE, MoEGeometry
 
@@ -50,12 +48,6 @@ SIZES_MARK = "__"  # between a packed solution's name and its definition's sizes
 PACKAGE = "blockmoe"
 PACKAGE_FOLDER = Path(__file__).parents[1]
 SOURCE_SUFFIXES = (".py", ".cu", ".cuh", ".cpp", ".h", ".hpp")
-FINDS_NEIGHBOURS = """\
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[{depth}]))  # where a tool imports this file only, its neighbours are found
-"""
 # Of the carried package. Tools import solutions of one digest from the files of the first, and remove those when they like.
 CARRIED_INIT = '''\
 """Of blockmoe {version} what this solution needs, all imported at once: when a call wants a module its file may be gone."""
@@ -139,7 +131,10 @@ def bundled(solution: Solution) -> Solution:
     others = {name for path, content in carried.items() for name in _other_packages(path, content)}
     spec = solution.spec
     spec = spec.model_copy(update={"dependencies": sorted({*spec.dependencies, *others} - {PACKAGE})})
-    files = [SourceFile(path=path, content=_renamed(path, content, package) or "\n") for path, content in sources.items()]
+    files = []
+    for path, content in sources.items():
+        content = renamed(path, content, {PACKAGE: package}) if path.endswith(".py") else content
+        files.append(SourceFile(path=path, content=content or "\n"))
     return solution.model_copy(update={"sources": files, "spec": spec})
 
 
@@ -159,17 +154,10 @@ def _modules_imported(path: str, content: str) -> set[str]:
     return {module for node in _own_imports(path, content) for module in _module_files(path, node)}
 
 
-def _parsed(path: str, content: str) -> ast.Module:
-    try:
-        return ast.parse(content, path)
-    except SyntaxError as error:
-        raise DatasetError(f"{path}: line {error.lineno}: {error.msg}") from None
-
-
 def _own_imports(path: str, content: str) -> list[ast.ImportFrom]:
     """The statements that import from this package, wherever they stand."""
     found = []
-    for node in ast.walk(_parsed(path, content)):
+    for node in ast.walk(parsed(path, content)):
         if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module and node.module.split(".")[0] == PACKAGE:
             found.append(node)
         elif isinstance(node, ast.Import) and any(alias.name.split(".")[0] == PACKAGE for alias in node.names):
@@ -192,45 +180,12 @@ def _module_files(path: str, node: ast.ImportFrom) -> set[str]:
 def _other_packages(path: str, content: str) -> set[str]:
     """Installed packages that a file imports."""
     names = set()
-    for node in ast.walk(_parsed(path, content)):
+    for node in ast.walk(parsed(path, content)):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
             names.add(node.module.split(".")[0])
     return names - sys.stdlib_module_names - {PACKAGE}
-
-
-def _renamed(path: str, content: str, package: str) -> str:
-    """`from blockmoe... import` as `from PACKAGE... import`; line numbers stay."""
-    if not path.endswith(".py"):
-        return content
-    lines = content.split("\n")
-    for node in _own_imports(path, content):
-        lines[node.lineno - 1] = re.sub(rf"\bfrom {PACKAGE}\b", f"from {package}", lines[node.lineno - 1], count=1)
-    return "\n".join(lines)
-
-
-def _finding_neighbours(solution: Solution) -> Solution:
-    """The solution with `FINDS_NEIGHBOURS` before what its entry file does first; the same where it has one Python file."""
-    entry_file = solution.spec.entry_point.split("::")[0]
-    if not entry_file.endswith(".py") or sum(source.path.endswith(".py") for source in solution.sources) == 1:
-        return solution
-    text = FINDS_NEIGHBOURS.format(depth=entry_file.count("/"))
-    files = [
-        source.model_copy(update={"content": _with_first(source.path, source.content, text)}) if source.path == entry_file else source
-        for source in solution.sources
-    ]
-    return solution.model_copy(update={"sources": files})
-
-
-def _with_first(path: str, content: str, text: str) -> str:
-    """Python with `text` before its first statement but for docstring and `from __future__` imports, which stay first."""
-    tree = _parsed(path, content)
-    first = [node for node in tree.body[:1] if ast.get_docstring(tree, clean=False) is not None]
-    first += [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module == "__future__"]
-    lines = content.split("\n")
-    at = max((node.end_lineno for node in first), default=0)
-    return "\n".join([*lines[:at], *([""] if at else []), *text.rstrip("\n").split("\n"), *lines[at:]])
 
 
 def solution_folders(root: Path) -> list[Path]:
@@ -266,7 +221,7 @@ def write_packed(solution: Solution, op_type: str, root: Path) -> Path:
     if (solution.model_extra or {}).get("bundle"):
         solution = bundled(solution)
         del solution.model_extra["bundle"]
-    solution = _finding_neighbours(solution)
+    solution = finding_neighbours(named_apart(solution, (f"{PACKAGE}_",)))
     if solution.definition != HEADLINE.definition_name:
         suffix = solution.definition.removeprefix("moe_fp8_block_scale_")
         solution = solution.model_copy(update={"name": f"{solution.name}{SIZES_MARK}{suffix}"})
