@@ -14,7 +14,7 @@ from blockmoe.operator.machine import Machine
 ONE_LAUNCH_TOKENS = 16  # of routing, a warp each; T = 16: 8.3 us, in two launches 8.4; 32: 12.5, 8.4
 TOKEN_CHUNK = 16384  # more tokens run as several rounds, which bounds the workspace
 FEW_CHUNKS, MOST_CHUNKS = 128, 256  # programs that sort; each reads the counts of all
-MOST_COUNTED = 1023  # of tokens that are sorted at a time, in ten bits (`route.list_rows`)
+MOST_COUNTED = 1023  # of tokens that are sorted at a time, in ten bits (`lists.list_rows`)
 
 
 def power_of_two_at_least(n: int) -> int:

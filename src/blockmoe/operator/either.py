@@ -12,10 +12,10 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_wait
 
 from blockmoe.operator.launch import Launch, Slot
+from blockmoe.operator.lists import LISTS
 from blockmoe.operator.prefill import layer as by_prefill
 from blockmoe.operator.prefill.layer import meeting_places as prefill_places
 from blockmoe.operator.prefill.layer import prefill
-from blockmoe.operator.route import LISTS
 from blockmoe.operator.stream import layer as by_stream
 from blockmoe.operator.stream.layer import give_up, streams
 from blockmoe.operator.stream.layer import meeting_places as stream_places

@@ -9,9 +9,9 @@ from triton.language.extra.cuda import gdc_wait
 
 from blockmoe.geometry import BLOCK, MoEGeometry
 from blockmoe.operator.launch import Descriptor, Launch, Slot, descriptor
+from blockmoe.operator.lists import LISTS
 from blockmoe.operator.persistent import unit_queue
 from blockmoe.operator.plan import StreamTile
-from blockmoe.operator.route import LISTS
 from blockmoe.operator.stream.compute import consumer
 from blockmoe.operator.stream.load import pairs_producer, weights_producer
 from blockmoe.operator.stream.sums import STORED, teller
