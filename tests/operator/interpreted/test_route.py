@@ -145,6 +145,17 @@ def test_chosen_plans(g, tokens):
     agree(layer.make(g, tokens, seed=tokens), g, min(5, g.num_experts - g.num_local_experts), choose_plan(g, tokens))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "chunks"), [(2049, (129, 16, 0)), (4097, (248, 17, 16)), (8193, (256, 48, 15))])
+def test_chosen_chunks_of_many_tokens(tokens, chunks):
+    """The last begins behind the middle of one; the first has a token more than a step; unequal ones, of which the others end in a step."""
+    g = MoEGeometry(8, 4, 2, 512, 512)
+    plan = choose_plan(g, tokens)
+    found = sizes(g, tokens, plan)
+    assert plan.path == "prefill" and (found.chunks, found.first_tokens, found.other_tokens) == chunks
+    agree(layer.make(g, tokens, seed=tokens), g, 3, plan)
+
+
 ONCE = [layer.PLANS["dense 32"], layer.PLANS["sorted 64"], layer.PERSISTENT["dense"]]  # the last by warps
 
 
