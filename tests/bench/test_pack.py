@@ -232,6 +232,8 @@ def test_neighbours_are_found_before_anything_is_imported(folder, tmp_path, entr
 def test_neighbours_of_one_name_are_each_solution_s_own(folder, tmp_path):
     """Other tools import several solutions in one process. Also where one imports when it is called, and where what it imports imports."""
     (folder / "solution.toml").write_text(MANIFEST.replace("geometry_line = true\n", ""))
+    (folder / "parts" / "kernel.cu").unlink()
+    (folder / "__init__.py").write_text("")
     main = "import json, steps, parts.more as more\n\n\n"
     main += "def run():\n    from steps import late\n    return [steps.now(), late(), more.deep()]\n"
     (folder / "main.py").write_text(main)
@@ -240,21 +242,32 @@ def test_neighbours_of_one_name_are_each_solution_s_own(folder, tmp_path):
         (folder / "parts" / "more.py").write_text("from steps import now\n\n\ndef deep(): return now()\n")
         solution = written(pack(folder, HEADLINE.definition_name), tmp_path / name)
         paths = [source.path for source in solution.sources]
-        assert "main.py" in paths and not {"steps.py", "parts/more.py"} & set(paths)
+        assert {"__init__.py", "main.py"} < set(paths) and not {"steps.py", "parts/more.py"} & set(paths)
         build(solution, tmp_path / f"package_{name}")
     code = "import package_a.main as a, package_b.main as b; print(*a.run(), *b.run())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path).split() == [*"aaabbb"]
 
 
 @pytest.mark.parametrize("main", [
-    "import steps.more\n", "from .steps import run\n", "from importlib import import_module\n\nrun = import_module('steps').run\n",
-    "from pathlib import Path\n\nrun = Path(__file__).with_name('steps.py').read_text\n",
+    "from .steps import run", "from . import steps\nrun = steps.run", "run = __import__('steps').run",
+    "run = __import__(f'st{chr(101)}ps').run",
+    "exec('from steps import run')", "from pathlib import Path\nexec(Path(__file__).with_name('steps.py').read_text('utf-8-sig'))",
+    "import os\nrun = lambda: len(open(f'{os.path.dirname(__file__)}/steps.py').read()) > 9", "from \\\n steps import run",
+    "import pack.steps\nrun = pack.steps.run", "from pack.steps import run",
 ])  # fmt: skip
 def test_names_that_may_be_needed_stay(folder, tmp_path, main):
+    """As `pack`'s does, beside which there is a kernel."""
     (folder / "solution.toml").write_text(MANIFEST.replace("geometry_line = true\n", ""))
     (folder / "main.py").write_text(main)
-    (folder / "steps.py").write_text("def run(): pass\n")
-    assert "steps.py" in [source.path for source in written(pack(folder, HEADLINE.definition_name), tmp_path).sources]
+    (folder / "pack").mkdir()
+    for path, content in {"__init__.py": "", "steps.py": "def run(): return True\n", "kernel.cuh": '#include "kernel.cuh"\n'}.items():
+        (folder / "pack" / path).write_text(content)
+    (folder / "steps.py").write_text("\ufeffdef run(): return True\n", encoding="utf-8")
+    solution = written(pack(folder, HEADLINE.definition_name), tmp_path)
+    assert {"pack/steps.py", *(["steps.py"] if "pack" not in main else [])} < {source.path for source in solution.sources}
+    build(solution, tmp_path / "package")
+    code = "from package.main import run; print(run())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path) == "True\n"
 
 
 def test_imports_are_renamed_where_they_stand():
@@ -307,6 +320,20 @@ output = torch.full_like(inputs[2], float("nan"), dtype=torch.bfloat16)
 main.run(*inputs, offset, factor, output)
 torch.save(output, sys.argv[3])
 """
+
+
+def test_a_bundle_beside_neighbours_keeps_its_name(folder, tmp_path):
+    (folder / "solution.toml").write_text(MANIFEST.replace("geometry_line", "bundle = true\ngeometry_line"))
+    (folder / "main.py").write_text("from steps import TINY\nGEOMETRY = None\n\ndef run(): return TINY.hidden_size\n")
+    (folder / "steps.py").write_text("from blockmoe.geometry import TINY\n")
+    solution = written(pack(folder, HEADLINE.definition_name), tmp_path)
+    found = {source.path.split("/")[0] for source in solution.sources} - {"main.py", "parts"}
+    [package] = [name for name in found if name.startswith("blockmoe_")]
+    [steps] = found - {package}
+    assert len(package) == len("blockmoe_") + 16 and steps.startswith("steps_")
+    build(solution, tmp_path / "package")
+    code = "from package.main import run; print(run())"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path) == f"{TINY.hidden_size}\n"
 
 
 def test_bundled_solution_runs_without_the_package(tmp_path):

@@ -51,6 +51,16 @@ def test_chunks_share_all_tokens(sm_count):
         assert 0 <= found.other_tokens <= found.first_tokens
 
 
+def test_what_is_sorted_at_a_time():
+    """No more than a chunk may have; up to 4,096 tokens it has what is chosen for at a time."""
+    found = {t: choose_plan(HEADLINE, t).route for t in (512, 513, 961, 2048, 2049, 4096, 4097, 8192, 8193)}
+    assert {t: (r.block_t, r.place_t, r.once, r.chunks, r.first) for t, r in found.items()} == {
+        512: (4, 4, True, 128, 0), 513: (8, 8, True, 128, 0), 961: (16, 16, True, 128, 0), 2048: (16, 16, True, 128, 0),
+        2049: (16, 16, True, 256, 0), 4096: (16, 16, True, 256, 0), 4097: (16, 32, True, 256, 132), 8192: (16, 32, True, 256, 132),
+        8193: (16, 64, True, 256, 132),
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize("machine", [H100, H200], ids=str)
 def test_few_experts_of_many_choices(machine):
     """Of 17 to 64 tokens, whose experts may have as many rows as prefill wants, though none more than a small tile."""

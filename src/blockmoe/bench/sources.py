@@ -2,7 +2,8 @@
 
 An entry file imports its neighbours by name (`from steps import ...`), as it may where this bench runs it. Other tools import it as a
 module of a package, so that the written form first puts the sources' root on the path. And they import several solutions in one
-process, where one name stands for one module, so that neighbours are named by what they contain: `steps_DIGEST`.
+process, where one name stands for one module, so that neighbours are named by what they contain, `steps_DIGEST`, where nothing but
+imports that can be rewritten may need their names.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[{depth}]))  # where a tool imports
 def parsed(path: str, content: str) -> ast.Module:
     """The syntax tree of a file; raises DatasetError naming file and line."""
     try:
-        return ast.parse(content, path)
+        return ast.parse(content.removeprefix("\ufeff"), path)
     except SyntaxError as error:
         raise DatasetError(f"{path}: line {error.lineno}: {error.msg}") from None
 
@@ -51,25 +52,33 @@ def renamed(path: str, content: str, names: dict[str, str]) -> str:
 
 
 def named_apart(solution: Solution, also: tuple[str, ...] = ()) -> Solution:
-    """The solution with its entry file's neighbours named by what they contain. Not: a package that the entry file is in, what begins with
-    one of `also`, and names that `import a.b` makes known, that are imported from where a file is (`from .a`), or that stand in a string,
-    by which they may be imported or opened."""
+    """The solution with modules and packages (of Python alone) that lie beside its entry file at the root named by what they contain.
+
+    As they are stay: names that begin with one of `also`; that stand in a string or in a source that is not Python, by which they may be
+    imported or opened; that `import a.b` makes known, or that are imported from where a file is (`from .a`). And all where a file is not
+    Python as it is known here, or an import can't be rewritten.
+    """
     entry_file = solution.spec.entry_point.split("::")[0]
     python = {source.path: source.content for source in solution.sources if source.path.endswith(".py")}
-    candidates = {_name(path) for path in python} - {_name(entry_file), "__init__"}
-    kept = {name for path, content in python.items() for name in _needed_as_they_are(path, content)}
-    names = {name for name in candidates - kept if not name.startswith(also)}
-    if not names:
+    others = {source.path: source.content for source in solution.sources if source.path not in python}
+    modules = {_name(path) for path in python if "/" not in path}
+    packages = {_name(path) for path in python if path.count("/") == 1 and path.endswith("/__init__.py")} - set(map(_name, others))
+    names = {name for name in (modules | packages) - {_name(entry_file), "__init__"} if not name.startswith(also)}
+    if not names or (modules & packages & names):
         return solution
-    mark = digest(sorted((path, content) for path, content in python.items() if _name(path) in names))
-    new = {name: f"{name}_{mark}" for name in sorted(names)}
-    files = []
-    for source in solution.sources:
-        first, *rest = source.path.split("/")
-        if rest or source.path in python:
-            first = first.replace(_name(first), new.get(_name(first), _name(first)), 1)
-        content = renamed(source.path, source.content, new) if source.path in python else source.content
-        files.append(source.model_copy(update={"path": "/".join([first, *rest]), "content": content}))
+    try:
+        names = {name for name in names if not any(_needs(name, path, content) for path, content in python.items())}
+        names = {name for name in names if not any(name in content for content in others.values())}
+        mark = digest(sorted((path, content) for path, content in python.items() if _name(path) in names))
+        new = {name: f"{name}_{mark}" for name in names}
+        contents = {path: renamed(path, content, new) for path, content in python.items()}
+    except DatasetError:
+        return solution
+    paths = {path: new.get(_name(path), _name(path)) + path[len(_name(path)) :] for path in python}
+    files = [
+        source.model_copy(update={"path": paths[source.path], "content": contents[source.path]}) if source.path in python else source
+        for source in solution.sources
+    ]
     return solution.model_copy(update={"sources": files})
 
 
@@ -95,17 +104,24 @@ def _name(path: str) -> str:
     return path.split("/")[0].removesuffix(".py")
 
 
-def _needed_as_they_are(path: str, content: str) -> set[str]:
-    """Names that a file makes known by `import a.b`, imports from where it is, or has in strings."""
-    found = set()
-    for node in ast.walk(parsed(path, content)):
+def _needs(name: str, path: str, content: str) -> bool:
+    """Whether a file may need a module's name for more than imports that `renamed` rewrites."""
+    tree = parsed(path, content)
+    docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {_top(alias.name) for alias in node.names if "." in alias.name and not alias.asname}
+            if any(_top(alias.name) == name != alias.name and not alias.asname for alias in node.names):
+                return True
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
-            found |= {_top(node.module), *(alias.name for alias in node.names)}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found.add(re.split(r"[./]", node.value, maxsplit=1)[0])
-    return found
+            if name in (_top(node.module), *(alias.name for alias in node.names)):
+                return True
+        elif isinstance(node, ast.JoinedStr):  # what it begins may be a name
+            pieces = [piece.value for piece in node.values if isinstance(piece, ast.Constant)]
+            if any(name.startswith(begun) for piece in pieces if (begun := re.split(r"\W", piece)[-1])):
+                return True
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings and name in node.value:
+            return True
+    return False
 
 
 def _with_first(path: str, content: str, text: str) -> str:

@@ -48,7 +48,7 @@ class RouteTile:
         A multiprocessor runs two programs, of which the first one's warps go first, and to choose for `block_t` tokens takes as long as for
         fewer. So of an odd number of times the first programs have one more. (H200, T = 14107, where each had 56 tokens: the last was done
         after 11.4 us; with 64 and 46 after 10.0. Where the first had four times of six, or both of two, 0.4 to 0.6 us were lost: T = 11948,
-        4096. results/h200/operator/shares.txt, calls 6 and 8.)
+        4096 as it was then. results/h200/operator/shares.txt, calls 6 and 8.)
         """
         if not self.first:
             return self.chunks, max(self.block_t, -(-tokens // self.chunks)), 0

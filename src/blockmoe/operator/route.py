@@ -9,9 +9,9 @@ Two steps. A token's experts are chosen, mostly by one warp (`choose_experts`); 
 tile_begin, tile_end) is made, the pairs are sorted by expert, then token (pair_token, pair_weight), and how many each token
 has is noted (token_pairs), with its rows for the combine (token_pair) or, for prefill, the tile of each pair's predecessor in
 its token (before). For the combine each token has a slot (slot_token), where token_pairs and token_pair stand: tokens with pairs
-come first (slot_count), of those the ones with few. `route_kernel` does both in one program and holds all tokens' weights in
-registers. `choose_kernel` and `place_kernel` take a program a run ("chunk") of tokens, with each token's weight for every
-local expert and each chunk's pairs an expert in memory between them.
+come first (slot_count), of those the ones with few. All these `lists.py` writes. `route_kernel` does both steps in one program and holds
+all tokens' weights in registers. `choose_kernel` and `place_kernel` take a program a run ("chunk") of tokens, with each token's weight for
+every local expert and each chunk's pairs an expert in memory between them.
 
 What it costs is latency: of the launches, of a few dependent reads, and of instructions out of a cold cache. So loops stay
 loops, but where a warp chooses by itself, and reads are asked for before they are needed.
