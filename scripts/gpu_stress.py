@@ -80,7 +80,7 @@ class Stress:
                 made = self.session.attempt(
                     f"{g.definition_name} {mode}", lambda g=g, mode=mode: self.layer(mode) if g == self.g else self._other(g, mode)
                 )
-                for tokens in (*sizes, 11948, 14107) if g == HEADLINE else sizes:
+                for tokens in (*sizes, 4097, 6000, 11948, 14107) if g == HEADLINE else sizes:
                     label = f"{g.definition_name} {mode} T={tokens}"
                     if made and (opened := self.session.attempt(label, partial(made.open, tokens))):
                         self.check(label, *opened, g)
