@@ -270,6 +270,13 @@ def test_names_that_may_be_needed_stay(folder, tmp_path, main):
     assert subprocess.check_output([sys.executable, "-c", code], text=True, cwd=tmp_path) == "True\n"
 
 
+def test_beside_what_is_not_python_names_stay(folder, tmp_path):
+    manifest = MANIFEST.replace("main.py::", "parts/kernel.cu::").replace('"python"', '"cuda"').replace("geometry_line = true\n", "")
+    (folder / "solution.toml").write_text(manifest)
+    solution = pack(folder, HEADLINE.definition_name)
+    assert written(solution, tmp_path).sources == solution.sources and "main.py" in [source.path for source in solution.sources]
+
+
 def test_imports_are_renamed_where_they_stand():
     other = "(\n    b,\n)\nfrom stepson import c\nfrom .steps import d\n"
     content = "é = 1; import os, steps, steps as s; from  steps.a import " + other

@@ -64,7 +64,7 @@ def named_apart(solution: Solution, also: tuple[str, ...] = ()) -> Solution:
     modules = {_name(path) for path in python if "/" not in path}
     packages = {_name(path) for path in python if path.count("/") == 1 and path.endswith("/__init__.py")} - set(map(_name, others))
     names = {name for name in (modules | packages) - {_name(entry_file), "__init__"} if not name.startswith(also)}
-    if not names or (modules & packages & names):
+    if not entry_file.endswith(".py") or not names or (modules & packages & names):
         return solution
     try:
         names = {name for name in names if not any(_needs(name, path, content) for path, content in python.items())}
