@@ -221,7 +221,7 @@ def write_packed(solution: Solution, op_type: str, root: Path) -> Path:
     if (solution.model_extra or {}).get("bundle"):
         solution = bundled(solution)
         del solution.model_extra["bundle"]
-    solution = finding_neighbours(named_apart(solution, (f"{PACKAGE}_",)))
+    solution = finding_neighbours(named_apart(solution, f"{PACKAGE}_"))
     if solution.definition != HEADLINE.definition_name:
         suffix = solution.definition.removeprefix("moe_fp8_block_scale_")
         solution = solution.model_copy(update={"name": f"{solution.name}{SIZES_MARK}{suffix}"})

@@ -51,23 +51,24 @@ def renamed(path: str, content: str, names: dict[str, str]) -> str:
     return b"\n".join(lines).decode()
 
 
-def named_apart(solution: Solution, also: tuple[str, ...] = ()) -> Solution:
+def named_apart(solution: Solution, carried: str) -> Solution:
     """The solution with modules and packages (of Python alone) that lie beside its entry file at the root named by what they contain.
 
-    As they are stay: names that begin with one of `also`; that stand in a string or in a source that is not Python, by which they may be
-    imported or opened; that `import a.b` makes known, or that are imported from where a file is (`from .a`). And all where a file is not
-    Python as it is known here, or an import can't be rewritten.
+    As they are stay: names that begin with `carried`, a bundle's; that stand in a string or in a source that is not Python, by which they
+    may be imported or opened; that `import a.b` makes known, or that are imported from where a file is (`from .a`). And all where a file is
+    not Python as it is known here, or an import can't be rewritten.
     """
     entry_file = solution.spec.entry_point.split("::")[0]
     python = {source.path: source.content for source in solution.sources if source.path.endswith(".py")}
     others = {source.path: source.content for source in solution.sources if source.path not in python}
     modules = {_name(path) for path in python if "/" not in path}
     packages = {_name(path) for path in python if path.count("/") == 1 and path.endswith("/__init__.py")} - set(map(_name, others))
-    names = {name for name in (modules | packages) - {_name(entry_file), "__init__"} if not name.startswith(also)}
+    names = {name for name in (modules | packages) - {_name(entry_file), "__init__"} if not name.startswith(carried)}
     if not entry_file.endswith(".py") or not names or (modules & packages & names):
         return solution
     try:
-        names = {name for name in names if not any(_needs(name, path, content) for path, content in python.items())}
+        for path, content in python.items():
+            names -= _needed(names, path, content)
         names = {name for name in names if not any(name in content for content in others.values())}
         mark = digest(sorted((path, content) for path, content in python.items() if _name(path) in names))
         new = {name: f"{name}_{mark}" for name in names}
@@ -104,24 +105,22 @@ def _name(path: str) -> str:
     return path.split("/")[0].removesuffix(".py")
 
 
-def _needs(name: str, path: str, content: str) -> bool:
-    """Whether a file may need a module's name for more than imports that `renamed` rewrites."""
+def _needed(names: set[str], path: str, content: str) -> set[str]:
+    """Those of some modules' names that a file may need for more than imports that `renamed` rewrites."""
     tree = parsed(path, content)
     docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)}
+    found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            if any(_top(alias.name) == name != alias.name and not alias.asname for alias in node.names):
-                return True
+            found |= {_top(alias.name) for alias in node.names if "." in alias.name and not alias.asname}
         elif isinstance(node, ast.ImportFrom) and node.level > 0:
-            if name in (_top(node.module), *(alias.name for alias in node.names)):
-                return True
+            found |= {_top(node.module), *(alias.name for alias in node.names)}
         elif isinstance(node, ast.JoinedStr):  # what it begins may be a name
-            pieces = [piece.value for piece in node.values if isinstance(piece, ast.Constant)]
-            if any(name.startswith(begun) for piece in pieces if (begun := re.split(r"\W", piece)[-1])):
-                return True
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings and name in node.value:
-            return True
-    return False
+            begun = (re.split(r"\W", piece.value)[-1] for piece in node.values if isinstance(piece, ast.Constant))
+            found |= {name for start in begun if start for name in names if name.startswith(start)}
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
+            found |= {name for name in names if name in node.value}
+    return names & found
 
 
 def _with_first(path: str, content: str, text: str) -> str:

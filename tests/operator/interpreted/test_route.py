@@ -148,7 +148,7 @@ def test_chosen_plans(g, tokens):
 @pytest.mark.slow
 @pytest.mark.parametrize(("tokens", "chunks"), [(2049, (129, 16, 0)), (4097, (248, 17, 16)), (8193, (256, 48, 15))])
 def test_chosen_chunks_of_many_tokens(tokens, chunks):
-    """The last begins behind the middle of one; the first has a token more than a step; unequal ones, of which the others end in a step."""
+    """A token behind full chunks; first chunks of a token more than a step; first ones of three steps, others of one."""
     g = MoEGeometry(8, 4, 2, 512, 512)
     plan = choose_plan(g, tokens)
     found = sizes(g, tokens, plan)
