@@ -34,6 +34,8 @@ PERSISTENT = {  # for the emulator
     "prefill": Plan("prefill", IN_TWO, PrefillTile(4, 1, flight=3)),
     "cluster": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3)),
     "cluster, many": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3, many=2)),
+    "prefill, apart": Plan("prefill", IN_TWO, PrefillTile(4, 1, flight=3, apart=9)),
+    "cluster, apart": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3, apart=9)),
     "dense": Plan("stream", RouteTile(16, 16, 16, True), StreamTile(64, 16, 10, dense=True, flight=3)),
     "stream 256x32": Plan("stream", IN_TWO, StreamTile(128, 32, 6, flight=3)),
     "stream 256x64": Plan("stream", IN_TWO, replace(BOTH, small=None)),
@@ -46,7 +48,8 @@ PERSISTENT = {  # for the emulator
     "either, prefill": Plan("either", IN_TWO, EITHER),
 }
 EMULATED_TOKENS = {
-    "prefill": 150, "cluster": 280, "cluster, many": 140, "dense": 9, "stream 256x32": 60, "stream 256x64": 70,
+    "prefill": 150, "cluster": 280, "cluster, many": 140, "prefill, apart": 150, "cluster, apart": 280,
+    "dense": 9, "stream 256x32": 60, "stream 256x64": 70,
     "stream, small": 60, "stream, few": 120, "stream, large": 120,
     "either, small": 60, "either, few": 120, "either, large": 120, "either, prefill": 180,
 }  # fmt: skip

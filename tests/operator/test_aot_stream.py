@@ -99,8 +99,9 @@ def test_either(tmp_path):
     """Both ways in the shared memory of the larger, and each with its products unbroken."""
     (launch,) = pipeline.stages(HEADLINE, 8, choose_plan(HEADLINE, 901, H200), 0, 1.0)["layer"]
     usage = aot.compiled(launch, 90)
-    # registers that prefill's consumers spill; of stream's, a few more cost 2 to 7 us of a call (kernel log, section 26)
-    assert len(re.findall(r"\bSTL\b", usage.sass)) <= 11
+    # registers that prefill's consumers spill, and three of what adds its rows; of stream's, a few more cost 2 to 7 us of a call (kernel
+    # log, section 26)
+    assert len(re.findall(r"\bSTL\b", usage.sass)) <= 14
     assert usage.shared <= SHARED_LIMIT and usage.stack <= 64
     assert not barriers_of_nobody(usage.ttgir)
     assert not uncovered(usage.ptx) and not warnings(usage.ptx, tmp_path) and not re.search(r"\b[HI]G?MMA", usage.sass)
@@ -108,9 +109,9 @@ def test_either(tmp_path):
     assert sorted(found) == ["Q" * 4] * 8 + ["Q" * 8] * 4, found
 
 
-@pytest.mark.parametrize(("cluster", "many"), [pytest.param(1, 0, marks=pytest.mark.slow), (1, 72), (2, 72)])
-def test_prefill(cluster, many, tmp_path):
-    plan = replace(choose_plan(HEADLINE, 4096), gate_up=PrefillTile(4, cluster, 3, many))
+@pytest.mark.parametrize(("cluster", "many", "apart"), [pytest.param(1, 0, 0, marks=pytest.mark.slow), (1, 72, 56), (2, 72, 56)])
+def test_prefill(cluster, many, apart, tmp_path):
+    plan = replace(choose_plan(HEADLINE, 4096), gate_up=PrefillTile(4, cluster, 3, many, apart))
     (launch,) = pipeline.stages(HEADLINE, 4096, plan, 0, 1.0)["layer"]
     usage = aot.compiled(launch, 90)
     assert usage.shared <= SHARED_LIMIT and not warnings(usage.ptx, tmp_path) and not uncovered(usage.ptx)

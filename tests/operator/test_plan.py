@@ -111,7 +111,7 @@ def test_how_weights_are_asked_for():
     assert {choose_plan(HEADLINE, t, H200).gate_up for t in (128, 901, 1727)} == {either.gate_up}
     assert str(either.gate_up) == "256x32 5s or x64 5s by twos or 128x256 4s 3 in flight"
     assert [way.path for way in either.ways] == ["stream", "stream", "prefill"]
-    assert choose_plan(HEADLINE, 128, H100) == replace(either.ways[2], gate_up=PrefillTile(4, 1, 3, 72))
+    assert choose_plan(HEADLINE, 128, H100) == replace(either.ways[2], gate_up=PrefillTile(4, 1, 3, 72, 56))
     for t in (1, 80, 4096):
         assert choose_plan(HEADLINE, t, Machine(capability=100)) == choose_plan(HEADLINE, t, Machine(capability=100, hbm3e=True))
 

@@ -63,14 +63,14 @@ def sums_before(x):
 @triton.jit
 def list_rows(
     weight, kinds, kinds_before, every, token, there, base, pair_token, pair_weight, token_pair, token_pairs, slot_token, before, prefill,
-    TOP_K: tl.constexpr, BLOCK_N: tl.constexpr, BALLOTS: tl.constexpr,
+    TOP_K: tl.constexpr, BALLOTS: tl.constexpr,
 ):  # fmt: skip
     """Stores the pairs of `weight` [experts, WARPS, EACH], each expert's from row `base` on, and each token's rows in its slot
     (`slots_of`, of its kind, those of the tokens before these, and of every one). Returns how many pairs each expert has, and the sum of
     these tokens' kinds, [experts] too.
 
-    For `prefill` instead of a token's rows the tile, of BLOCK_N pairs, of its pair of the expert before, or -1, and how many pairs it has:
-    rows increase with experts, so it is that of the second largest row up to here.
+    For `prefill` instead of a token's rows the row of its pair of the expert before, or -1, and how many pairs it has: rows increase with
+    experts, so it is the second largest row up to here.
     """
     last = (tl.arange(0, weight.shape[0]) == weight.shape[0] - 1)[:, None, None]
     mine = (weight != 0.0).to(tl.int32)
@@ -85,7 +85,7 @@ def list_rows(
             earlier = earlier_row(own_row)
         else:
             _, earlier = tl.associative_scan((own_row, tl.full(row.shape, -1, tl.int32)), 0, two_largest)
-        tl.store(before + row, tl.where(earlier < 0, -1, earlier // BLOCK_N), mask=mine > 0)
+        tl.store(before + row, earlier, mask=mine > 0)
         tl.store(token_pairs + token, tl.sum(mine, 0), mask=there)
     else:
         slot = slots_of(kinds[None, :, :], token[None, :, :], kinds_before + packed_kinds(sums), every)

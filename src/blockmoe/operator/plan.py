@@ -53,6 +53,10 @@ CLUSTER_ROWS = 8
 # 575.5 (582, 582 in two other calls); 8192 (three): 709.4, 703.8. All local, T = 4,096: 3,421 thousand cycles, with three 3,493
 # (results/h200/operator/tiles.txt).
 MEMORY_BOUND, FLIGHT = 2.25, 3
+# With this many tiles for each expert, or fewer, GEMM2's rows that wait for a tile under way are added after the tile's others. On an H200,
+# T = 1728, 2048, 3000, 4096: 371.9, 377.2, 394.4, 436.4 us, all together 375.8, 383.9, 408.4, 442.0; 6000 (two tiles): 548.8, 541.5
+# (results/h200/operator/apart.txt, call 10)
+ROWS_APART = 1.75
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
 
@@ -158,12 +162,13 @@ class StreamTile:
 class PrefillTile:
     """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory (GEMM2: one less), of which `flight` may have hidden states on
     their way, or 2 where there are more than `many` tiles (0: never); programs in clusters of `cluster`, 1 or 2, which share weights by
-    multicast."""
+    multicast. With up to `apart` tiles rows of GEMM2 that wait for a tile under way are told apart (`tiles_under_way`)."""
 
     stages: int
     cluster: int = 1
     flight: int = 2
     many: int = 0
+    apart: int = 0
     block_i = block_n = BLOCK
     dense = False
 
@@ -174,6 +179,7 @@ class PrefillTile:
 
     def __str__(self) -> str:
         more = f" (above {self.many} tiles 2)" if self.many else ""
+        more += f", rows apart up to {self.apart}" if self.apart else ""
         more += f" cluster {self.cluster}" if self.cluster > 1 else ""
         return f"128x256 {self.stages}s {self.flight} in flight{more}"
 
@@ -279,7 +285,8 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
         even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
         cluster = 2 if clusters and even and rows >= CLUSTER_ROWS else 1
-        return Plan("prefill", route, PrefillTile(PREFILL_STAGES, cluster, FLIGHT, int(MEMORY_BOUND * geometry.num_local_experts)), pdl=pdl)
+        many, apart = (int(each * geometry.num_local_experts) for each in (MEMORY_BOUND, ROWS_APART))
+        return Plan("prefill", route, PrefillTile(PREFILL_STAGES, cluster, FLIGHT, many, apart), pdl=pdl)
     if rows >= WIDE_ROWS:
         return Plan("wide", route, *WIDE, pdl)
     if persistent:

@@ -7,7 +7,7 @@ the lowest there is.
 
 Two steps. A token's experts are chosen, mostly by one warp (`choose_experts`); then the tile list (tile_count, tile_expert,
 tile_begin, tile_end) is made, the pairs are sorted by expert, then token (pair_token, pair_weight), and how many each token
-has is noted (token_pairs), with its rows for the combine (token_pair) or, for prefill, the tile of each pair's predecessor in
+has is noted (token_pairs), with its rows for the combine (token_pair) or, for prefill, the row of each pair's predecessor in
 its token (before). For the combine each token has a slot (slot_token), where token_pairs and token_pair stand: tokens with pairs
 come first (slot_count), of those the ones with few. All these `lists.py` writes. `route_kernel` does both steps in one program and holds
 all tokens' weights in registers. `choose_kernel` and `place_kernel` take a program a run ("chunk") of tokens, with each token's weight for
@@ -80,7 +80,7 @@ def route_kernel(
         count_slots(slot_count, every, True)
         list_rows(
             weight, kinds, 0, every, token, token < tokens, start, pair_token, pair_weight, token_pair, token_pairs, slot_token, None,
-            False, TOP_K, BLOCK_N, False,
+            False, TOP_K, False,
         )  # fmt: skip
 
 
@@ -224,7 +224,7 @@ def place_kernel(
             kinds = kinds_of(weight, TOP_K, 0)
         found, kinds_here = list_rows(
             weight, kinds, kinds_before, in_all, token, token < past, base, pair_token, pair_weight,
-            token_pair, token_pairs, slot_token, before, prefill, TOP_K, PREFILL_N, BALLOTS,
+            token_pair, token_pairs, slot_token, before, prefill, TOP_K, BALLOTS,
         )  # fmt: skip
         if not ONCE:
             base += found

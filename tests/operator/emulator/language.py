@@ -241,6 +241,7 @@ ASSEMBLY = {
     r"fence\.mbarrier_init": show_barriers,
     r"^fence\.proxy\.async;": lambda asm, value: fence(asm),
     r"red\.relaxed.*bf16x2": put,
+    r"^mov\.b32 \$0, \$1;$": lambda asm, x: x,
 }
 
 # --- synchronisation ------------------------------------------------------------------------------------------------

@@ -37,6 +37,11 @@ def test_layer_in_any_order(name, emulated):
     assert torch.equal(first, bits(check(inputs, SMALL, 2, PLANS[name])))
 
 
+def test_k_blocks_that_are_no_whole_rounds_of_stages(emulated):
+    geometry = MoEGeometry(8, 4, 3, 768, 512)
+    assert check(layer.make(geometry, 150), geometry, 2, PLANS["prefill, apart"]).any()
+
+
 @pytest.mark.parametrize("name", EACH)
 @pytest.mark.parametrize("routing", ["one expert", "no pair", pytest.param("skewed", marks=pytest.mark.slow)])
 def test_routings(name, routing, emulated):

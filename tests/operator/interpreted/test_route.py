@@ -50,9 +50,9 @@ def routed(inputs, g: MoEGeometry, offset: int, plan) -> dict[tuple[int, int], f
                 assert (token, expert) not in pairs
                 pairs[token, expert], row_of[row] = lists["pair_weight"][row], token
     if plan.path == "prefill":
-        earlier, last = {}, {}  # tile of the token's pair before, by row in ascending order
+        earlier, last = {}, {}  # row of the token's pair before, by row in ascending order
         for row in sorted(row_of):
-            earlier[row], last[row_of[row]] = last.get(row_of[row], -1), row // 128
+            earlier[row], last[row_of[row]] = last.get(row_of[row], -1), row
         assert {row: lists["before"][row] for row in row_of} == earlier
         assert lists["token_pairs"] == [sum(t == token for t in row_of.values()) for token in range(tokens)]
     elif not plan.dense:

@@ -16,7 +16,7 @@ What programs wait for from each other, by counters in global memory:
   begin   what loads for both programs of a cluster: both have initialised their barriers (`ready`)
   always  a cluster's second program: the first has drawn a unit (`mail`)
   GEMM2   a unit's loads, and the drawing of the next: all rows of its tile of the intermediate stored (`finished`)
-          a unit's addition: that of the same columns of the tiles that hold the same tokens' pairs before (`added`)
+          a unit's additions: those of the same columns of the same tokens' rows before (`added`)
 
 and within a cluster, in both GEMMs, for stages that the other's consumers free.
 

@@ -16,6 +16,10 @@ from blockmoe.operator.persistent import GENERIC, barrier, wait_until
 from blockmoe.operator.prefill.parts import ROWS, multiply, skip
 from blockmoe.operator.prefill.units import END, K, hear_unit
 
+TILE_BITS = gl.constexpr(7)  # of a tile's rows: dividing takes registers, which are spilled
+assert 1 << TILE_BITS.value == 2 * ROWS.value
+AGAIN = gl.constexpr("mov.b32 $0, $1;")  # the same, which the compiler does not see
+
 
 @gluon.jit
 def put(at, values, how):
@@ -37,33 +41,74 @@ def put(at, values, how):
 
 
 @gluon.jit
-def read_targets(PART: gl.constexpr, pair_token, before, begin, end, LAYOUT: gl.constexpr):
-    """4 * token + how of rows 32 * PART ... of the tile at `begin`; how: 0 no pair, 1 the token's first pair, 2 another."""
+def is_late(row, earlier, near):
+    """1 for a row whose token's row before, `earlier` (-1: none), is of one of the `near` tiles before its own."""
+    return ((earlier >= 0) & ((row >> TILE_BITS) - (earlier >> TILE_BITS) <= near)).to(gl.int32)
+
+
+@gluon.jit
+def read_targets(PART: gl.constexpr, pair_token, before, begin, end, near, APART: gl.constexpr, LAYOUT: gl.constexpr):
+    """8 * token + how of rows 32 * PART ... of the tile at `begin`; how: 0 no pair, 1 the token's first pair, 2 another, 6 one that is
+    late, if APART."""
     row = begin + PART * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))
     there = row < end
     token = gl.load(pair_token + row, mask=there, other=0)
     earlier = gl.load(before + row, mask=there, other=-1)
-    return 4 * token + gl.where(there, gl.where(earlier >= 0, 2, 1), 0)
+    how = gl.where(there, gl.where(earlier >= 0, 2, 1), 0)
+    if APART:
+        how += 4 * is_late(row, earlier, near)
+    return 8 * token + how
 
 
 @gluon.jit
-def put_part(PART: gl.constexpr, targets, out, left, right, c, HIDDEN: gl.constexpr, LAYOUT: gl.constexpr):
-    """Rows 32 * PART ... of a tile, of its half in `left` and `right`, into columns 256 * c ... of the output; in words of 4 columns."""
+def put_part(PART: gl.constexpr, now, targets, out, left, right, c, HIDDEN: gl.constexpr, APART: gl.constexpr, LAYOUT: gl.constexpr):
+    """Rows 32 * PART ... of a tile, of its half in `left` and `right`, into columns 256 * c ... of the output, in words of 4 columns; if
+    APART those that are late (`now` 1), or the others."""
     WORDS: gl.constexpr = K // 4
-    at = out + gl.expand_dims((targets >> 2).to(gl.int64) * (HIDDEN // 4), 1)
+    if APART:  # lest all that follows from it, of all parts, be computed before the loop, and spilled
+        targets = gl.inline_asm_elementwise(AGAIN, "=r,r", [targets], dtype=gl.int32, is_pure=False, pack=1)
+    how = targets & 7
+    if APART:
+        how = gl.where(how >> 2 == now, how & 3, 0)
+    at = out + gl.expand_dims((targets >> 3).to(gl.int64) * (HIDDEN // 4), 1)
     at += c * (2 * WORDS) + gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
-    how = gl.expand_dims(targets & 3, 1) + gl.zeros([32, WORDS], gl.int32, LAYOUT)
+    how = gl.expand_dims(how, 1) + gl.zeros([32, WORDS], gl.int32, LAYOUT)
     put(at, left.slice((PART % 2) * 32, 32).load(LAYOUT), how)
     put(at + WORDS, right.slice((PART % 2) * 32, 32).load(LAYOUT), how)
 
 
 @gluon.jit
+def add_some(
+    now, last, at, least, targets, out, rows, done, taken, tiles, large_tiles, begin, end, c, HIDDEN: gl.constexpr, APART: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Those of a tile's rows whose turn it is `now`, when the counters `at` are at least `least`; the `last` free the rows' place."""
+    left_0, right_0, left_1, right_1 = rows
+    wait_until(at, least, gl.full_like(least, 40), GENERIC)
+    barrier()
+    mbarrier.wait(done.index(0), tiles & 1)
+    put_part(0, now, targets[0], out, left_0, right_0, c, HIDDEN, APART, LAYOUT)
+    put_part(1, now, targets[1], out, left_0, right_0, c, HIDDEN, APART, LAYOUT)
+    barrier()
+    if now == last:
+        mbarrier.arrive(taken.index(0), count=1)
+    if begin + ROWS < end:
+        mbarrier.wait(done.index(1), large_tiles & 1)
+        put_part(2, now, targets[2], out, left_1, right_1, c, HIDDEN, APART, LAYOUT)
+        put_part(3, now, targets[3], out, left_1, right_1, c, HIDDEN, APART, LAYOUT)
+        barrier()
+        if now == last:
+            mbarrier.arrive(taken.index(1), count=1)
+
+
+@gluon.jit
 def add_rows(
-    out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added,
-    HIDDEN: gl.constexpr,
+    out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, near,
+    HIDDEN: gl.constexpr, APART: gl.constexpr,
 ):  # fmt: skip
     """Four warps, from the nth unit on. All that is known beforehand is read before the wait: another tile with the same tokens may wait
-    for this one."""
+    for this one. If APART, rows that wait for one of the `near` tiles before come after the others for the same reason, which are told of
+    by themselves: `added` is then 1, and in the end 2."""
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
@@ -72,32 +117,36 @@ def add_rows(
     right_0 = rows_1._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
     left_1 = rows_2._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
     right_1 = rows_3._reinterpret(gl.int64, [ROWS, K // 4], WORDS)
+    rows = (left_0, right_0, left_1, right_1)
     tiles = gl.to_tensor(0)
     large_tiles = gl.to_tensor(0)
     while unit[0] < END:
         _, tile, c, _, begin, end, _ = unit
         row = begin + gl.arange(0, 2 * ROWS, layout=ONE_EACH)
         earlier = gl.load(before + row, mask=row < end, other=-1)
-        targets_0 = read_targets(0, pair_token, before, begin, end, LAYOUT)
-        targets_1 = read_targets(1, pair_token, before, begin, end, LAYOUT)
-        targets_2 = read_targets(2, pair_token, before, begin, end, LAYOUT)
-        targets_3 = read_targets(3, pair_token, before, begin, end, LAYOUT)
-        wait_until(added + (gl.maximum(earlier, 0) * COLUMNS + c), (earlier >= 0).to(gl.int32), gl.full_like(earlier, 40), GENERIC)
-        barrier()
-        mbarrier.wait(done.index(0), tiles & 1)
-        put_part(0, targets_0, out, left_0, right_0, c, HIDDEN, LAYOUT)
-        put_part(1, targets_1, out, left_0, right_0, c, HIDDEN, LAYOUT)
-        barrier()
-        mbarrier.arrive(taken.index(0), count=1)
+        targets = ()
+        for part in gl.static_range(4):
+            targets = targets + (read_targets(part, pair_token, before, begin, end, near, APART, LAYOUT),)
+        own = added + (tile * COLUMNS + c)
+        at = added + ((gl.maximum(earlier, 0) >> TILE_BITS) * COLUMNS + c)
+        if APART:
+            late = is_late(row, earlier, near)
+            second = is_late(earlier, gl.load(before + earlier, mask=earlier >= 0, other=-1), near)
+            last = gl.max(late, 0)
+            least = gl.where(earlier >= 0, (1 + second) << (2 * late), 0)  # two bits for each time
+            for now in range(0, last + 1):
+                add_some(
+                    now, last, at, (least >> (2 * now)) & 3, targets, out, rows, done, taken, tiles, large_tiles, begin, end, c,
+                    HIDDEN, APART, LAYOUT,
+                )  # fmt: skip
+                gl.atomic_xchg(own, gl.where(now == last, 2, 1), sem="release")
+        else:
+            least = (earlier >= 0).to(gl.int32)
+            add_some(0, 0, at, least, targets, out, rows, done, taken, tiles, large_tiles, begin, end, c, HIDDEN, APART, LAYOUT)
+            gl.atomic_xchg(own, 1, sem="release")
         if begin + ROWS < end:
-            mbarrier.wait(done.index(1), large_tiles & 1)
-            put_part(2, targets_2, out, left_1, right_1, c, HIDDEN, LAYOUT)
-            put_part(3, targets_3, out, left_1, right_1, c, HIDDEN, LAYOUT)
-            barrier()
-            mbarrier.arrive(taken.index(1), count=1)
             large_tiles += 1
         tiles += 1
-        gl.atomic_xchg(added + (tile * COLUMNS + c), 1, sem="release")
         n += 1
         unit = hear_unit(queue, told, heard, n, 4)
 
