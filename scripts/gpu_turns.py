@@ -4,10 +4,11 @@
     python scripts/gpu_turns.py old=old new=. new2=. variant=.,NAME=VALUE
 
 Each tree's operator (465d850 or newer) runs in a process of its own, with the environment NAME=VALUE, on the same inputs. The processes
-take turns, every other round in reverse. Processes of one tree differ too: give it twice. Cold L2 before each call; cold code, too, if
-calls of other numbers of tokens come `--between`. Routing is a bundled workload's, else uniform; or, where tokens are given as
-128:one-expert, that of a family of `gpu_curve.py`, or, as 8192:even, every local expert has as many of the tokens. Printed last, as
-medians over the rounds of medians of six calls: the whole call in us, the clock of the multiprocessors during it, their cycles, the
+take turns, each round beginning with the next: where power is the limit, the first and the last of a round meet a higher clock (kernel
+log, section 36). So ask for as many rounds as there are trees. Processes of one tree differ too: give it twice. Cold L2 before each call;
+cold code, too, if calls of other numbers of tokens come `--between`. Routing is a bundled workload's, else uniform; or, where tokens are
+given as 128:one-expert, that of a family of `gpu_curve.py`, or, as 8192:even, every local expert has as many of the tokens. Printed last,
+as medians over the rounds of medians of six calls: the whole call in us, the clock of the multiprocessors during it, their cycles, the
 stages by themselves. Before that a sum over the output's bits by place, by which trees agree or not.
 """
 
@@ -173,7 +174,8 @@ def main() -> None:
     found: dict[tuple[str, str], list[list[float]]] = {(t, tree.label): [] for t in tokens for tree in trees}
     for n in range(arguments.rounds):
         for t in tokens:
-            for tree in trees[:: 1 if n % 2 == 0 else -1]:
+            first = n % len(trees)
+            for tree in trees[first:] + trees[:first]:
                 tree.ask(f"time {t}")
                 found[t, tree.label].append([float(value) for value in tree.answer().split()])
     print("T | tree | call, us | MHz | kcycles | stages, us | least, us")
