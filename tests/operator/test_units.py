@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon")
 
-from blockmoe.operator.prefill import units, zeros  # noqa: E402
+from blockmoe.operator.prefill import layer, units, zeros  # noqa: E402
 from blockmoe.operator.stream import compute, load  # noqa: E402
 from blockmoe.operator.stream import sums as sums_of  # noqa: E402
 from blockmoe.operator.stream import units as stream_units  # noqa: E402
@@ -209,6 +209,15 @@ FLIGHTS = [
     (0, 96, 4), (95, 96, 4), (131, 132, 3), (132, 192, 7), (132, 160, 10), (131, 160, 3),  # of GEMM1
     (131, 208, 3), (132, 208, 6), (264, 272, 10),  # of GEMM2, behind 96 and 160 units of GEMM1
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles, tokens, near", [(33, 2048, 6), (56, 4096, 6), (57, 4096, 0), (64, 2048, 0), (33, 1055, 0), (33, 1056, 6)])
+def test_tiles_under_way(tiles, tokens, near, monkeypatch):
+    """Of the headline geometry by 132 programs: too many tiles, or too many for the tokens, and no row is told apart."""
+    gl = SimpleNamespace(load=lambda at: at, where=lambda so, a, b: a if so else b, num_programs=lambda axis: 132)
+    monkeypatch.setitem(layer.tiles_under_way.fn.__globals__, "gl", gl)
+    monkeypatch.setitem(layer.tiles_under_way.fn.__globals__, "K", 128)
+    assert layer.tiles_under_way.fn(tiles, tokens, 7168, 56) == near
 
 
 @pytest.mark.parametrize("unit, units, flight", FLIGHTS)

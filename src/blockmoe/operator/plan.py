@@ -162,7 +162,7 @@ class StreamTile:
 class PrefillTile:
     """128 pairs by 2 x 128 weight rows; `stages` K blocks in shared memory (GEMM2: one less), of which `flight` may have hidden states on
     their way, or 2 where there are more than `many` tiles (0: never); programs in clusters of `cluster`, 1 or 2, which share weights by
-    multicast. With up to `apart` tiles rows of GEMM2 that wait for a tile under way are told apart (`tiles_under_way`)."""
+    multicast. With up to `apart` tiles, and one for 32 tokens, rows of GEMM2 that wait for a tile under way are told apart (0: never)."""
 
     stages: int
     cluster: int = 1

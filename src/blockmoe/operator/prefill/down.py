@@ -1,9 +1,8 @@
 """GEMM2 in the prefill kernel: finished tiles are added to the output, and no row is kept.
 
 Four warps bring a unit's rows from shared memory to the output in the order of their experts, so that every bit is the same from
-call to call: a token's first pair stores, the others add, each rounding the running sum to bfloat16. They wait until the tiles that
-hold these tokens' pairs before (`before`, by pair) have been added (`added`, by tile and column tile). See the package for why
-nobody waits for ever.
+call to call: a token's first pair stores, the others add, each rounding the running sum to bfloat16. A row waits until its token's row
+before (`before`, by row) has been added, which `added` tells by tile and column tile. See the package for why nobody waits for ever.
 """
 
 from __future__ import annotations

@@ -228,7 +228,8 @@ def prefill_kernel(
     Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I], runs: `out` [T * H / 256, 256] in
     bfloat16. x [T, H]; x_scale [H / 128, T]; out [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that
     tiles can have. before [pitch]: the row of the pair of the same token before, or -1. added [tiles, H / 256], ready [programs], ticket,
-    mail [clusters, MAIL] and finished [tiles] begin at 0.
+    mail [clusters, MAIL] and finished [tiles] begin at 0. added ends at 1; where rows are told apart (APART, `tiles_under_way`), it is 1
+    without those that are late, and ends at 2.
     """
     places = meeting_places(STAGES, CLUSTER)
     if PDL:
