@@ -34,7 +34,7 @@ def either_kernel(
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     SMALL_N: gl.constexpr, SMALL_STAGES: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr,
     BURST: gl.constexpr, LOADERS: gl.constexpr, WARPS: gl.constexpr,
-    P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr, P_FLIGHT: gl.constexpr, P_MANY: gl.constexpr, P_APART: gl.constexpr,
+    P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr, P_FLIGHT: gl.constexpr, P_MANY: gl.constexpr, P_ROWS_APART: gl.constexpr,
     P_CONSUMERS: gl.constexpr, P_LOADERS: gl.constexpr, P_CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing: `prefill_kernel`'s where `way` is 2, else `stream_kernel`'s; what begins with P is the former's. `out` and,
@@ -57,7 +57,7 @@ def either_kernel(
         tiles = (tile_count, tile_expert, tile_group, tile_begin, tile_end)
         prefill(
             p_places, boxes, x, x_scale, w1_scale, w2_scale, words, middle_scale, token_pairs, pair_token, pair_weight, before, added,
-            ready, ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, P_STAGES, P_CLUSTER, P_FLIGHT, P_MANY, P_APART,
+            ready, ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, P_STAGES, P_CLUSTER, P_FLIGHT, P_MANY, P_ROWS_APART,
             P_CONSUMERS, P_LOADERS, P_CARRIERS,
         )  # fmt: skip
         if taken > 2:  # never

@@ -53,9 +53,9 @@ CLUSTER_ROWS = 8
 # 575.5 (582, 582 in two other calls); 8192 (three): 709.4, 703.8. All local, T = 4,096: 3,421 thousand cycles, with three 3,493
 # (results/h200/operator/tiles.txt).
 MEMORY_BOUND, FLIGHT = 2.25, 3
-# With this many tiles for each expert, or fewer, GEMM2's rows that wait for a tile under way are added after the tile's others. On an H200,
-# T = 1728, 2048, 3000, 4096: 371.9, 377.2, 394.4, 436.4 us, all together 375.8, 383.9, 408.4, 442.0; 6000 (two tiles): 548.8, 541.5
-# (results/h200/operator/apart.txt, call 10)
+# With this many tiles for each expert, or fewer, and one for 32 tokens at most, GEMM2's rows that wait for a tile under way are added after
+# the tile's others. On an H200, T = 1728, 2048, 3000, 4096: 371.9, 377.2, 394.4, 436.4 us, all together 375.8, 383.9, 408.4, 442.0; 6000
+# (two tiles): 548.8, 541.5 (results/h200/operator/apart.txt, call 10)
 ROWS_APART = 1.75
 PREFILL_STAGES = 4  # of 48 KiB: shared memory holds no fifth
 ROW_BUFFER = 128 << 20  # bytes of GEMM2 rows kept at a time: worst-case routing would fill 1.6 GB at T = 14,107
@@ -180,7 +180,7 @@ class PrefillTile:
     def __str__(self) -> str:
         more = f" (above {self.many} tiles 2)" if self.many else ""
         more += f", rows apart up to {self.apart}" if self.apart else ""
-        more += f" cluster {self.cluster}" if self.cluster > 1 else ""
+        more += f", clusters of {self.cluster}" if self.cluster > 1 else ""
         return f"128x256 {self.stages}s {self.flight} in flight{more}"
 
 

@@ -46,28 +46,28 @@ def is_late(row, earlier, near):
 
 
 @gluon.jit
-def read_targets(PART: gl.constexpr, pair_token, before, begin, end, near, APART: gl.constexpr, LAYOUT: gl.constexpr):
+def read_targets(PART: gl.constexpr, pair_token, before, begin, end, near, LATE: gl.constexpr, LAYOUT: gl.constexpr):
     """8 * token + how of rows 32 * PART ... of the tile at `begin`; how: 0 no pair, 1 the token's first pair, 2 another, 6 one that is
-    late, if APART."""
+    late, if LATE, where some may be."""
     row = begin + PART * 32 + gl.arange(0, 32, layout=gl.SliceLayout(1, LAYOUT))
     there = row < end
     token = gl.load(pair_token + row, mask=there, other=0)
     earlier = gl.load(before + row, mask=there, other=-1)
     how = gl.where(there, gl.where(earlier >= 0, 2, 1), 0)
-    if APART:
+    if LATE:
         how += 4 * is_late(row, earlier, near)
     return 8 * token + how
 
 
 @gluon.jit
-def put_part(PART: gl.constexpr, now, targets, out, left, right, c, HIDDEN: gl.constexpr, APART: gl.constexpr, LAYOUT: gl.constexpr):
+def put_part(PART: gl.constexpr, now, targets, out, left, right, c, HIDDEN: gl.constexpr, LATE: gl.constexpr, LAYOUT: gl.constexpr):
     """Rows 32 * PART ... of a tile, of its half in `left` and `right`, into columns 256 * c ... of the output, in words of 4 columns; if
-    APART those that are late (`now` 1), or the others."""
+    LATE those that are late (`now` 1), or the others."""
     WORDS: gl.constexpr = K // 4
-    if APART:  # lest all that follows from it, of all parts, be computed before the loop, and spilled
+    if LATE:  # lest all that follows from it, of all parts, be computed before the loop, and spilled
         targets = gl.inline_asm_elementwise(AGAIN, "=r,r", [targets], dtype=gl.int32, is_pure=False, pack=1)
     how = targets & 7
-    if APART:
+    if LATE:
         how = gl.where(how >> 2 == now, how & 3, 0)
     at = out + gl.expand_dims((targets >> 3).to(gl.int64) * (HIDDEN // 4), 1)
     at += c * (2 * WORDS) + gl.expand_dims(gl.arange(0, WORDS, layout=gl.SliceLayout(0, LAYOUT)), 0)
@@ -77,37 +77,41 @@ def put_part(PART: gl.constexpr, now, targets, out, left, right, c, HIDDEN: gl.c
 
 
 @gluon.jit
-def add_some(
-    now, last, at, least, targets, out, rows, done, taken, tiles, large_tiles, begin, end, c, HIDDEN: gl.constexpr, APART: gl.constexpr,
+def put_half(
+    HALF: gl.constexpr, now, last, targets, out, left, right, done, taken, uses, c, HIDDEN: gl.constexpr, LATE: gl.constexpr,
     LAYOUT: gl.constexpr,
 ):  # fmt: skip
-    """Those of a tile's rows whose turn it is `now`, when the counters `at` are at least `least`; the `last` free the rows' place."""
+    """Those of a consumer's rows whose turn it is `now`; the `last` free their place, which `uses` tiles had before."""
+    mbarrier.wait(done.index(HALF), uses & 1)
+    put_part(2 * HALF, now, targets[2 * HALF], out, left, right, c, HIDDEN, LATE, LAYOUT)
+    put_part(2 * HALF + 1, now, targets[2 * HALF + 1], out, left, right, c, HIDDEN, LATE, LAYOUT)
+    barrier()
+    if now == last:
+        mbarrier.arrive(taken.index(HALF), count=1)
+
+
+@gluon.jit
+def add_some(
+    now, last, at, least, targets, out, rows, done, taken, tiles, large_tiles, begin, end, c, HIDDEN: gl.constexpr, LATE: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Those of a tile's rows whose turn it is `now`, when the counters `at` are at least `least`."""
     left_0, right_0, left_1, right_1 = rows
     wait_until(at, least, gl.full_like(least, 40), GENERIC)
     barrier()
-    mbarrier.wait(done.index(0), tiles & 1)
-    put_part(0, now, targets[0], out, left_0, right_0, c, HIDDEN, APART, LAYOUT)
-    put_part(1, now, targets[1], out, left_0, right_0, c, HIDDEN, APART, LAYOUT)
-    barrier()
-    if now == last:
-        mbarrier.arrive(taken.index(0), count=1)
+    put_half(0, now, last, targets, out, left_0, right_0, done, taken, tiles, c, HIDDEN, LATE, LAYOUT)
     if begin + ROWS < end:
-        mbarrier.wait(done.index(1), large_tiles & 1)
-        put_part(2, now, targets[2], out, left_1, right_1, c, HIDDEN, APART, LAYOUT)
-        put_part(3, now, targets[3], out, left_1, right_1, c, HIDDEN, APART, LAYOUT)
-        barrier()
-        if now == last:
-            mbarrier.arrive(taken.index(1), count=1)
+        put_half(1, now, last, targets, out, left_1, right_1, done, taken, large_tiles, c, HIDDEN, LATE, LAYOUT)
 
 
 @gluon.jit
 def add_rows(
     out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, near,
-    HIDDEN: gl.constexpr, APART: gl.constexpr,
+    HIDDEN: gl.constexpr, LATE: gl.constexpr,
 ):  # fmt: skip
     """Four warps, from the nth unit on. All that is known beforehand is read before the wait: another tile with the same tokens may wait
-    for this one. If APART, rows that wait for one of the `near` tiles before come after the others for the same reason, which are told of
-    by themselves: `added` is then 1, and in the end 2."""
+    for this one. For the same reason, if LATE, rows that wait for one of the `near` tiles before come after the others, and others are
+    told of as soon as they are added: `added` is then 1, and in the end 2."""
     ONE_EACH: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [4, 1], [1, 0])
     COLUMNS: gl.constexpr = HIDDEN // (2 * K)
@@ -125,23 +129,23 @@ def add_rows(
         earlier = gl.load(before + row, mask=row < end, other=-1)
         targets = ()
         for part in gl.static_range(4):
-            targets = targets + (read_targets(part, pair_token, before, begin, end, near, APART, LAYOUT),)
+            targets = targets + (read_targets(part, pair_token, before, begin, end, near, LATE, LAYOUT),)
         own = added + (tile * COLUMNS + c)
         at = added + ((gl.maximum(earlier, 0) >> TILE_BITS) * COLUMNS + c)
-        if APART:
+        if LATE:
             late = is_late(row, earlier, near)
             second = is_late(earlier, gl.load(before + earlier, mask=earlier >= 0, other=-1), near)
             last = gl.max(late, 0)
-            least = gl.where(earlier >= 0, (1 + second) << (2 * late), 0)  # two bits for each time
+            least = gl.where(earlier >= 0, (1 + second) << (2 * late), 0)  # two bits for each `now`
             for now in range(0, last + 1):
                 add_some(
                     now, last, at, (least >> (2 * now)) & 3, targets, out, rows, done, taken, tiles, large_tiles, begin, end, c,
-                    HIDDEN, APART, LAYOUT,
+                    HIDDEN, LATE, LAYOUT,
                 )  # fmt: skip
                 gl.atomic_xchg(own, gl.where(now == last, 2, 1), sem="release")
         else:
             least = (earlier >= 0).to(gl.int32)
-            add_some(0, 0, at, least, targets, out, rows, done, taken, tiles, large_tiles, begin, end, c, HIDDEN, APART, LAYOUT)
+            add_some(0, 0, at, least, targets, out, rows, done, taken, tiles, large_tiles, begin, end, c, HIDDEN, LATE, LAYOUT)
             gl.atomic_xchg(own, 1, sem="release")
         if begin + ROWS < end:
             large_tiles += 1

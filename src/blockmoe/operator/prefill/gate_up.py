@@ -16,7 +16,7 @@ from blockmoe.operator.prefill.parts import CODES, PAIRS, ROWS, SUMS, multiply, 
 from blockmoe.operator.prefill.units import DOWN, K, hear_unit
 
 # Rows side by side that a thread gathers, all of them if there is one: predicates of eight rows were moved to and fro in every K block.
-# Those behind a tile's last row are some token's.
+# What lies behind a tile's last row are then copies of the first token's.
 EACH = gl.constexpr(4)
 
 
@@ -81,11 +81,11 @@ def gather(
 
 
 @gluon.jit
-def gathered(full, step, BEFORE: gl.constexpr, PENDING: gl.constexpr, STAGES: gl.constexpr):
-    """The stage BEFORE that of `step` is full, when but PENDING of those asked for are on their way."""
+def gathered(full, step, AGO: gl.constexpr, PENDING: gl.constexpr, STAGES: gl.constexpr):
+    """Says that the stage of AGO steps before `step` is full, when no more than PENDING of those asked for are on their way."""
     async_copy.wait_group(PENDING)
     fence_async_shared()
-    mbarrier.arrive(full.index((step + STAGES - BEFORE) % STAGES), count=PAIRS)
+    mbarrier.arrive(full.index((step + STAGES - AGO) % STAGES), count=PAIRS)
 
 
 @gluon.jit
