@@ -1,6 +1,7 @@
 """The persistent Gluon kernels in the emulator: right, the same bits in any order, no race, nothing that waits for ever."""
 
 import os
+from dataclasses import replace
 
 import layer
 import pytest
@@ -8,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from layer import EMULATED_TOKENS as TOKENS
+from layer import FAR, SMALL, check
 from layer import PERSISTENT as PLANS
-from layer import SMALL, check
 
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.workspace import layout
@@ -17,6 +18,15 @@ from blockmoe.operator.workspace import layout
 
 def bits(out: torch.Tensor) -> torch.Tensor:
     return out.view(torch.int16).clone()
+
+
+def checked(inputs, geometry: MoEGeometry, plan, *names: str) -> list[torch.Tensor]:
+    """The output's bits, and lists of the workspace."""
+    placed, size = layout(geometry, len(inputs[0]), plan)
+    memory = torch.full((size,), 255, dtype=torch.uint8)
+    out = bits(check(inputs, geometry, 2, plan, workspace=memory))
+    places = [placed[name] for name in names]
+    return [out, *(memory[begin : begin + count * dtype.itemsize].view(dtype) for begin, count, dtype in places)]
 
 
 QUICK = ("prefill", "dense", "stream 256x32", "stream 256x64", "stream, small", "either, small")
@@ -37,9 +47,32 @@ def test_layer_in_any_order(name, emulated):
     assert torch.equal(first, bits(check(inputs, SMALL, 2, PLANS[name])))
 
 
-def test_k_blocks_that_are_no_whole_rounds_of_stages(emulated):
-    geometry = MoEGeometry(8, 4, 3, 768, 512)
-    assert check(layer.make(geometry, 150), geometry, 2, PLANS["prefill, apart"]).any()
+@pytest.mark.parametrize(("name", "geometry", "orders"), [
+    ("prefill, apart", FAR, ((8, 0), (5, 2))),  # its K blocks are no whole rounds of stages
+    pytest.param("cluster, apart", replace(FAR, hidden_size=1024), ((10, 0), (10, 1)), marks=pytest.mark.slow),
+])  # fmt: skip
+def test_rows_told_apart(name, geometry, orders, emulated):
+    """Rows that are late or not, whose row before is late or not, in orders (programs, seed) in which somebody comes too early where one
+    kind waits for less: test_a_fault_of_rows_told_apart_is_found."""
+    inputs, columns, found = layer.make(geometry, 32 * 8), geometry.hidden_size // 256, []
+    for programs, seed in orders:
+        emulated.update(programs=programs, seed=seed)
+        out, added, before = checked(inputs, geometry, PLANS[name], "added", "before")
+        assert added.tolist() == [2] * (8 * columns) + [0] * (len(added) - 8 * columns)
+        late = (before >= 0) & (torch.arange(len(before)) // 128 - before // 128 <= programs // columns + 2)
+        kinds = (2 * late[before] + late)[before >= 0]
+        assert kinds.bincount(minlength=4).min() > 25
+        found.append(out)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(("tokens", "apart", "ends"), [(64, 2, 2), (64, 1, 1), (63, 2, 1)])
+def test_where_rows_are_told_apart(tokens, apart, ends, emulated):
+    """Of two tiles: no more than `apart`, and 32 tokens a tile."""
+    geometry, plan = MoEGeometry(8, 2, 2, 256, 512), PLANS["prefill, apart"]
+    plan = replace(plan, gate_up=replace(plan.gate_up, apart=apart))
+    out, added = checked(layer.make(geometry, tokens), geometry, plan, "added")
+    assert out.any() and added.tolist() == [ends] * 2 + [0] * (len(added) - 2)
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -121,11 +154,8 @@ def test_few_row_blocks(name, tokens, pairs, blocks, others, emulated):
     inputs[1].zero_()
     inputs[0][:, 2:4] = -50.0
     inputs[0][:pairs, 3] = 50.0
-    placed, size = layout(geometry, tokens, plan)
-    memory = torch.full((size,), 255, dtype=torch.uint8)
-    assert check(inputs, geometry, 2, plan, workspace=memory).any() == (pairs > 0)
-    begin, count, dtype = placed["summed"]
-    assert memory[begin : begin + count * dtype.itemsize].view(dtype).tolist() == [others] * blocks + [0] * (count - blocks)
+    out, summed = checked(inputs, geometry, plan, "summed")
+    assert out.any() == (pairs > 0) and summed.tolist() == [others] * blocks + [0] * (len(summed) - blocks)
 
 
 EXAMPLES = int(os.environ.get("EMULATED_EXAMPLES", "7"))  # with more, others each time
@@ -135,21 +165,23 @@ EXAMPLES = int(os.environ.get("EMULATED_EXAMPLES", "7"))  # with more, others ea
     max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES <= 10, suppress_health_check=list(HealthCheck), print_blob=True
 )  # fmt: skip
 @given(data=st.data())
-def test_any_layer(data, emulated):
-    """Any sizes, routing and number of programs that a plan serves."""
+@pytest.mark.parametrize("apart", [pytest.param(False, id="any plan"), pytest.param(True, marks=pytest.mark.slow, id="rows apart")])
+def test_any_layer(apart, data, emulated):
+    """Any sizes, routing and number of programs that a plan serves; or tokens enough to tell rows apart, unless they choose few experts."""
     draw = data.draw
-    name = draw(st.sampled_from(list(PLANS)), "plan")
+    name = draw(st.sampled_from(["prefill, apart", "cluster, apart"] if apart else list(PLANS)), "plan")
     plan = PLANS[name]
     clusters = plan.path == "prefill" and plan.gate_up.cluster == 2
     unit = 512 if clusters else 256
     inter = 256 if clusters or name == "dense" or getattr(plan.ways[0].gate_up, "burst", 1) == 2 else 128
     least = 512 if plan.ways[-1].path == "prefill" else inter
     experts = draw(st.sampled_from([8, 16, 24]), "experts")
-    local = draw(st.integers(1, experts), "local experts")
+    local = draw(st.integers(1, 8 if apart else experts), "local experts")
     hidden = unit * draw(st.integers(1, 1536 // unit), "hidden units")
     inter *= draw(st.integers(least // inter, 768 // inter), "intermediate units")
     geometry = MoEGeometry(experts, local, draw(st.integers(1, min(5, experts)), "top k"), hidden, inter)
-    tokens = draw(st.integers(1, 16 if name == "dense" else TOKENS[name]), "tokens")
+    fewest, most = (32 * local, 32 * local + 31) if apart else (1, 16 if name == "dense" else TOKENS[name])
+    tokens = draw(st.integers(fewest, most), "tokens")
     emulated["programs"] = draw(st.integers(1, 3), "programs") * (2 if clusters else 1)
     emulated["seed"] = draw(st.integers(0, 10**6), "order")
     inputs = layer.make(geometry, tokens, draw(st.integers(0, 10**6), "inputs"))

@@ -7,8 +7,8 @@ import torch
 from emulator import Fault
 from emulator.language import arange
 from layer import EMULATED_TOKENS as TOKENS
+from layer import FAR, SMALL, check
 from layer import PERSISTENT as PLANS
-from layer import SMALL, check
 
 from blockmoe.geometry import MoEGeometry
 from blockmoe.operator.plan import PrefillTile
@@ -121,6 +121,22 @@ def test_a_fault_of_shares_is_found(function, old, new, said, emulated):
     emulated["programs"] = 18
     emulated["changes"] = {function: (old, new)}
     first_fault(inputs, PLANS["stream 256x32"], said, emulated, geometry)
+
+
+@pytest.mark.parametrize(
+    ("function", "old", "new", "programs"),
+    [
+        ("add_rows", "(least >> (2 * now)) & 3", "((least >> (2 * now)) & 3) * now", 8),
+        ("add_rows", "1 + second", "1 + second * late", 8),
+        pytest.param("add_rows", "1 + second", "1 + second * (1 - late)", 8, marks=pytest.mark.slow),
+        pytest.param("add_rows", "mask=earlier >= 0, other=-1), near", "mask=earlier >= 0, other=-1), near - 1", 5, marks=pytest.mark.slow),
+        pytest.param("read_targets", "earlier, near", "earlier, near - 1", 8, marks=pytest.mark.slow),
+    ],
+)
+def test_a_fault_of_rows_told_apart_is_found(function, old, new, programs, emulated):
+    """In the layout of test_rows_told_apart."""
+    emulated.update(programs=programs, changes={function: (old, new)})
+    first_fault(layer.make(FAR, 32 * 8), PLANS["prefill, apart"], "not known to be done", emulated, FAR)
 
 
 def test_a_program_that_ends_too_early_is_found(emulated):
