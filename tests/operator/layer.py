@@ -54,7 +54,7 @@ EMULATED_TOKENS = {
     "either, small": 60, "either, few": 120, "either, large": 120, "either, prefill": 180,
 }  # fmt: skip
 SMALL = MoEGeometry(8, 4, 3, 512, 512)
-FAR = MoEGeometry(12, 8, 3, 768, 512)  # of 32 * 8 tokens a tile an expert: rows wait for tiles under way, and for others
+FAR = MoEGeometry(12, 8, 3, 768, 512)  # by 32 * 8 tokens, a tile an expert, some rows wait for tiles under way and others do not
 
 
 def make(g: MoEGeometry, tokens: int, seed: int = 0) -> list[torch.Tensor | None]:

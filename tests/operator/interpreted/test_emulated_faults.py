@@ -52,7 +52,7 @@ FAULTS = [
     ("prefill", "add_some", "wait_until(at", "(at", "not known to be done"),
     ("prefill, apart", "add_rows", "1 + second", "1 + 0 * second", "not known to be done"),
     ("prefill, apart", "add_rows", "gl.where(now == last, 2, 1)", "2", "not known to be done"),
-    ("prefill", "add_some", "mbarrier.wait(done.index(1), large_tiles & 1)", "pass", "not known to be done"),
+    ("prefill", "put_half", "mbarrier.wait(done.index(HALF), uses & 1)", "pass", "not known to be done"),
     ("prefill", "down_consumer", "mbarrier.wait(taken", "(taken", "may not have read that yet"),
     ("prefill", "write_zeros", "fence_async_shared()", "pass", "without a fence between"),
     ("prefill", "tell", "mbarrier.wait(heard", "(heard", "may not have read that yet"),
