@@ -29,7 +29,7 @@ SHARED_LIMIT = 232_448  # bytes of shared memory that a program may have on sm_9
 IN_TWO = RouteTile(16, 4, 16, False)
 BY_TWOS = StreamTile(128, 32, 6, promotion=128, burst=2)
 BOTH = replace(BY_TWOS, block_n=64, stages=5, small=BY_TWOS)
-EITHER = EitherTile(replace(BOTH, small=replace(BY_TWOS, stages=5)), PrefillTile(4, 1, flight=3))
+EITHER = EitherTile(replace(BOTH, small=replace(BY_TWOS, stages=5)), PrefillTile(4, 2, flight=3))
 PERSISTENT = {  # for the emulator
     "prefill": Plan("prefill", IN_TWO, PrefillTile(4, 1, flight=3)),
     "cluster": Plan("prefill", IN_TWO, PrefillTile(4, 2, flight=3)),
@@ -46,12 +46,13 @@ PERSISTENT = {  # for the emulator
     "either, few": Plan("either", IN_TWO, replace(EITHER, stream=replace(EITHER.stream, few=8))),
     "either, large": Plan("either", IN_TWO, EITHER),
     "either, prefill": Plan("either", IN_TWO, EITHER),
+    "either, alone": Plan("either", IN_TWO, replace(EITHER, prefill=PrefillTile(4, 1, flight=3))),
 }
 EMULATED_TOKENS = {
     "prefill": 150, "cluster": 280, "cluster, many": 140, "prefill, apart": 150, "cluster, apart": 280,
     "dense": 9, "stream 256x32": 60, "stream 256x64": 70,
     "stream, small": 60, "stream, few": 120, "stream, large": 120,
-    "either, small": 60, "either, few": 120, "either, large": 120, "either, prefill": 180,
+    "either, small": 60, "either, few": 120, "either, large": 120, "either, prefill": 180, "either, alone": 180,
 }  # fmt: skip
 SMALL = MoEGeometry(8, 4, 3, 512, 512)
 FAR = MoEGeometry(12, 8, 3, 768, 512)  # by 32 * 8 tokens, a tile an expert, some rows wait for tiles under way and others do not

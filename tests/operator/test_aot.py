@@ -29,6 +29,7 @@ def launches(g: MoEGeometry, found) -> dict:
 
 CHOSEN = [*plans(HEADLINE, H100), *plans(HEADLINE, H200)]
 HOPPER = launches(HEADLINE, [*CHOSEN, choose_plan(HEADLINE, 14107, clusters=False), choose_plan(HEADLINE, 901, tma=False)])
+HOPPER |= launches(HEADLINE, [choose_plan(HEADLINE, 901, H200, clusters=False)])
 HOPPER |= launches(RENORMALIZE, [choose_plan(RENORMALIZE, 100)])
 BLACKWELL = launches(HEADLINE, [choose_plan(HEADLINE, t, Machine(capability=100)) for t in (1, 80, 8192)])
 LITTLE = {c: launches(HEADLINE, plans(HEADLINE, Machine(142, c, shared=99 << 10))) for c in (89, 120)}

@@ -53,11 +53,11 @@ def test_chunks_share_all_tokens(sm_count):
 
 def test_what_is_sorted_at_a_time():
     """No more than a chunk may have; up to 4,096 tokens it has what is chosen for at a time."""
-    found = {t: choose_plan(HEADLINE, t).route for t in (512, 513, 961, 2048, 2049, 4096, 4097, 8192, 8193)}
+    found = {t: choose_plan(HEADLINE, t).route for t in (240, 241, 960, 961, 2048, 2049, 4096, 4097, 8192, 8193)}
     assert {t: (r.block_t, r.place_t, r.once, r.chunks, r.first) for t, r in found.items()} == {
-        512: (4, 4, True, 128, 0), 513: (8, 8, True, 128, 0), 961: (16, 16, True, 128, 0), 2048: (16, 16, True, 128, 0),
-        2049: (16, 16, True, 256, 0), 4096: (16, 16, True, 256, 0), 4097: (16, 32, True, 256, 132), 8192: (16, 32, True, 256, 132),
-        8193: (16, 64, True, 256, 132),
+        240: (4, 4, True, 64, 0), 241: (8, 8, True, 128, 0), 960: (8, 8, True, 128, 0), 961: (16, 16, True, 128, 0),
+        2048: (16, 16, True, 128, 0), 2049: (16, 16, True, 256, 0), 4096: (16, 16, True, 256, 0), 4097: (16, 32, True, 256, 132),
+        8192: (16, 32, True, 256, 132), 8193: (16, 64, True, 256, 132),
     }  # fmt: skip
 
 
@@ -109,9 +109,11 @@ def test_how_weights_are_asked_for():
         assert choose_plan(HEADLINE, t, H100) == choose_plan(HEADLINE, t, H200)
     either = choose_plan(HEADLINE, 128, H200)
     assert {choose_plan(HEADLINE, t, H200).gate_up for t in (128, 901, 1727)} == {either.gate_up}
-    assert str(either.gate_up) == "256x32 5s or x64 5s by twos or 128x256 4s 3 in flight"
+    assert str(either.gate_up) == "256x32 5s or x64 5s by twos or 128x256 4s 3 in flight, clusters of 2"
     assert [way.path for way in either.ways] == ["stream", "stream", "prefill"]
     assert choose_plan(HEADLINE, 128, H100) == replace(either.ways[2], gate_up=PrefillTile(4, 1, 3, 72, 56))
+    assert choose_plan(HEADLINE, 128, H200, clusters=False).gate_up == replace(either.gate_up, prefill=PrefillTile(4, 1, 3))
+    assert choose_plan(replace(HEADLINE, hidden_size=7424), 128, H200).gate_up.prefill.cluster == 1
     for t in (1, 80, 4096):
         assert choose_plan(HEADLINE, t, Machine(capability=100)) == choose_plan(HEADLINE, t, Machine(capability=100, hbm3e=True))
 

@@ -37,8 +37,8 @@ def either_kernel(
     P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr, P_FLIGHT: gl.constexpr, P_MANY: gl.constexpr, P_ROWS_APART: gl.constexpr,
     P_CONSUMERS: gl.constexpr, P_LOADERS: gl.constexpr, P_CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """The layer after routing: `prefill_kernel`'s where `way` is 2, else `stream_kernel`'s; what begins with P is the former's. `out` and,
-    in 64-bit words, `words` are the same."""
+    """The layer after routing: `prefill_kernel`'s where `way` is 2, else `stream_kernel`'s, to which clusters are nothing; what begins with
+    P is the former's. `out` and, in 64-bit words, `words` are the same."""
     places = stream_places(ROWS, N, max(STAGES, SMALL_STAGES), DENSE, GATHERERS)  # while routing goes on
     p_places = prefill_places(P_STAGES, P_CLUSTER)
     if PDL:
@@ -75,4 +75,4 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     constants = (*by_stream.constants_of(tile.stream, streaming), LOADERS, tile.stream.num_warps)
     _, _, *others = by_prefill.constants_of(tile.prefill, filling)  # the sizes again
     constants += (*others, round.plan.pdl)
-    return [round.launch(either_kernel, round.sm_count, arguments, constants, GATHERERS.value)]
+    return [round.launch(either_kernel, round.sm_count, arguments, constants, GATHERERS.value, cluster=tile.prefill.cluster)]

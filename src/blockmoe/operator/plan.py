@@ -194,7 +194,7 @@ class EitherTile:
     dense = False
 
     def __post_init__(self) -> None:
-        assert self.stream.small and self.prefill.cluster == 1
+        assert self.stream.small
 
     def __str__(self) -> str:
         return f"{self.stream} or {self.prefill}"
@@ -272,6 +272,8 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
         return _dense(geometry, tokens, route, machine, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
     if rows >= PREFILL_ROWS and geometry.intermediate_size >= PREFILL_STAGES * BLOCK and persistent and not route.one_launch:
+        even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
+        cluster = 2 if clusters and even else 1
         if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
             stream = _stream(geometry, tokens, machine)
             if not stream.small:  # so few tokens that no expert has more than a tile of it
@@ -279,12 +281,12 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
             # with code of their own small tiles took 10 us more at T = 901, and 1.3 at 130 to 500: registers were spilled
             # (results/h200/operator/tiles.txt, call 2)
             stream = replace(stream, small=replace(stream.small, stages=stream.stages))
-            # in clusters of 2: T = 500, 901: 330.8, 346.9 us, without 328.9, 348.1; one expert at 512: 79.0, 75.5; all local at 512, 1,024:
-            # 465, 696; 473, 714 (results/h200/operator/shares.txt, call 9)
-            return Plan("either", route, EitherTile(stream, PrefillTile(PREFILL_STAGES, 1, FLIGHT)), pdl=pdl)
+            # in clusters of 2: uniform routing, T = 130 to 1,600: -1.1 to +0.8 us; the same eight experts at 256, 512, 700, 1,024: 170,
+            # 290, 406, 552, without 177, 298, 414, 565; all local at 512, 700, 1,024: 463, 549, 687; 477, 568, 713
+            # (results/h200/operator/clusters.txt)
+            return Plan("either", route, EitherTile(stream, PrefillTile(PREFILL_STAGES, cluster, FLIGHT)), pdl=pdl)
         # T = 14107: 1398 us in clusters of 2, 1475 without; 11948: 997, 1094; 3072: 593, 594
-        even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
-        cluster = 2 if clusters and even and rows >= CLUSTER_ROWS else 1
+        cluster = cluster if rows >= CLUSTER_ROWS else 1
         many, apart = (int(each * geometry.num_local_experts) for each in (MEMORY_BOUND, ROWS_APART))
         return Plan("prefill", route, PrefillTile(PREFILL_STAGES, cluster, FLIGHT, many, apart), pdl=pdl)
     if rows >= WIDE_ROWS:

@@ -38,7 +38,7 @@ def test_layer_in_any_order(name, emulated):
     """By another number of programs too."""
     inputs, plan = layer.make(SMALL, TOKENS[name]), PLANS[name]
     if ", " in name and len(plan.ways) > 1:  # of several ways the one of that name
-        way = {"small": 0, "few": 0, "large": 1, "prefill": 2}[name.split(", ")[1]]
+        way = {"small": 0, "few": 0, "large": 1, "prefill": 2, "alone": 2}[name.split(", ")[1]]
         pairs = layer.pairs_of(inputs, SMALL, 2)
         assert plan.way(pairs) == plan.ways[way] and (max(pairs) > 32) == (not name.endswith("small"))
     first = bits(check(inputs, SMALL, 2, PLANS[name]))
@@ -103,13 +103,14 @@ def test_routings(name, routing, emulated):
         ("dense", MoEGeometry(24, 24, 3, 768, 256, "renormalize"), 15),
         ("dense", MoEGeometry(8, 8, 2, 512, 768), 16),  # three stages of GEMM2 a tile: the consumers' turn changes
         ("stream 256x32", MoEGeometry(8, 8, 2, 256, 128), 40),
-        ("either, small", MoEGeometry(8, 8, 2, 768, 512), 33),
+        ("either, small", MoEGeometry(8, 8, 2, 1024, 512), 33),
         ("either, prefill", MoEGeometry(8, 2, 2, 512, 768), 200),  # two tiles of 64 an expert
+        ("either, alone", MoEGeometry(8, 2, 2, 768, 512), 200),
         ("stream 256x32", MoEGeometry(8, 8, 2, 768, 128), 90),  # three row blocks: one group of columns
         ("stream, small", MoEGeometry(8, 3, 2, 512, 256), 70),
         ("stream, large", MoEGeometry(8, 2, 2, 512, 256), 170),
         ("stream 256x32", MoEGeometry(8, 6, 5, 512, 128), 60),  # tokens with two rows at most, and with more
-        ("either, small", MoEGeometry(16, 12, 4, 768, 512), 40),
+        ("either, alone", MoEGeometry(16, 12, 4, 768, 512), 40),
     ],
 )
 def test_sizes(name, geometry, tokens, emulated):
@@ -171,7 +172,7 @@ def test_any_layer(apart, data, emulated):
     draw = data.draw
     name = draw(st.sampled_from(["prefill, apart", "cluster, apart"] if apart else list(PLANS)), "plan")
     plan = PLANS[name]
-    clusters = plan.path == "prefill" and plan.gate_up.cluster == 2
+    clusters = getattr(plan.ways[-1].gate_up, "cluster", 1) == 2
     unit = 512 if clusters else 256
     inter = 256 if clusters or name == "dense" or getattr(plan.ways[0].gate_up, "burst", 1) == 2 else 128
     least = 512 if plan.ways[-1].path == "prefill" else inter

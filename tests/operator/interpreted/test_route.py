@@ -103,7 +103,7 @@ def test_prefill(tokens, once):
     RouteTile(4, 2, 4, False, False, 8), RouteTile(4, 16, 4, False, True, 8, 3), RouteTile(4, 2, 4, False, False, 8, 3),
     RouteTile(16, 32, 16, False, True, 8, 6),
 ], ids=str)  # fmt: skip
-@pytest.mark.parametrize("name", ["prefill", "stream, small", "either, small", "sorted 64"])
+@pytest.mark.parametrize("name", ["prefill", "stream, small", "either, alone", "sorted 64"])
 def test_chunks_of_any_size(name, tile):
     """Chosen and sorted in several steps, or one of the two, none of which is full; first chunks of more tokens, and no others."""
     g = replace(TINY, hidden_size=256, intermediate_size=512)
@@ -111,7 +111,7 @@ def test_chunks_of_any_size(name, tile):
     agree(layer.make(g, 75, seed=75), g, 3, plan)
 
 
-@pytest.mark.parametrize("name", ["stream, small", "either, small"])
+@pytest.mark.parametrize("name", ["stream, small", "either, alone"])
 @pytest.mark.parametrize(("few", "tokens", "favour", "height"), [
     (0, 60, 0, 32), (0, 60, 9, 32), (0, 128, 9, 128), (8, 60, 9, 32), (8, 128, 9, 32), (8, 129, 9, 128),
     *(pytest.param(*many, marks=pytest.mark.slow) for many in ((8, 300, 0, 64), (0, 300, 0, 64), (0, 300, 9, 128), (0, 700, 0, 128))),
