@@ -2,7 +2,8 @@
 
 Compiles for sm_90a, without a GPU, what this tree and the commit's launch at so many tokens of the headline geometry, and compares
 instructions in their order: a line a kernel, with how many differ, and how many do but for constants (addresses, offsets of arguments).
-Exit code 1 where one differs but for those. Measurements of a commit hold for another whose kernels have the same instructions.
+Exit code 1 where one differs but for those, 2 where a tree does not compile. Measurements of a commit hold for another whose kernels have
+the same instructions.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ def kernels(tree: Path, machine: str, tokens: list[int]) -> dict[tuple[int, str]
     command = [sys.executable, "-c", COMPILED, machine.upper(), *map(str, tokens)]
     said = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     if said.returncode:
-        raise SystemExit(f"same_instructions: {tree} does not compile: {said.stderr.strip().splitlines()[-1]}")
+        hint = " (make test installs it)" if "No module named 'triton'" in said.stderr else ""
+        print(f"same_instructions: {tree} does not compile: {said.stderr.strip().splitlines()[-1]}{hint}", file=sys.stderr)
+        raise SystemExit(2)
     return {(t, name): instructions(sass) for t, name, sass in map(json.loads, said.stdout.splitlines())}
 
 

@@ -10,16 +10,19 @@ _LAZY = {  # torch and triton are imported when one of these is first used
     "workspace_size": "blockmoe.operator.workspace",
     "MoEGeometry": "blockmoe.geometry",
 }
+_MODULES = ("operator", "reference")
 __all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module 'blockmoe' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _MODULES:
+        return import_module(f"blockmoe.{name}")
+    if name not in _LAZY:
+        raise AttributeError(f"module 'blockmoe' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LAZY})
+    return sorted({*globals(), *_LAZY, *_MODULES})

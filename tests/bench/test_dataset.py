@@ -202,7 +202,7 @@ def test_malformed_solution_names_file_and_field(tree, content, expected):
 
 def test_names_twice(tree):
     toy.write(toy.solution_path(tree, "other"), toy.solution("good"))
-    assert "name: solution 'good' exists already for scale_w64" in fault(tree)
+    assert "name: solution 'good' exists already for scale_w64: " in fault(tree)
     toy.write(toy.definition_path(tree).with_name("copy.json"), toy.definition())
     assert f"name: definition {toy.NAME!r} exists already in {tree}" in fault(tree)
 

@@ -60,6 +60,7 @@ def test_refuses_a_wrong_dtype_shape_stride_or_type(i):
         ({"routing": "softmax"}, ValueError, "routing"),
         ({"out": torch.empty(6, 255, dtype=torch.bfloat16)}, ValueError, "out"),
         ({"out": torch.empty(6, 256)}, TypeError, "out"),
+        ({"plan": "stream"}, TypeError, "plan"),
     ],
 )
 def test_refuses_wrong_values(change, error, name):
@@ -107,17 +108,27 @@ def test_under_flashinfers_names():
         blockmoe.trtllm_fp8_block_scale_moe(inputs[0][0], *inputs[1:], **sizes)
 
 
-def test_sizes_that_are_no_integers_leave_nothing_behind():
+def test_numbers_of_another_type_are_refused_before_and_after_a_call_of_their_values():
     inputs = make(TINY, 6)
-    factor = 2.25  # of this test alone: calls are kept, and 4.0 == 4 finds that of another
-    options = dict(local_expert_offset=0, routed_scaling_factor=factor, n_group=4, topk_group=2)
-    for odd in ({"top_k": 4.0}, {"top_k": True}, {"top_k": 4, "topk_group": 2.0}):
-        with pytest.raises(TypeError, match="expected an integer, got"):
-            blockmoe.fused_moe(*inputs, **options | odd)
-    out = blockmoe.fused_moe(*inputs, **options, top_k=4)
-    assert out.any() and torch.equal(out, layer.call(inputs, TINY, 0, factor))
+    factor = 1.0  # of this test alone: calls are kept
+    options = dict(local_expert_offset=1, routed_scaling_factor=factor, top_k=4, n_group=4, topk_group=2)
+    for _ in range(2):
+        for odd in ({"top_k": 4.0}, {"top_k": True}, {"topk_group": 2.0}, {"local_expert_offset": 1.0}, {"local_expert_offset": True}):
+            with pytest.raises(TypeError, match="expected an integer, got"):
+                blockmoe.fused_moe(*inputs, **options | odd)
+        with pytest.raises(TypeError, match="^routed_scaling_factor: expected a number, got bool"):
+            blockmoe.fused_moe(*inputs, **options | dict(routed_scaling_factor=True))
+        out = blockmoe.fused_moe(*inputs, **options)
+        assert out.any() and torch.equal(out, layer.call(inputs, TINY, 1, factor))
     with pytest.raises(TypeError, match="^out: expected a tensor, got list"):
-        blockmoe.fused_moe(*inputs, **options, top_k=4, out=[1])
+        blockmoe.fused_moe(*inputs, **options, out=[1])
+
+
+def test_what_runs_without_a_gpu_is_explained(monkeypatch, capsys):
+    monkeypatch.setenv("BLOCKMOE_EXPLAIN", "1")
+    monkeypatch.setattr(api, "_calls", {})
+    call(make(TINY, 3), TINY)
+    assert capsys.readouterr().out == f"blockmoe: {TINY.definition_name} T=3: on a CPU, the float32 reference\n"
 
 
 def test_nothing_is_recorded_for_gradients():
@@ -160,4 +171,9 @@ def test_the_interpreter_is_on_where_triton_says_so(monkeypatch, off):
 
 def test_importing_the_package_imports_neither_torch_nor_triton():
     code = "import sys, blockmoe; assert not {'torch', 'triton'} & set(sys.modules); assert 'fused_moe' in dir(blockmoe)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_the_documentation_names_is_there_once_the_package_is_imported():
+    code = "import blockmoe; assert callable(blockmoe.operator.warmup) and callable(blockmoe.reference.moe_oracle)"
     subprocess.run([sys.executable, "-c", code], check=True)

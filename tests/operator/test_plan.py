@@ -226,6 +226,9 @@ def test_row_blocks_are_shared_only_where_there_is_code_for_it(machine):
 
 def test_workspace():
     assert workspace_size(HEADLINE, 0) == 0
+    for odd, error in ((-1, ValueError), (1.5, TypeError), ("x", TypeError), (True, TypeError)):
+        with pytest.raises(error, match="^tokens: expected .*, got "):
+            workspace_size(HEADLINE, odd)
     assert workspace_size(HEADLINE, 14107) <= 400e6
     for capability in (90, 100):
         needed = workspace_size(HEADLINE, 2400, capability=capability)  # a plan for fewer may want more

@@ -10,7 +10,7 @@ from rich.console import Console
 from blockmoe.report import api, plots
 from blockmoe.report.regimes import parse_mix, parse_regimes
 from blockmoe.report.sentences import dispatcher_sentence
-from blockmoe.report.tables import average_table, error_table, latency_table
+from blockmoe.report.tables import average_table, error_table, host_table, latency_table
 
 
 def section(path, traces, **options):
@@ -349,6 +349,28 @@ def test_the_worst_errors(tmp_path):
     assert plots.errors(found)[1].endswith("Infinite ones (1) have no mark.")
     api.write([tmp_path], formats=api.FORMATS)
     assert [record.tokens for _, _, record in api.best([tmp_path], max_relative_l2=0.5)] == [16, 80]
+
+
+def test_replays_and_host_times_stand_beside_the_spans(tmp_path):
+    traces = run({"alpha": 1.0, "beta": 2.0})
+    for one in traces:
+        if one["solution"] == "beta":
+            one["evaluation"]["performance"]["extra"] |= {"graph_ms": None, "host_us": 1234.4}
+    table = host_table(section(tmp_path / "a", [*traces, failed("gamma", 1)]))
+    assert table.columns == ["workload", "T", "alpha", "beta", "gamma"] and len(table.rows) == 6
+    assert [cell.text for cell in table.rows[0][2:]] == [f"{table.rows[0][2].value:#.4g} (40)", "– (1,234)", "–"]
+    assert host_table(section(tmp_path / "b", [plain("alpha", 1)])) is None
+
+
+def test_whose_timer_differs_is_said(tmp_path):
+    traces = run({"alpha": 1.0, "beta": 2.0})
+    assert not any("timers" in doubt for doubt in section(tmp_path / "a", traces).doubts)
+    alone = "Mixed timers: the reference's by cuda_events on 6 workloads, all else by cupti."
+    by = {"reference": alone, "beta": "Mixed timers: cuda_events, cupti."}
+    for solution, said in by.items():
+        for one in traces:
+            one["evaluation"]["performance"]["extra"]["timer"] = "cuda_events" if one["solution"] == solution else "cupti"
+        assert said in section(tmp_path / solution, traces).doubts
 
 
 def test_a_speedup_is_no_quotient_of_latencies(tmp_path):

@@ -4,6 +4,7 @@ import subprocess
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -44,6 +45,22 @@ def test_other_files_and_the_package_of_a_packed_form(goals):
     packed, here = {f"{name}/a.py": f"from {name}.b import c"}, {"blockmoe/a.py": "from blockmoe.b import c"}
     assert goals.without_words(packed) == goals.without_words(here)
     assert goals.without_words({"a.cu": "x  // y"}) != goals.without_words({"a.cu": "x"})
+
+
+def test_nothing_to_judge_and_an_operator_that_failed(goals, capsys, monkeypatch):
+    monkeypatch.setattr(goals.sys, "argv", ["operator_goals", "results"])
+
+    def judged(*solutions, status="PASSED"):
+        records = [Record(DEFINITION, "w", name, status if name == "blockmoe" else "PASSED", "GPU", tokens=1) for name in solutions]
+        monkeypatch.setattr(goals, "load", lambda folders: SimpleNamespace(records=records))
+        return goals.main()
+
+    for solutions in (("other", "reference"), ("blockmoe", "reference")):
+        with pytest.raises(SystemExit) as ended:
+            judged(*solutions)
+        assert ended.value.code == 2 and "folders: expected traces of blockmoe and of another solution" in capsys.readouterr().err
+    assert judged("other", "reference", "blockmoe", status="RUNTIME_ERROR") == 1
+    assert "     1         -*  blockmoe has not passed\n1 workload misses a goal (*)" in capsys.readouterr().out
 
 
 def test_replays_are_held_against_the_span_by_events(goals):

@@ -59,6 +59,7 @@ class Dataset:
     workloads: dict[str, list[Workload]] = field(default_factory=dict)
     solutions: dict[tuple[str, str], Solution] = field(default_factory=dict)
     roots: dict[str, Path] = field(default_factory=dict)  # definition name to the tree that holds its workloads' blobs
+    origins: dict[tuple[str, str], Path] = field(default_factory=dict)  # of solutions: file or folder
 
     @classmethod
     def load(cls, roots: Iterable[Path]) -> Dataset:
@@ -121,8 +122,10 @@ class Dataset:
         if solution.name == REFERENCE:
             raise DatasetError(f"{origin}: name: expected another name than {REFERENCE!r}, which is the definition's own reference")
         if (solution.definition, solution.name) in self.solutions:
-            raise DatasetError(f"{origin}: name: solution {solution.name!r} exists already for {solution.definition}")
+            other = self.origins[solution.definition, solution.name]
+            raise DatasetError(f"{origin}: name: solution {solution.name!r} exists already for {solution.definition}: {other}")
         self.solutions[solution.definition, solution.name] = solution
+        self.origins[solution.definition, solution.name] = origin
 
     def solutions_of(self, definition: str) -> list[Solution]:
         return [solution for (name, _), solution in self.solutions.items() if name == definition]
@@ -268,7 +271,8 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """`unknown KIND 'name'`, with the nearest known names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or [other for other in names if name in other][:3]
-    hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {', '.join(names[:5]) or 'none'}"
+    few = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {few or 'none'}"
     return f"unknown {kind} {name!r}{hint}"
 
 

@@ -14,13 +14,14 @@ from blockmoe.bench.dataset import bundled_root, cache_root
 from blockmoe.bench.environment import Hardware, cpu_name, host_memory
 from blockmoe.bench.settings import default_device, gpus, torch_build
 
+PEERS = "pip install 'blockmoe[peers]'"  # of versions that go together
 # module, distribution, what for, how to get it
 OPTIONAL = (
     ("triton", "triton", "Triton solutions, and the streaming floor's kernel", "comes with torch's CUDA builds"),
     ("cupti", "cupti-python", "spans by CUPTI instead of events", "pip install cupti-python"),
-    ("sgl_kernel", "sglang-kernel", "peers on sgl_kernel", "pip install sglang-kernel"),
-    ("deep_gemm", "sgl-deep-gemm", "peers on DeepGEMM", "pip install sgl-deep-gemm"),
-    ("flashinfer", "flashinfer-python", "peers on FlashInfer", "pip install flashinfer-python"),
+    ("sgl_kernel", "sglang-kernel", "peers on sgl_kernel", PEERS),
+    ("deep_gemm", "sgl-deep-gemm", "peers on DeepGEMM", PEERS),
+    ("flashinfer", "flashinfer-python", "peers on FlashInfer", PEERS),
 )
 
 

@@ -82,7 +82,7 @@ def fused_moe(
     try:
         key = (
             *map(_signature, inputs), routing_bias is None, local_expert_offset, routed_scaling_factor, routing, top_k, n_group,
-            topk_group, plan,
+            topk_group, plan, *map(type, (local_expert_offset, routed_scaling_factor, top_k, n_group, topk_group)),  # 8.0 and True: refused
         )  # fmt: skip
         call = _calls[key] if all(map(_is_contiguous, inputs)) else None
     except (KeyError, AttributeError, TypeError):
@@ -225,13 +225,18 @@ class _Call:
 
 
 def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, factor, routing, top_k, n_group, topk_group, plan) -> _Call:
+    if plan is not None and not isinstance(plan, Plan):
+        raise TypeError(f"plan: expected a Plan, as choose_plan gives it, got {type(plan).__name__}")
     geometry = _validate(
         logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, factor, routing, top_k, n_group, topk_group
     )  # fmt: skip
     tokens, device = len(x), x.device
     offset, factor = int(offset), float(factor)
     call = _Call(geometry, device, tokens, offset, factor)
+    explain = os.environ.get("BLOCKMOE_EXPLAIN", "0") not in ("", "0")
     if device.type == "cpu" and not _interpreted():
+        if explain:
+            print(f"blockmoe: {geometry.definition_name} T={tokens}: on a CPU, the float32 reference")
         return call
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"hidden_states: expected a tensor of a CPU or a CUDA device, got one on {device}")
@@ -242,7 +247,7 @@ def _prepare(logits, bias, x, x_scale, w1, w1_scale, w2, w2_scale, offset, facto
     call.workspace = max((layout(geometry, t, p)[1] for t, p in zip(counts, plans, strict=True)), default=0)
     if plans:
         call.plan_without_tma = choose_plan(geometry, counts[0], machine, clusters=known(), tma=False)
-    if os.environ.get("BLOCKMOE_EXPLAIN", "0") not in ("", "0") and plans:
+    if explain and plans:
         print(f"blockmoe: {geometry.definition_name} T={tokens}: {plans[0]}; workspace {call.workspace / 1e6:.1f} MB")
 
     from blockmoe.operator.launch import Prepared  # imports triton
@@ -310,11 +315,11 @@ def _validate(
         _check("routing_bias", bias, (experts,), _FLOATS, device)
     elif bias is not None:
         raise ValueError("routing_bias: expected None for renormalize, got a tensor")
-    for name, value, kinds in (
-        ("local_expert_offset", offset, int), ("routed_scaling_factor", factor, (int, float)),
+    for name, value, kinds, expected in (
+        ("local_expert_offset", offset, int, "an integer"), ("routed_scaling_factor", factor, (int, float), "a number"),
     ):  # fmt: skip
         if isinstance(value, bool) or not isinstance(value, kinds):
-            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+            raise TypeError(f"{name}: expected {expected}, got {type(value).__name__}")
     if not 0 <= offset <= experts - local:
         raise ValueError(f"local_expert_offset: expected 0 to {experts - local}, got {offset}")
     return geometry

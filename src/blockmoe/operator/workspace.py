@@ -136,12 +136,17 @@ def rounds(tokens: int) -> list[int]:
     return [TOKEN_CHUNK] * full + ([rest] if rest else [])
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=512, typed=True)
 def workspace_size(geometry: MoEGeometry, tokens: int, *, sm_count: int = 132, capability: int = 90) -> int:
     """Bytes of workspace that are enough for every call of at most `tokens` tokens on such a GPU, whatever its memory and the routing.
 
     Every number of tokens is looked at, as a plan for fewer may want more: a second or two for each `tokens`, so ask once, for the most.
+    Raises TypeError or ValueError for what is no number of tokens.
     """
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise TypeError(f"tokens: expected an integer, got {type(tokens).__name__}")
+    if tokens < 0:
+        raise ValueError(f"tokens: expected 0 or more, got {tokens}")
     kinds = (False, True) if capability == 90 else (False,)  # elsewhere no plan asks
     machines = [Machine(sm_count, capability, hbm3e) for hbm3e in kinds]
     found = 0

@@ -82,6 +82,11 @@ def terminal_table(folders: Sequence[Path], baseline: str | None = None, regimes
     return terminal.render(read(folders, baseline, regimes, mix))
 
 
+def notes(folders: Sequence[Path]) -> list[str]:
+    """What is odd about traces: lines that can't be read, say."""
+    return load(folders).notes
+
+
 def best(folders: Sequence[Path], max_relative_l2: float | None = None) -> list[tuple[str, str, Record]]:
     """The fastest solution that passed each (definition, workload), optionally with an error bound; sorted by T."""
     found = {}
@@ -105,7 +110,9 @@ def show(path: Path, workload: str | None = None, solution: str | None = None) -
     chosen = [record for record in _of_workload(records, workload) if solution in (None, record.solution)]
     if not chosen:
         has = _listed({record.solution for record in records})
-        raise ReportError(f"{path}: no trace of workload {workload or 'any'}, solution {solution or 'any'}; solutions: {has}")
+        sizes = ", ".join(map(str, sorted({record.tokens for record in records if record.tokens is not None})))
+        wanted = f"workload {workload or 'any'}, solution {solution or 'any'}"
+        raise ReportError(f"{path}: no trace of {wanted}; solutions: {has}; T: {sizes or 'unknown'}")
     return Group(*(part for record in chosen[:20] for part in (terminal.show(record), Text())), _cut(len(chosen), 20))
 
 

@@ -127,6 +127,7 @@ def best(
 ) -> None:
     """Name the fastest solution that passed, for every workload."""
     shown, found = console(), [record for _, _, record in api.best(folders, max_relative_l2)]
+    _say_notes(folders)
     if not found:
         bound = f"no solution that passed is known to have a relative L2 error of at most {max_relative_l2}"
         shown.print(bound if api.best(folders) else "no solution passed any workload")
@@ -147,6 +148,13 @@ def show(
 ) -> None:
     """Show traces in full: status, times, errors, every sample, and the end of a failure's log."""
     console().print(api.show(path, workload, solution))
+    if path.exists():  # not FILE:LINE
+        _say_notes([path])
+
+
+def _say_notes(folders: list[Path]) -> None:
+    for note in api.notes(folders):
+        print(f"note: {note}", file=sys.stderr)
 
 
 def import_csv(

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from blockmoe.bench.stats import MARGIN
-from blockmoe.report.load import Record
+from blockmoe.report.load import REFERENCE, Record
 from blockmoe.report.model import Contender, Row, size_of
 
 _SETTINGS = (
@@ -124,8 +124,8 @@ def _mixtures(records: Sequence[Record]) -> Iterable[str]:
             f"On {restated} workloads solutions of several runs meet. Between runs the reference moves: speedups there are the latest "
             "reference's latency over a solution's, without intervals."
         )
+    yield from _timers(records)
     for name, values in (
-        ("timers", {record.timer for record in records if record.timer}),
         ("tolerances", {_tolerance(record.settings) for record in records if record.settings}),
         ("input modes", _values(records, "inputs")),
         ("warm-up calls", _values(records, "warmup_runs")),
@@ -135,6 +135,18 @@ def _mixtures(records: Sequence[Record]) -> Iterable[str]:
     ):
         if len(values) > 1:
             yield f"Mixed {name}: {', '.join(sorted(values))}."
+
+
+def _timers(records: Sequence[Record]) -> Iterable[str]:
+    timed = [record for record in records if record.timer]
+    every = {record.timer for record in timed}
+    others = {record.timer for record in timed if record.solution != REFERENCE}
+    if len(every) > 1 and len(others) == 1:
+        apart = [record for record in timed if record.timer not in others]
+        by = ", ".join(sorted({record.timer for record in apart}))
+        yield f"Mixed timers: the reference's by {by} on {len({r.workload for r in apart})} workloads, all else by {', '.join(others)}."
+    elif len(every) > 1:
+        yield f"Mixed timers: {', '.join(sorted(every))}."
 
 
 def _versions(records: Sequence[Record]) -> Iterable[str]:

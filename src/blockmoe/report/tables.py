@@ -57,6 +57,7 @@ def section_tables(section: Section) -> list[Table]:
     tables = [
         workload_table(section),
         latency_table(section),
+        host_table(section),
         average_table(section),
         ranking_table(section),
         pair_table(section),
@@ -114,6 +115,22 @@ def latency_table(section: Section) -> Table | None:
         cells += [Cell(milliseconds(row.floor), row.floor)] if floored else []
         cells += [_latency_cell(row, name) for name in section.names]
         table.rows.append(cells)
+    return table
+
+
+def host_table(section: Section) -> Table | None:
+    """What a caller meets who can't let the host run ahead, which the spans leave out."""
+    if not any(cell.passed and (cell.graph or cell.host_us) for row in section.rows for cell in row.cells.values()):
+        return None
+    notes = [
+        "A latency is the device's span of an eager call, with the host ahead. In brackets, in us, what the host took until such a call "
+        "returned, on an idle device: who waits for each call waits for both. Before it the span of the same call's CUDA graph, replayed, "
+        "by events (docs/measuring.md)."
+    ]
+    table = Table("hosts", "CUDA-graph replay, ms, and host time, us", ["workload", "T", *section.names], [], _cut(section) + notes)
+    for row in section.rows[:MOST_ROWS]:
+        cells = [Cell(short(row.workload), row.workload, hover=row.workload), _whole(row.tokens)]
+        table.rows.append(cells + [_host_cell(row.cells.get(name)) for name in section.names])
     return table
 
 
@@ -334,6 +351,13 @@ def _latency_cell(row: Row, name: str) -> Cell:
         return Cell(DASH, None)
     share = f" ({cell.floor_fraction:.0%})" if cell.floor_fraction else ""
     return Cell(milliseconds(cell.latency) + share, cell.latency, bold=won(row, name), hover=hover_text(cell))
+
+
+def _host_cell(cell: Record | None) -> Cell:
+    if cell is None or not cell.passed or not (cell.graph or cell.host_us):
+        return Cell(DASH, None)
+    host = f" ({cell.host_us:,.0f})" if cell.host_us else ""
+    return Cell(milliseconds(cell.graph) + host, cell.graph, hover=hover_text(cell))
 
 
 def _margin_cell(row: Row) -> Cell:
