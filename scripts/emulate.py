@@ -49,7 +49,7 @@ def main() -> int:
         parser.error(f"--programs: expected at most {MOST_PROGRAMS}, got {asked.programs}")
     geometry, how = GEOMETRIES[asked.definition], {"programs": asked.programs}
     plan = choose_plan(geometry, asked.tokens, BY_NAME[asked.machine])
-    if asked.programs % getattr(plan.gate_up, "cluster", 1):
+    if asked.programs % getattr(plan.ways[-1].gate_up, "cluster", 1):
         parser.error(f"--programs: expected an even number for {plan}, got {asked.programs}")
     launch.interpret = lambda launches, tensors: interpret(launches, tensors, **how)
     interpreter_casts.install()

@@ -196,6 +196,17 @@ def test_commands(runs, tmp_path):
     assert invoke("report", tmp_path / "none").exit_code == 2
 
 
+def test_lines_that_are_left_out_are_told_beside_winners_and_traces(tmp_path):
+    some = folder(tmp_path, [*run({"alpha": 1.0}), "{broken"])
+    note = "1 malformed line(s) left out"
+    for command in (["best", some], ["show", some, "--workload", "1"]):
+        result = invoke(*command)
+        assert result.exit_code == 0 and note in result.stderr and note not in result.stdout and "alpha" in result.stdout
+    result = invoke("show", some, "--workload", "5")
+    assert result.exit_code == 2 and note in result.stderr
+    assert "no trace of workload 5, solution any; solutions: alpha, reference; T: 1, " in result.stderr
+
+
 def test_names_stay_whole_in_a_pipe_and_readable_in_a_narrow_terminal(tmp_path, monkeypatch):
     name = "a_solution_with_a_rather_long_name_v2"
     old, new = (folder(tmp_path / run_id, run({name: latency}, run=run_id)) for run_id, latency in (("r1", 1.0), ("r2", 1.1)))

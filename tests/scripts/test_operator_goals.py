@@ -58,9 +58,10 @@ def test_nothing_to_judge_and_an_operator_that_failed(goals, capsys, monkeypatch
     for solutions in (("other", "reference"), ("blockmoe", "reference")):
         with pytest.raises(SystemExit) as ended:
             judged(*solutions)
-        assert ended.value.code == 2 and "folders: expected traces of blockmoe and of another solution" in capsys.readouterr().err
+        said = f"folders: expected traces of blockmoe and of another solution, got {', '.join(sorted(solutions))} in results"
+        assert ended.value.code == 2 and said in capsys.readouterr().err
     assert judged("other", "reference", "blockmoe", status="RUNTIME_ERROR") == 1
-    assert "     1         -*  blockmoe has not passed\n1 workload misses a goal (*)" in capsys.readouterr().out
+    assert "     1         -*  blockmoe has no trace that passed\n1 workload misses a goal (*)" in capsys.readouterr().out
 
 
 def test_replays_are_held_against_the_span_by_events(goals):

@@ -77,9 +77,10 @@ def route_tile(geometry: MoEGeometry, tokens: int, machine: Machine) -> RouteTil
     # few warps a multiprocessor: its four schedulers take a token each, or two. T = 901, H200: 344.3 us by 16 tokens, 342.5 by 8, 345.0
     # by 4 in 256 chunks; 600: 323.6, 323.1, 325.4; 1,024: 332.6, 332.4, 334.4 (results/h200/operator/ranks.txt, call 2), one expert
     # at 1,024: 93.5, 93.2 (shares.txt, call 1)
-    # Of 4 tokens no more than 60 programs: the next kernel's clusters wait for two multiprocessors side by side. T = 400, 500, H200: 329.3,
-    # 330.6 us, by 4 tokens 329.7, 333.2 (clusters.txt, call 3). Where tokens are 16 from 513 on: 560, 640, 720, 800, 901: 331.9, 333.0,
-    # 333.3, 334.8, 348.2, by 8 333.2, 333.6, 334.1, 335.6, 347.5 (calls 4, 5)
+    # Of 4 tokens no more than 60 programs, a number that was not searched for: where routing holds most multiprocessors, the next kernel's
+    # clusters probably wait for two of a group. T = 400, 500, H200: 329.3, 330.6 us, by 4 tokens 329.7, 333.2 (clusters.txt, call 3). With
+    # 16 from 513 on: 560, 640, 720, 800, 880, 901, 960: 331.9, 333.0, 333.3, 334.8, 336.8, 348.2, 338.1, by 8 333.2, 333.6, 334.1, 335.6,
+    # 338.1, 347.5, 339.2 (calls 4, 5)
     # Two programs a multiprocessor, with 16 tokens each: 2,200, 3,000, 4,096: 385.5, 405.1, 449.9 us, each sorting 64 with most of them
     # masked 388.1, 408.2, 452.6 (results/h200/operator/chunks.txt, call 5)
     for block_t, most in ((4, 60), (8, 120), (16, FEW_CHUNKS), (16, MOST_CHUNKS)):

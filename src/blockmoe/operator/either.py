@@ -75,4 +75,6 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     constants = (*by_stream.constants_of(tile.stream, streaming), LOADERS, tile.stream.num_warps)
     _, _, *others = by_prefill.constants_of(tile.prefill, filling)  # the sizes again
     constants += (*others, round.plan.pdl)
-    return [round.launch(either_kernel, round.sm_count, arguments, constants, GATHERERS.value, cluster=tile.prefill.cluster)]
+    cluster = tile.prefill.cluster
+    programs = round.sm_count // cluster * cluster
+    return [round.launch(either_kernel, programs, arguments, constants, GATHERERS.value, cluster=cluster)]

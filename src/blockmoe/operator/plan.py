@@ -281,7 +281,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
             # with code of their own small tiles took 10 us more at T = 901, and 1.3 at 130 to 500: registers were spilled
             # (results/h200/operator/tiles.txt, call 2)
             stream = replace(stream, small=replace(stream.small, stages=stream.stages))
-            # in clusters of 2: uniform routing, T = 130 to 1,600: -1.1 to +0.8 us; the same eight experts at 256, 512, 700, 1,024: 170,
+            # in clusters of 2: uniform routing, T = 130 to 1,600: -1.2 to +1.2 us; the same eight experts at 256, 512, 700, 1,024: 170,
             # 290, 406, 552, without 177, 298, 414, 565; all local at 512, 700, 1,024: 463, 549, 687; 477, 568, 713
             # (results/h200/operator/clusters.txt)
             return Plan("either", route, EitherTile(stream, PrefillTile(PREFILL_STAGES, cluster, FLIGHT)), pdl=pdl)

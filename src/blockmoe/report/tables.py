@@ -124,8 +124,8 @@ def host_table(section: Section) -> Table | None:
         return None
     notes = [
         "A latency is the device's span of an eager call, with the host ahead. In brackets, in us, what the host took until such a call "
-        "returned, on an idle device: who waits for each call waits for both. Before it the span of the same call's CUDA graph, replayed, "
-        "by events (docs/measuring.md)."
+        "returned, on an idle device: who can't run ahead sees at least the larger of the two. Before it the span of the same call's CUDA "
+        "graph, replayed, by events (docs/measuring.md)."
     ]
     table = Table("hosts", "CUDA-graph replay, ms, and host time, us", ["workload", "T", *section.names], [], _cut(section) + notes)
     for row in section.rows[:MOST_ROWS]:
