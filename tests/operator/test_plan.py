@@ -55,7 +55,7 @@ def test_what_is_sorted_at_a_time():
     """No more than a chunk may have; up to 4,096 tokens it has what is chosen for at a time."""
     found = {t: choose_plan(HEADLINE, t).route for t in (240, 241, 960, 961, 2048, 2049, 4096, 4097, 8192, 8193)}
     assert {t: (r.block_t, r.place_t, r.once, r.chunks, r.first) for t, r in found.items()} == {
-        240: (4, 4, True, 64, 0), 241: (8, 8, True, 128, 0), 960: (8, 8, True, 128, 0), 961: (16, 16, True, 128, 0),
+        240: (4, 4, True, 128, 0), 241: (8, 8, True, 128, 0), 960: (8, 8, True, 128, 0), 961: (16, 16, True, 128, 0),
         2048: (16, 16, True, 128, 0), 2049: (16, 16, True, 256, 0), 4096: (16, 16, True, 256, 0), 4097: (16, 32, True, 256, 132),
         8192: (16, 32, True, 256, 132), 8193: (16, 64, True, 256, 132),
     }  # fmt: skip

@@ -85,7 +85,7 @@ def route_tile(geometry: MoEGeometry, tokens: int, machine: Machine) -> RouteTil
     # masked 388.1, 408.2, 452.6 (results/h200/operator/chunks.txt, call 5)
     for block_t, most in ((4, 60), (8, 120), (16, FEW_CHUNKS), (16, MOST_CHUNKS)):
         if tokens <= block_t * most:
-            return RouteTile(block_t, block_t, block_t, False, True, power_of_two_at_least(most))
+            return RouteTile(block_t, block_t, block_t, False, True, max(FEW_CHUNKS, power_of_two_at_least(most)))
     # T = 14107: routing took 34.6 us, with 512 chunks of half the tokens 35.1. T = 6000, 8192, H200: 12.4, 13.5 us by 32 to sort, by 64
     # 13.0, 14.3 (chunks.txt, call 5)
     place_t = min(32 if tokens <= 32 * MOST_CHUNKS else 64, 4096 // local)
