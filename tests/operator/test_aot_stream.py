@@ -14,7 +14,7 @@ from layer import SHARED_LIMIT  # noqa: E402
 
 from blockmoe.geometry import HEADLINE  # noqa: E402
 from blockmoe.operator import pipeline  # noqa: E402
-from blockmoe.operator.ahead import _loops as loops_ahead  # noqa: E402
+from blockmoe.operator.ahead import loops  # noqa: E402
 from blockmoe.operator.machine import H100, H200  # noqa: E402
 from blockmoe.operator.plan import PrefillTile, StreamTile, choose_plan, plans  # noqa: E402
 
@@ -109,7 +109,7 @@ def test_either(tmp_path):
     found = products(usage.sass)
     assert sorted(found) == ["Q" * 4] * 8 + ["Q" * 8] * 4, found
     assert usage.ptx.count("multicast::cluster") == 4 and usage.ptx.count("mapa.shared::cluster") == 8  # prefill's, as in `test_prefill`
-    assert len(loops_ahead(usage.ptx.splitlines())) == 4  # of it too: stream's own stay
+    assert len(loops(usage.ptx.splitlines())) == 4  # of it too: stream's own stay
 
 
 @pytest.mark.parametrize(("cluster", "many", "apart", "hidden", "spills"), [
@@ -129,6 +129,6 @@ def test_prefill(cluster, many, apart, hidden, spills, tmp_path):
     assert [turn.replace("S", "") for turn in found] == ["TQQQQG", "TQQQQGP"] * 4
     assert {turn.count("S") for turn in found} == ({1} if cluster == 1 else {0})
     assert usage.ptx.count("cp.async.bulk.tensor.2d.global") == 2 + 7  # two consumers' codes; a row of zeros in pages of 1,024, or of 256
-    assert len(loops_ahead(usage.ptx.splitlines())) == 4  # which `ahead` looks at
+    assert len(loops(usage.ptx.splitlines())) == 4  # which `ahead` looks at
     assert usage.ptx.count("multicast::cluster") == (4 if cluster == 2 else 0)  # weights of both GEMMs, GEMM2's pairs
     assert usage.ptx.count("mapa.shared::cluster") == (8 if cluster == 2 else 0)  # a stage freed: two halves, two GEMMs, two consumers

@@ -271,9 +271,13 @@ def unknown(kind: str, name: str, known: Iterable[str]) -> str:
     """`unknown KIND 'name'`, with the nearest known names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.3) or [other for other in names if name in other][:3]
-    few = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-    hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {few or 'none'}"
+    hint = f"; did you mean {' or '.join(near)}?" if near else f"; known: {listed(names) or 'none'}"
     return f"unknown {kind} {name!r}{hint}"
+
+
+def listed(names: list[str]) -> str:
+    """The first eight of them, and how many more there are."""
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def select_names(kind: str, wanted: list[str], known: Iterable[str]) -> list[str]:

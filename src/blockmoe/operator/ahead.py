@@ -29,12 +29,12 @@ class Unexpected(RuntimeError):
 def ahead(ptx: str) -> str:
     """`ptx` with the descriptors of every such loop's products made ahead. Raises Unexpected where a loop is not as known."""
     lines = ptx.splitlines()
-    for label, (top, end) in reversed(_loops(lines).items()):  # the last first: the others stay where they are
+    for label, (top, end) in reversed(loops(lines).items()):  # the last first: the others stay where they are
         lines[top : end + 1] = _with_descriptors_ahead(label, lines[top : end + 1], lines[:top], lines[end + 1 :])
     return "\n".join(lines) + "\n"
 
 
-def _loops(lines: list[str]) -> dict[str, tuple[int, int]]:
+def loops(lines: list[str]) -> dict[str, tuple[int, int]]:
     """Blocks that branch to themselves and have products and a word, by label: their label's line and their branch's."""
     found, label, top = {}, None, 0
     for at, line in enumerate(lines):

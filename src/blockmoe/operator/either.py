@@ -34,7 +34,7 @@ def either_kernel(
     HIDDEN: gl.constexpr, INTER: gl.constexpr, TOP_K: gl.constexpr, ROWS: gl.constexpr, N: gl.constexpr, STAGES: gl.constexpr,
     SMALL_N: gl.constexpr, SMALL_STAGES: gl.constexpr, SPLIT: gl.constexpr, DENSE: gl.constexpr, FLIGHT: gl.constexpr,
     BURST: gl.constexpr, LOADERS: gl.constexpr, WARPS: gl.constexpr,
-    P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr, P_FLIGHT: gl.constexpr, P_MANY: gl.constexpr, P_ROWS_APART: gl.constexpr,
+    P_STAGES: gl.constexpr, P_CLUSTER: gl.constexpr, P_FLIGHT: gl.constexpr, P_MANY: gl.constexpr, P_TILES_APART: gl.constexpr,
     P_CONSUMERS: gl.constexpr, P_LOADERS: gl.constexpr, P_CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing: `prefill_kernel`'s where `way` is 2, else `stream_kernel`'s, to which clusters are nothing; what begins with
@@ -57,7 +57,7 @@ def either_kernel(
         tiles = (tile_count, tile_expert, tile_group, tile_begin, tile_end)
         prefill(
             p_places, boxes, x, x_scale, w1_scale, w2_scale, words, middle_scale, token_pairs, pair_token, pair_weight, before, added,
-            ready, ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, P_STAGES, P_CLUSTER, P_FLIGHT, P_MANY, P_ROWS_APART,
+            ready, ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, P_STAGES, P_CLUSTER, P_FLIGHT, P_MANY, P_TILES_APART,
             P_CONSUMERS, P_LOADERS, P_CARRIERS,
         )  # fmt: skip
         if taken > 2:  # never
@@ -75,6 +75,4 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     constants = (*by_stream.constants_of(tile.stream, streaming), LOADERS, tile.stream.num_warps)
     _, _, *others = by_prefill.constants_of(tile.prefill, filling)  # the sizes again
     constants += (*others, round.plan.pdl)
-    cluster = tile.prefill.cluster
-    programs = round.sm_count // cluster * cluster
-    return [round.launch(either_kernel, programs, arguments, constants, GATHERERS.value, cluster=cluster)]
+    return [round.launch(either_kernel, round.sm_count, arguments, constants, GATHERERS.value, cluster=tile.prefill.cluster)]

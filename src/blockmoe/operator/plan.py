@@ -272,8 +272,7 @@ def choose_plan(geometry: MoEGeometry, tokens: int, machine: Machine = H100, *, 
         return _dense(geometry, tokens, route, machine, pdl)
     rows = tokens * geometry.top_k / geometry.num_experts
     if rows >= PREFILL_ROWS and geometry.intermediate_size >= PREFILL_STAGES * BLOCK and persistent and not route.one_launch:
-        even = geometry.intermediate_size % (2 * BLOCK) == 0 == geometry.hidden_size % (4 * BLOCK)
-        cluster = 2 if clusters and even else 1
+        cluster = 2 if clusters and _even(geometry) and geometry.hidden_size % (4 * BLOCK) == 0 else 1
         if machine.hbm3e and _even(geometry) and rows < EITHER_ROWS:
             stream = _stream(geometry, tokens, machine)
             if not stream.small:  # so few tokens that no expert has more than a tile of it

@@ -191,8 +191,9 @@ class Round:
         return self.memory.get("way", self.memory["tile_count"])
 
     def launch(self, kernel: Any, programs: int, arguments: tuple, constants: tuple, num_warps: int, *, cluster: int = 1) -> Launch:
-        """`arguments` are TMA descriptors, then slots, then numbers."""
+        """`arguments` are TMA descriptors, then slots, then numbers; of `programs` as many as are whole clusters."""
         described = sum(isinstance(a, Descriptor) for a in arguments)
         count = described + sum(isinstance(a, Slot) for a in arguments)
         slots, numbers = arguments[described:count], arguments[count:]
+        programs = programs // cluster * cluster
         return Launch(kernel, programs, slots, numbers, constants, num_warps, self.plan.pdl, arguments[:described], cluster)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from blockmoe.bench.dataset import listed
 from blockmoe.files import write_whole
 from blockmoe.report import compare, export, markdown, terminal
 from blockmoe.report.cut import only
-from blockmoe.report.load import REFERENCE, NoTraces, Record, ReportError, load, read_line
+from blockmoe.report.load import REFERENCE, Loaded, NoTraces, Record, ReportError, load, read_line
 from blockmoe.report.markdown import SavedPicture
 from blockmoe.report.model import Report
 from blockmoe.report.regimes import parse_mix, parse_regimes
@@ -23,6 +24,7 @@ from blockmoe.report.tables import Table
 
 MOST_PICTURED = 6  # sections
 FORMATS = ("md", "html", "csv", "json", "svg", "png")
+Tell = Callable[[list[str]], None]
 
 
 def read(
@@ -36,9 +38,9 @@ def read(
     loaded = only(load(folders), solutions) if solutions else load(folders)
     solutions = {record.solution for record in loaded.records} - {REFERENCE}
     if baseline == REFERENCE:
-        raise ReportError(f"--baseline {REFERENCE}: every speedup is over it already; expected one of {_listed(solutions)}")
+        raise ReportError(f"--baseline {REFERENCE}: every speedup is over it already; expected one of {listed(sorted(solutions))}")
     if baseline is not None and baseline not in solutions:
-        raise ReportError(f"--baseline {baseline}: no such solution in these traces, which have {_listed(solutions)}")
+        raise ReportError(f"--baseline {baseline}: no such solution in these traces, which have {listed(sorted(solutions))}")
     return summarise(loaded, parse_regimes(regimes), parse_mix(mix), baseline)
 
 
@@ -82,15 +84,13 @@ def terminal_table(folders: Sequence[Path], baseline: str | None = None, regimes
     return terminal.render(read(folders, baseline, regimes, mix))
 
 
-def notes(folders: Sequence[Path]) -> list[str]:
-    """What is odd about traces: lines that can't be read, say."""
-    return load(folders).notes
-
-
-def best(folders: Sequence[Path], max_relative_l2: float | None = None) -> list[tuple[str, str, Record]]:
-    """The fastest solution that passed each (definition, workload), optionally with an error bound; sorted by T."""
-    found = {}
-    for record in on_one_scale(load(folders).records):
+def best(folders: Sequence[Path], max_relative_l2: float | None = None, tell: Tell | None = None) -> list[tuple[str, str, Record]]:
+    """The fastest solution that passed each (definition, workload), optionally with an error bound; sorted by T. `tell` gets what is odd
+    about the traces: lines that can't be read, say."""
+    found, loaded = {}, load(folders)
+    if tell:
+        tell(loaded.notes)
+    for record in on_one_scale(loaded.records):
         if not record.passed or record.solution == REFERENCE:
             continue
         if max_relative_l2 is not None and not record.errors.get("relative_l2", float("inf")) <= max_relative_l2:
@@ -102,14 +102,18 @@ def best(folders: Sequence[Path], max_relative_l2: float | None = None) -> list[
     return [(record.definition, record.workload, record) for record in ordered]
 
 
-def show(path: Path, workload: str | None = None, solution: str | None = None) -> RenderableType:
-    """Traces of a folder, a file or FILE:LINE in full: those of a workload (T, or a uuid's first four characters) and a solution."""
+def show(path: Path, workload: str | None = None, solution: str | None = None, tell: Tell | None = None) -> RenderableType:
+    """Traces of a folder, a file or FILE:LINE in full: those of a workload (T, or a uuid's first four characters) and a solution. `tell`
+    gets what is odd about the others, as in `best`."""
     name, _, line = str(path).rpartition(":")
     numbered = not path.exists() and Path(name).is_file() and line.isdecimal()
-    records = [read_line(Path(name), int(line))] if numbered else load([path]).records
+    loaded = Loaded([read_line(Path(name), int(line))], [], []) if numbered else load([path])
+    records = loaded.records
+    if tell:
+        tell(loaded.notes)
     chosen = [record for record in _of_workload(records, workload) if solution in (None, record.solution)]
     if not chosen:
-        has = _listed({record.solution for record in records})
+        has = listed(sorted({record.solution for record in records}))
         sizes = ", ".join(map(str, sorted({record.tokens for record in records if record.tokens is not None})))
         wanted = f"workload {workload or 'any'}, solution {solution or 'any'}"
         raise ReportError(f"{path}: no trace of {wanted}; solutions: {has}; T: {sizes or 'unknown'}")
@@ -184,8 +188,3 @@ def _of_workload(records: list[Record], workload: str | None) -> list[Record]:
 
 def _cut(total: int, shown: int) -> Text:
     return Text(f"… and {total - shown} more; narrow by workload and solution") if total > shown else Text()
-
-
-def _listed(names: set[str]) -> str:
-    shown = sorted(names)
-    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")

@@ -126,8 +126,7 @@ def best(
     max_relative_l2: Annotated[float | None, typer.Option(help="Only solutions whose relative L2 error is at most this.", min=0)] = None,
 ) -> None:
     """Name the fastest solution that passed, for every workload."""
-    _say_notes(folders)
-    shown, found = console(), [record for _, _, record in api.best(folders, max_relative_l2)]
+    shown, found = console(), [record for _, _, record in api.best(folders, max_relative_l2, _say_notes)]
     if not found:
         bound = f"no solution that passed is known to have a relative L2 error of at most {max_relative_l2}"
         shown.print(bound if api.best(folders) else "no solution passed any workload")
@@ -147,13 +146,11 @@ def show(
     solution: Annotated[str | None, typer.Option(help="A solution's name.")] = None,
 ) -> None:
     """Show traces in full: status, times, errors, every sample, and the end of a failure's log."""
-    if path.exists():  # not FILE:LINE
-        _say_notes([path])
-    console().print(api.show(path, workload, solution))
+    console().print(api.show(path, workload, solution, _say_notes))
 
 
-def _say_notes(folders: list[Path]) -> None:
-    for note in api.notes(folders):
+def _say_notes(notes: list[str]) -> None:
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
 
 

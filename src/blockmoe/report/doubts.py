@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from blockmoe.bench.dataset import listed
 from blockmoe.bench.stats import MARGIN
 from blockmoe.report.load import REFERENCE, Record
 from blockmoe.report.model import Contender, Row, size_of
@@ -199,8 +200,7 @@ def _values(records: Sequence[Record], setting: str) -> set[str]:
 
 
 def _sizes(rows: Sequence[Row]) -> str:
-    shown = ", ".join(size_of(row) for row in rows[:8])
-    return f"{shown} and {len(rows) - 8} more" if len(rows) > 8 else shown
+    return listed([size_of(row) for row in rows])
 
 
 def _note(found: dict[str, str], name: str, values: Iterable[Any]) -> None:

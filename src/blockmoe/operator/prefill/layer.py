@@ -68,18 +68,18 @@ def consume(
 
 
 @gluon.jit
-def tiles_under_way(tile_count, tokens, HIDDEN: gl.constexpr, ROWS_APART: gl.constexpr):
+def tiles_under_way(tile_count, tokens, HIDDEN: gl.constexpr, TILES_APART: gl.constexpr):
     """Up to how many tiles before a unit's own may be under way with it, of the same columns; 0 where no row is told apart: tiles are more
-    than ROWS_APART, and end far enough from each other, or so many for the tokens that most rows would be late."""
+    than TILES_APART, and end far enough from each other, or so many for the tokens that most rows would be late."""
     tiles = gl.load(tile_count)
-    return gl.where((tiles <= ROWS_APART) & (tokens >= 32 * tiles), gl.num_programs(0) // (HIDDEN // (2 * K)) + 2, 0)
+    return gl.where((tiles <= TILES_APART) & (tokens >= 32 * tiles), gl.num_programs(0) // (HIDDEN // (2 * K)) + 2, 0)
 
 
 @gluon.jit
 def carry(
     x, x_scale, w1_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, done, taken,
     queue, told, heard, tile_count, pair_token, before, added, tokens,
-    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, FLIGHT: gl.constexpr, MANY: gl.constexpr, ROWS_APART: gl.constexpr,
+    HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, FLIGHT: gl.constexpr, MANY: gl.constexpr, TILES_APART: gl.constexpr,
 ):  # fmt: skip
     """Four warps: hidden states to the stages of GEMM1, then finished rows of GEMM2 to the output."""
     if MANY > 0 and gl.load(tile_count) > MANY:
@@ -92,8 +92,8 @@ def carry(
             x, x_scale, w1_scale, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, queue, told, heard, pair_token, tokens,
             HIDDEN, INTER, STAGES, FLIGHT,
         )  # fmt: skip
-    near = tiles_under_way(tile_count, tokens, HIDDEN, ROWS_APART) if ROWS_APART > 0 else gl.to_tensor(0)
-    if ROWS_APART > 0 and near > 0:
+    near = tiles_under_way(tile_count, tokens, HIDDEN, TILES_APART) if TILES_APART > 0 else gl.to_tensor(0)
+    if TILES_APART > 0 and near > 0:
         add_rows(
             out, rows_0, rows_1, rows_2, rows_3, done, taken, queue, told, heard, n, unit, pair_token, before, added, near, HIDDEN, True
         )
@@ -162,7 +162,7 @@ def prefill(
     places, boxes, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready, ticket,
     mail, finished, tiles, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr, MANY: gl.constexpr,
-    ROWS_APART: gl.constexpr, CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr,
+    TILES_APART: gl.constexpr, CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing, by all roles: `prefill_kernel`."""
     w1, middle, middle_boxes, w2, runs = boxes
@@ -190,7 +190,7 @@ def prefill(
             )),
             (carry, (
                 x, x_scale, w1_scale, out, rows_0, rows_1, rows_2, rows_3, x_buffers, s_buffers, w_s_buffers, full_1, empty_1, done, taken,
-                queue, told, heard, tile_count, pair_token, before, added, tokens, HIDDEN, INTER, STAGES, FLIGHT, MANY, ROWS_APART,
+                queue, told, heard, tile_count, pair_token, before, added, tokens, HIDDEN, INTER, STAGES, FLIGHT, MANY, TILES_APART,
             )),
             (load, (
                 w1, middle_boxes, w2, x_buffers, w_buffers, full_1, empty_1, full_2, empty_2, queue, told, heard, wanted, there, ready,
@@ -216,7 +216,7 @@ def prefill_kernel(
     w1, middle, middle_boxes, w2, runs, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before,
     added, ready, ticket, mail, finished, tile_count, tile_expert, tile_group, tile_begin, tile_end, tokens, pitch,
     HIDDEN: gl.constexpr, INTER: gl.constexpr, STAGES: gl.constexpr, CLUSTER: gl.constexpr, FLIGHT: gl.constexpr, MANY: gl.constexpr,
-    ROWS_APART: gl.constexpr, CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr, PDL: gl.constexpr,
+    TILES_APART: gl.constexpr, CONSUMERS: gl.constexpr, LOADERS: gl.constexpr, CARRIERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """The layer after routing.
 
@@ -228,8 +228,8 @@ def prefill_kernel(
     Descriptors: w1 [L * 2 I, H], middle [pitch, I] to store to and in boxes to load, w2 [L * H, I], runs: `out` [T * H / 256, 256] in
     bfloat16. x [T, H]; x_scale [H / 128, T]; out [T, H] in 64-bit words; middle_scale [I / 128, pitch], pitch being the most rows that
     tiles can have. before [pitch]: the row of the pair of the same token before, or -1. added [tiles, H / 256], ready [programs], ticket,
-    mail [clusters, MAIL] and finished [tiles] begin at 0. added ends at 1; where rows are told apart (ROWS_APART, `tiles_under_way`), it is
-    1 without those that are late, and ends at 2.
+    mail [clusters, MAIL] and finished [tiles] begin at 0. added ends at 1; where rows are told apart (TILES_APART, `tiles_under_way`), it
+    is 1 without those that are late, and ends at 2.
     """
     places = meeting_places(STAGES, CLUSTER)
     if PDL:
@@ -238,7 +238,7 @@ def prefill_kernel(
     tiles = (tile_count, tile_expert, tile_group, tile_begin, tile_end)
     prefill(
         places, boxes, x, x_scale, w1_scale, w2_scale, out, middle_scale, token_pairs, pair_token, pair_weight, before, added, ready,
-        ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, STAGES, CLUSTER, FLIGHT, MANY, ROWS_APART, CONSUMERS, LOADERS,
+        ticket, mail, finished, tiles, tokens, pitch, HIDDEN, INTER, STAGES, CLUSTER, FLIGHT, MANY, TILES_APART, CONSUMERS, LOADERS,
         CARRIERS,
     )  # fmt: skip
 
@@ -274,6 +274,5 @@ def layer(x: Slot, x_scale: Slot, w1: Slot, w1_scale: Slot, w2: Slot, w2_scale: 
     lists = tuple(b[n] for n in (*lists, "tile_count", "tile_expert", "tile_group", "tile_begin", "tile_end"))
     inputs = (x, x_scale, w1_scale, w2_scale, Slot(out.tensor, torch.int64), b["middle_scale"])
     arguments = (*boxes_of(w1, w2, out, tile, round), *inputs, *lists, round.sizes.tokens, round.sizes.rows)
-    programs = round.sm_count // tile.cluster * tile.cluster
     constants = (*constants_of(tile, round), round.plan.pdl)
-    return [round.launch(prefill_kernel, programs, arguments, constants, 4, cluster=tile.cluster)]
+    return [round.launch(prefill_kernel, round.sm_count, arguments, constants, 4, cluster=tile.cluster)]
